@@ -1,0 +1,64 @@
+"""Builds stmae._C, the CPU kernels, against the LibTorch stable ABI. Everything else is in pyproject.toml."""
+
+import importlib.util
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# pip builds in an isolated environment that hides the installed torch. Borrowing it saves a second download; where there
+# is none, torch is named below as a requirement of the build, and pip fetches it.
+for scheme in ("purelib", "platlib"):
+    if importlib.util.find_spec("torch") is None:
+        sys.path.append(sysconfig.get_path(scheme))
+
+TORCH_OLDEST = (2, 10)  # the oldest torch that the extension loads into: its stable ABI is the target
+
+packages = find_packages(include=["stmae", "stmae.*"])
+for name in ("kernels", "training"):
+    packages += [f"stmae.{name}"] + [f"stmae.{name}.{sub}" for sub in find_packages(name)]
+
+
+def extension():
+    """The extension and the command that builds it, once torch can be imported."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
+
+    installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if installed < TORCH_OLDEST:
+        sys.exit(f"stmae needs torch {'.'.join(map(str, TORCH_OLDEST))} or later, found {torch.__version__}; run: pip install --upgrade torch")
+    module = CppExtension(
+        "stmae._C",
+        sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        py_limited_api=True,
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)),
+            ("Py_LIMITED_API", "0x030A0000"),
+        ],
+        # No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the whole process.
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+        + os.environ.get("STMAE_CXXFLAGS", "").split(),
+        extra_link_args=os.environ.get("STMAE_LDFLAGS", "").split(),
+    )
+    return [module], BuildExtension.with_options(use_ninja=is_ninja_available())
+
+
+arguments = dict(
+    packages=packages,
+    package_dir={"stmae.kernels": "kernels", "stmae.training": "training"},
+    package_data={"stmae.training": ["assets/*", "presets/*"]},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
+if importlib.util.find_spec("torch") is None:
+    # Read by pip before it builds: it then installs torch into the build environment and runs this file again.
+    arguments["setup_requires"] = ["torch>=2.10", "ninja"]
+    if any(command in sys.argv for command in ("build_ext", "develop", "install")):
+        sys.exit("stmae: building the extension needs torch, and none is installed; run: pip install torch, then pip install .")
+else:
+    modules, command = extension()
+    arguments.update(ext_modules=modules, cmdclass={"build_ext": command})
+
+setup(**arguments)

@@ -1,0 +1,26 @@
+"""stmae: masked autoencoders for video that compute nothing for what is hidden."""
+
+import pkgutil as _pkgutil
+from pathlib import Path as _Path
+
+# In a checkout, this folder shadows an installed stmae: find the installed _C through the path, and let the checkout's own
+# kernels/ and training/ (which lie beside this folder) be stmae.kernels and stmae.training.
+__path__ = _pkgutil.extend_path(__path__, __name__)
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "csrc").is_dir() and str(_root) not in __path__:
+    __path__.insert(1, str(_root))
+
+from . import ops, reference  # noqa: E402
+from .environment import show_config  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["checkpoint", "masking", "models", "ops", "reference", "show_config"]
+
+
+def __getattr__(name):
+    # What import stmae itself does not need stays unimported until it is asked for.
+    if name in ("checkpoint", "kernels", "masking", "models", "training"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module 'stmae' has no attribute '{name}'")

@@ -1,0 +1,3 @@
+from stmae import show_config
+
+show_config()

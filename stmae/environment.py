@@ -1,0 +1,35 @@
+"""What this installation is and can do: the text that a bug report should carry."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def show_config(file=None):
+    """Print versions, devices, the instruction set of the CPU kernels and the attention back ends. Imports no option."""
+    import torch
+
+    import stmae
+
+    from .ops import library
+
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    rows = {
+        "stmae": f"{stmae.__version__} ({stmae.__path__[0]})",
+        "extension": library._C.__file__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or torch.version.hip or 'none'})",
+        "cpu": f"{library.cpu_capability()} in use, {library.best_cpu_capability()} the best here, {torch.get_num_threads()} threads",
+        "gpu": ", ".join(cuda) or "none",
+        **{name: _version(name) for name in ("triton", "xformers", "flash-attn", "av", "safetensors")},
+    }
+    for name, value in rows.items():
+        print(f"{name:12}{value}", file=file or sys.stdout)

@@ -1,0 +1,132 @@
+"""Which patches the encoder sees: the masking strategies of the paper's ablation, as noise for ``random_masking``.
+
+A strategy is a way of drawing noise ``[B, N]`` such that keeping the ``num_keep`` smallest entries of each row gives the mask.
+So one kernel (``stmae.ops.random_masking``) serves them all, and a stored noise tensor reproduces a mask exactly.
+
+Source: Feichtenhofer et al., "Masked Autoencoders As Spatiotemporal Learners", section 3 and figure 4
+(random "agnostic", space-only = tube, time-only = frame, block).
+"""
+
+import math
+
+import torch
+
+STRATEGIES = ("random", "tube", "frame", "block")
+
+_BLOCK_AREA = (0.05, 0.3)  # of the frame, per block
+_BLOCK_ASPECT = (0.3, 1 / 0.3)  # height : width, log-uniform, as in BEiT's block-wise masking
+_MAX_BLOCKS = 1000  # reached only by ratios close to 1, where the rest is filled in raster order
+
+
+def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
+    """Number of tokens that stay visible, of the ``N = t * h * w`` in ``grid``.
+
+    ``random`` and ``block`` keep ``int(N * (1 - ratio))``, truncated in double precision exactly as mae_st does it (3920 tokens
+    at 0.9 keep 391, not 392). ``tube`` and ``frame`` mask ``int(n * ratio)`` of the ``n = h * w`` tubes or ``n = t`` time slices and
+    keep the others whole, as VideoMAE does (8x14x14 at 0.9: 20 tubes, 160 tokens).
+
+    Raises:
+        ValueError: unknown strategy, a ratio outside (0, 1), or one that keeps nothing or everything.
+    """
+    t, h, w = _check(strategy, grid, ratio)
+    tokens = t * h * w
+    if strategy == "tube":
+        keep = t * (h * w - int(h * w * ratio))
+    elif strategy == "frame":
+        keep = h * w * (t - int(t * ratio))
+    else:
+        keep = int(tokens * (1 - ratio))
+    if not 0 < keep < tokens:
+        raise ValueError(
+            f"masking: expected a ratio that keeps some of the {tokens} tokens of grid {t}x{h}x{w} and masks some, "
+            f"got {ratio}, with which '{strategy}' masking keeps {'nothing' if keep == 0 else 'everything'}"
+        )
+    return keep
+
+
+def sample_noise(
+    strategy: str,
+    batch: int,
+    grid: tuple[int, int, int],
+    ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Noise ``[B, N]`` float32 whose ``num_keep(strategy, grid, ratio)`` smallest entries per row are the tokens to keep.
+
+    Args:
+        strategy: ``random``: any tokens; ``tube``: the same places in every time slice; ``frame``: whole time slices;
+            ``block``: what is masked is a union of random space-time boxes, the last one cut to give the exact count.
+        batch: ``B``, each row drawn by itself.
+        grid: ``(t, h, w)``, the patch grid; token index is ``(it * h + ih) * w + iw``.
+        ratio: masked share. Only ``block`` draws differently for it, but every strategy checks it.
+        generator: source of randomness; the noise is drawn on its device, then moved to ``device``.
+        device: where the result lies; default: the generator's device, or torch's default device.
+
+    Raises:
+        ValueError: as ``num_keep``, or a negative ``batch``.
+    """
+    t, h, w = _check(strategy, grid, ratio)
+    keep = num_keep(strategy, grid, ratio)
+    if batch < 0:
+        raise ValueError(f"masking: expected a batch size of at least 0, got {batch}")
+    source = generator.device if generator is not None else device
+    # Two tubes or time slices with equal noise would be torn apart at the cut, and float32 noise does collide; a permutation cannot.
+    if strategy == "random":
+        noise = torch.rand(batch, t * h * w, generator=generator, device=source)
+    elif strategy == "tube":
+        noise = _permutation(batch, h * w, generator, source)[:, None].expand(batch, t, h * w)
+    elif strategy == "frame":
+        noise = _permutation(batch, t, generator, source)[:, :, None].expand(batch, t, h * w)
+    else:
+        noise = _block_noise(batch, (t, h, w), t * h * w - keep, generator, source)
+    noise = noise.reshape(batch, t * h * w)
+    return noise if device is None else noise.to(device)
+
+
+def _check(strategy: str, grid: tuple[int, int, int], ratio: float) -> tuple[int, int, int]:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"masking: expected a strategy of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if len(grid) != 3 or any(size < 1 for size in grid):
+        raise ValueError(f"masking: expected a patch grid (t, h, w) of positive sizes, got {tuple(grid)}")
+    if not 0 < ratio < 1:  # also refuses NaN
+        raise ValueError(f"masking: expected a mask ratio between 0 and 1 (exclusive), got {ratio}")
+    return tuple(grid)
+
+
+def _permutation(batch: int, size: int, generator: torch.Generator | None, device) -> torch.Tensor:
+    """A random permutation of 0..size-1 in each row: [B, size] float32 (exact up to 2**24)."""
+    return torch.rand(batch, size, generator=generator, device=device).argsort(dim=1).float()
+
+
+def _block_noise(batch: int, grid: tuple[int, int, int], num_masked: int, generator, device) -> torch.Tensor:
+    """Noise [B, N]: tokens of the first block highest, of the second next, ..., tokens in no block lowest.
+
+    Within a block the noise grows with the token index. Masking the ``num_masked`` highest therefore masks whole blocks and, of the
+    block in which the count is reached, a contiguous end.
+    """
+    t, h, w = grid
+    tokens = t * h * w
+    index = torch.arange(tokens, device=device)
+    it, ih, iw = index // (h * w), index // w % h, index % w
+    block = torch.full((batch, tokens), -1, device=device)  # in which block a token was first covered
+    for number in range(_MAX_BLOCKS):
+        if bool(((block >= 0).sum(dim=1) >= num_masked).all()):
+            break
+        draw = torch.rand(batch, 6, generator=generator, device=device)
+        area = (_BLOCK_AREA[0] + draw[:, 0] * (_BLOCK_AREA[1] - _BLOCK_AREA[0])) * (h * w)
+        low, high = math.log(_BLOCK_ASPECT[0]), math.log(_BLOCK_ASPECT[1])
+        aspect = (low + draw[:, 1] * (high - low)).exp()
+        depth = (1 + (draw[:, 2] * t).floor()).clamp(max=t)
+        height = (area * aspect).sqrt().round().clamp(1, h)
+        width = (area / aspect).sqrt().round().clamp(1, w)
+        covered = None
+        for position, extent, size, place in ((it, depth, t, 3), (ih, height, h, 4), (iw, width, w, 5)):
+            start = (draw[:, place] * (size - extent + 1)).floor().clamp(max=size - 1)[:, None]
+            inside = (position >= start) & (position < start + extent[:, None])
+            covered = inside if covered is None else covered & inside
+        block = torch.where(covered & (block < 0), number, block)
+    # An integer rank per token: distinct, and exact in float32.
+    order = torch.where(block >= 0, _MAX_BLOCKS - block, 0) * tokens + index
+    return order.argsort(dim=1).argsort(dim=1).float()

@@ -1,0 +1,224 @@
+"""What a model is: every choice that changes its weights' shapes or its results, validated when it is made.
+
+Configurations are immutable, compare by value and turn into plain JSON and back (``to_dict``, ``from_dict``); a checkpoint carries one.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from stmae.masking import STRATEGIES
+
+
+def _fail(config, field: str, expected: str, got) -> None:
+    raise ValueError(f"{type(config).__name__}: expected {field} {expected}, got {got!r}")
+
+
+def _pair(config, field: str) -> tuple[int, int]:
+    value = getattr(config, field)
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        _fail(config, field, "to be a positive size or (height, width)", value)
+    return pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The encoder, shared by autoencoder and classifier.
+
+    Args:
+        image_size: frame height and width; one number for both, or (H, W). Kept as (H, W).
+        in_channels: ``C``.
+        num_frames: ``T``, frames in a clip.
+        patch_size: patch height and width; one number for both, or (ph, pw). Kept as (ph, pw).
+        tubelet_size: frames in a patch.
+        width, depth, num_heads, mlp_ratio: of the transformer.
+        qkv_bias: whether the query, key and value projections have biases.
+        class_token: whether a class token is put before the patch tokens.
+        separable_position: position embeddings ``space[h * w] + time[t]`` instead of one per token.
+        mean, std: what uint8 frames are normalised with, ``(x / 255 - mean) / std``; one number or one per channel.
+        layer_norm_eps: of every LayerNorm.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    in_channels: int = 3
+    num_frames: int = 16
+    patch_size: int | tuple[int, int] = 16
+    tubelet_size: int = 2
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    class_token: bool = True
+    separable_position: bool = True
+    mean: float | tuple[float, ...] = 0.45
+    std: float | tuple[float, ...] = 0.225
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for field in ("image_size", "patch_size"):
+            object.__setattr__(self, field, _pair(self, field))
+        for field in ("in_channels", "num_frames", "tubelet_size", "width", "depth", "num_heads"):
+            self._check_count(field)
+        for axis, size, patch in zip(("height", "width"), self.image_size, self.patch_size):
+            if size % patch:
+                _fail(self, "image_size", f"to be a multiple of patch_size {patch} in {axis}", size)
+        if self.num_frames % self.tubelet_size:
+            _fail(self, "num_frames", f"to be a multiple of tubelet_size {self.tubelet_size}", self.num_frames)
+        self._check_heads("width", "num_heads")
+        if not self.mlp_ratio > 0:
+            _fail(self, "mlp_ratio", "to be positive", self.mlp_ratio)
+        if not self.layer_norm_eps >= 0:
+            _fail(self, "layer_norm_eps", "to be at least 0", self.layer_norm_eps)
+        for field in ("mean", "std"):
+            value = getattr(self, field)
+            values = (value,) if isinstance(value, (int, float)) else tuple(value)
+            if len(values) not in (1, self.in_channels) or not all(math.isfinite(v) for v in values):
+                _fail(self, field, f"to be a number or one for each of {self.in_channels} channels", value)
+            if field == "std" and min(values) <= 0:
+                _fail(self, field, "to be positive", value)
+            object.__setattr__(self, field, values if len(values) > 1 else float(values[0]))
+
+    def _check_count(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            _fail(self, field, "to be a positive whole number", value)
+
+    def _check_heads(self, width: str, heads: str) -> None:
+        if getattr(self, width) % getattr(self, heads):
+            _fail(self, width, f"to be a multiple of {heads} {getattr(self, heads)}", getattr(self, width))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The patch grid (t, h, w)."""
+        return (
+            self.num_frames // self.tubelet_size,
+            self.image_size[0] // self.patch_size[0],
+            self.image_size[1] // self.patch_size[1],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """``N = t * h * w``, without the class token."""
+        return math.prod(self.grid)
+
+    @property
+    def video_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the clips that the model takes."""
+        return (self.in_channels, self.num_frames, *self.image_size)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON; ``from_dict`` takes them back."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """Raises ValueError for a name that this configuration does not have."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown fields {', '.join(unknown)}")
+        return cls(**values)
+
+    def replace(self, **changes):
+        """A copy with some fields changed, validated anew."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedAutoencoderConfig(EncoderConfig):
+    """The masked autoencoder. The defaults are the paper's ViT-B on 16x224x224 clips.
+
+    Args:
+        decoder_width, decoder_depth, decoder_num_heads: of the decoder; its MLP ratio and biases are the encoder's.
+            The number of heads is not visible in the weights: mae_st has 16 (head dim 32), SlowFast width / 64.
+        decoder_separable_position: None: as the encoder's.
+        decoder_class_token: ``own``: the encoder's class token is dropped and the decoder has a new one (mae_st); ``encoder``: it is
+            passed through the decoder (SlowFast). Without ``class_token`` it means nothing.
+        predicted_frames: how many of the clip's frames are reconstructed, a multiple of t; None: one for each time slice.
+        frame_choice: which ones. ``linspace``: ``linspace(0, T - 1, n)`` truncated, the last frame included (mae_st: 0, 2, ..., 12,
+            15 of 16); ``stride``: every (T / n)-th (SlowFast: 0, 2, ..., 14).
+        normalize_target: predict each patch normalised by its own mean and variance ("norm-pix").
+        mask_ratio, mask_strategy: used unless the forward call says otherwise; see ``stmae.masking``.
+    """
+
+    decoder_width: int = 512
+    decoder_depth: int = 4
+    decoder_num_heads: int = 16
+    decoder_separable_position: bool | None = None
+    decoder_class_token: str = "own"
+    predicted_frames: int | None = None
+    frame_choice: str = "linspace"
+    normalize_target: bool = True
+    mask_ratio: float = 0.9
+    mask_strategy: str = "random"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("decoder_width", "decoder_depth", "decoder_num_heads"):
+            self._check_count(field)
+        self._check_heads("decoder_width", "decoder_num_heads")
+        for field, choices in (
+            ("decoder_class_token", ("own", "encoder")),
+            ("frame_choice", ("linspace", "stride")),
+            ("mask_strategy", STRATEGIES),
+        ):
+            if getattr(self, field) not in choices:
+                _fail(self, field, f"to be one of {', '.join(choices)}", getattr(self, field))
+        if self.predicted_frames is not None:
+            self._check_count("predicted_frames")
+            if self.predicted_frames % self.grid[0] or self.predicted_frames > self.num_frames:
+                _fail(
+                    self,
+                    "predicted_frames",
+                    f"to be a multiple of the {self.grid[0]} time slices and at most num_frames {self.num_frames}",
+                    self.predicted_frames,
+                )
+        if not 0 < self.mask_ratio < 1:
+            _fail(self, "mask_ratio", "to lie between 0 and 1 (exclusive)", self.mask_ratio)
+
+    @property
+    def frames(self) -> list[int]:
+        """Indices of the clip's frames that are reconstructed: the target clip."""
+        count = self.predicted_frames or self.grid[0]
+        if self.frame_choice == "stride":
+            return [index * self.num_frames // count for index in range(count)]
+        # torch's own linspace: its rounding decides the truncation, and the weights were trained with it.
+        return torch.linspace(0, self.num_frames - 1, count, device="cpu").long().tolist()
+
+    @property
+    def target_patch_size(self) -> tuple[int, int, int]:
+        """(u, ph, pw) of a predicted patch: u target frames per time slice."""
+        return ((self.predicted_frames or self.grid[0]) // self.grid[0], *self.patch_size)
+
+    @property
+    def patch_values(self) -> int:
+        """``P``, values in a predicted patch."""
+        return math.prod(self.target_patch_size) * self.in_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoClassifierConfig(EncoderConfig):
+    """The classifier.
+
+    Args:
+        num_classes: outputs of the head.
+        dropout: before the head, in training.
+        drop_path: stochastic depth in training: the rate of the last block; it grows linearly from 0 in the first.
+    """
+
+    num_classes: int = 400
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_count("num_classes")
+        for field in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, field) < 1:
+                _fail(self, field, "to lie in [0, 1)", getattr(self, field))

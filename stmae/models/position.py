@@ -1,0 +1,68 @@
+"""Learned position embeddings, separable or joint, and how they are carried over to another patch grid."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Position(nn.Module):
+    """Position embeddings for a patch grid (t, h, w) and, optionally, a class token.
+
+    Separable: ``spatial`` [h * w, D], ``temporal`` [t, D] and, with a class token, ``class_token`` [1, D].
+    Joint: ``joint`` [N, D], or [1 + N, D] with the class token's first.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], width: int, *, separable: bool, class_token: bool):
+        super().__init__()
+        t, h, w = grid
+        self.grid = grid
+        self.separable = separable
+        self.has_class_token = class_token
+        if separable:
+            self.spatial = nn.Parameter(torch.empty(h * w, width))
+            self.temporal = nn.Parameter(torch.empty(t, width))
+            if class_token:
+                self.class_token = nn.Parameter(torch.empty(1, width))
+        else:
+            self.joint = nn.Parameter(torch.empty(t * h * w + class_token, width))
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def of_patches(self) -> torch.Tensor:
+        """[N, D]."""
+        if self.separable:
+            return (self.temporal[:, None] + self.spatial).flatten(0, 1)
+        return self.joint[1:] if self.has_class_token else self.joint
+
+    def of_class_token(self) -> torch.Tensor:
+        """[1, D]; only where there is a class token."""
+        return self.class_token if self.separable else self.joint[:1]
+
+    def of_all(self) -> torch.Tensor:
+        """[N, D] or, with a class token, [1 + N, D]."""
+        if self.separable and self.has_class_token:
+            return torch.cat([self.class_token, self.of_patches()])
+        return self.of_patches() if self.separable else self.joint
+
+
+def interpolate_position(
+    values: torch.Tensor, old_grid: tuple[int, int, int], new_grid: tuple[int, int, int]
+) -> torch.Tensor:
+    """Carries values [t * h * w, D] on ``old_grid`` over to ``new_grid``: bicubic in space, linear in time, float32 inside.
+
+    The same grid gives the same values back. Spatial embeddings are passed with t = 1, temporal ones with h = w = 1; since both steps are
+    linear and separable, interpolating the parts of separable embeddings equals interpolating their sum.
+    """
+    (t, h, w), (new_t, new_h, new_w) = old_grid, new_grid
+    width = values.shape[-1]
+    if values.shape[0] != t * h * w:
+        raise ValueError(
+            f"interpolate_position: expected values [{t * h * w}, D] for grid {t}x{h}x{w}, got {list(values.shape)}"
+        )
+    x = values.float().reshape(t, h, w, width)
+    if (h, w) != (new_h, new_w):
+        x = F.interpolate(x.permute(0, 3, 1, 2), (new_h, new_w), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    if t != new_t:
+        x = x.reshape(t, new_h * new_w * width).t()[None]  # [1, values, t]
+        x = F.interpolate(x, new_t, mode="linear", align_corners=False)[0].t()
+    return x.reshape(new_t * new_h * new_w, width).to(values.dtype)

@@ -1,0 +1,24 @@
+"""The ops, forward and backward, in C++ on CPUs and Triton on GPUs. `stmae.reference` defines what they compute.
+
+Each is registered with the dispatcher as `torch.ops.stmae.<name>`: it works under autograd, autocast and torch.compile.
+Letters: B batch; C T H W video; t h w the patch grid; N = t*h*w tokens, token (it*h + ih)*w + iw; K kept (visible) tokens,
+M = N - K masked; D width; P values in a patch, in the order (frame, row, column, channel).
+"""
+
+from . import library as library  # loads the C++ kernels
+from .attention import attention, packed_attention
+from .gather_tokens import gather_tokens
+from .masked_patchify import masked_patchify
+from .patch_loss import patch_loss
+from .random_masking import random_masking
+from .restore_tokens import restore_tokens
+
+__all__ = [
+    "attention",
+    "gather_tokens",
+    "masked_patchify",
+    "packed_attention",
+    "patch_loss",
+    "random_masking",
+    "restore_tokens",
+]

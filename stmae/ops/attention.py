@@ -1,0 +1,128 @@
+import torch
+
+from . import checks, library
+
+
+def attention(q, k, v, *, scale=None):
+    """Exact softmax attention, softmax(scale * q k^T) v per head, with no N x N matrix in memory, forward or backward.
+
+    Args:
+        q: [B, N, H, D] float32 or bfloat16. Any strides, as long as the last dimension is dense: views of one packed
+            projection are read in place. D a multiple of 8, at most 128.
+        k, v: [B, Nk, H, D], q's dtype. Nk is N for self-attention.
+        scale: what the scores are multiplied by; D ** -0.5 when None.
+
+    Returns:
+        [B, N, H, D], contiguous, in q's dtype (or autocast's); sums and the softmax are float32.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or stride.
+
+    Source: Dao et al. 2022 (FlashAttention), algorithm 1, and Dao 2023 for the backward.
+    """
+    op = "attention"
+    if isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
+        q, k, v = checks.autocast(q, k, v)
+    checks.tensor(op, "q", q, "[B, N, H, D]", (None,) * 4)
+    B, N, H, D = q.shape
+    checks.tensor(op, "k", k, "[B, Nk, H, D]", (B, None, H, D), (q.dtype,))
+    checks.tensor(op, "v", v, "[B, Nk, H, D]", tuple(k.shape), (q.dtype,))
+    _head_dim(op, D)
+    if k.shape[1] == 0 and q.numel():
+        raise ValueError(f"{op}: expected at least one key, got k {checks.describe(k)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.rows(op, name, x)
+    checks.same_device(op, q=q, k=k, v=v)
+    return _op(q, k, v, _scale(op, scale, D))[0]
+
+
+def packed_attention(qkv, *, scale=None):
+    """`attention` on a packed projection: q, k, v = qkv.unbind(2), and one packed gradient instead of three copied together.
+
+    Args:
+        qkv: [B, N, 3, H, D] float32 or bfloat16, dense in the last dimension.
+        scale: what the scores are multiplied by; D ** -0.5 when None.
+
+    Returns:
+        [B, N, H, D], contiguous, in qkv's dtype (or autocast's).
+
+    Raises:
+        ValueError: wrong shape, dtype or stride.
+    """
+    op = "packed_attention"
+    if isinstance(qkv, torch.Tensor):
+        (qkv,) = checks.autocast(qkv)
+    checks.tensor(op, "qkv", qkv, "[B, N, 3, H, D]", (None, None, 3, None, None))
+    checks.rows(op, "qkv", qkv)
+    _head_dim(op, qkv.shape[4])
+    return _packed_op(qkv, _scale(op, scale, qkv.shape[4]))[0]
+
+
+def _head_dim(op, D):
+    if D % 8 or not 8 <= D <= 128:
+        raise ValueError(f"{op}: expected a head dim D that is a multiple of 8 and at most 128, got {D}")
+
+
+def _scale(op, scale, D):
+    if scale is None:
+        return D**-0.5
+    if not isinstance(scale, (int, float)) or scale != scale or scale in (float("inf"), float("-inf")):
+        raise ValueError(f"{op}: expected scale a finite number or None, got {checks.describe(scale)}")
+    return float(scale)
+
+
+def _fake(q, k, v, scale):
+    B, N, H, D = q.shape
+    return q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32)
+
+
+def _packed_fake(qkv, scale):
+    B, N, _, H, D = qkv.shape
+    return qkv.new_empty(B, N, H, D), qkv.new_empty(B, H, N, dtype=torch.float32)
+
+
+def _backward_fake(grad_out, q, k, v, out, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _packed_backward_fake(grad_out, qkv, out, lse, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *projections, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(*projections, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, grad_out, _):
+    return *_backward_op(checks.dense_rows(grad_out), *ctx.saved_tensors, ctx.scale), None
+
+
+def _packed_backward(ctx, grad_out, _):
+    return _packed_backward_op(checks.dense_rows(grad_out), *ctx.saved_tensors, ctx.scale), None
+
+
+_op = library.define(
+    "attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", fake=_fake, stem="attention"
+)
+_backward_op = library.define(
+    "attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    stem="attention",
+)
+_packed_op = library.define(
+    "packed_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)", fake=_packed_fake, stem="attention"
+)
+_packed_backward_op = library.define(
+    "packed_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
+    fake=_packed_backward_fake,
+    stem="attention",
+)
+library.differentiable(_op, _backward, _setup_context)
+library.differentiable(_packed_op, _packed_backward, _setup_context)
+library.not_twice_differentiable(_backward_op)
+library.not_twice_differentiable(_packed_backward_op)

@@ -1,0 +1,42 @@
+"""How an op is registered: its schema here in Python, its CPU kernels by loading stmae._C, its CUDA kernels on first use."""
+
+import importlib
+
+import torch
+
+try:
+    from stmae import _C
+except ImportError as error:
+    raise ImportError(
+        f"stmae: the compiled kernels (stmae._C) do not load: {error}. Build them with: pip install . (or pip install -e . in a checkout)"
+    ) from error
+
+cpu_capability = _C.cpu_capability
+best_cpu_capability = _C.best_cpu_capability
+set_cpu_capability = _C.set_cpu_capability
+
+
+def define(name, schema, *, fake, stem):
+    """Define `stmae::name` with its shape function; a CUDA tensor is the first to import stmae.kernels.<stem> (and triton)."""
+    torch.library.define(f"stmae::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"stmae::{name}")(fake)
+
+    def launch(*arguments):
+        return getattr(importlib.import_module(f"stmae.kernels.{stem}"), name)(*arguments)
+
+    torch.library.impl(f"stmae::{name}", "CUDA")(launch)
+    return getattr(torch.ops.stmae, name).default
+
+
+def differentiable(op, backward, setup_context):
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
+
+
+def not_twice_differentiable(backward_op):
+    """Registers a backward op's own gradient as an error that says so, rather than a silent zero."""
+    name = backward_op._schema.name.replace("stmae::", "").replace("_backward", "")
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name}: double backward is not supported; use stmae.reference.{name} for second derivatives")
+
+    torch.library.register_autograd(backward_op, refuse)

@@ -1,0 +1,26 @@
+import torch
+
+from .gather_tokens import gather_tokens
+from .pixels import normalized_pixels
+
+
+def patchify(video, patch_size):  # [B, C, T, H, W] -> [B, N, P], values of a patch in the order (frame, row, column, channel)
+    B, C, T, H, W = video.shape
+    u, p, q = patch_size
+    x = video.reshape(B, C, T // u, u, H // p, p, W // q, q)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, -1, u * p * q * C)
+
+
+def patch_loss(
+    pred, video, masked, *, patch_size, frames=None, normalize=True, mean=0.45, std=0.225, reduction="mean"
+):  # pred [B, M, P] -> scalar, or [B, M]
+    video = normalized_pixels(video, mean, std)
+    if frames is not None:
+        video = video.index_select(2, torch.as_tensor(frames, device=video.device))
+    target = gather_tokens(patchify(video, patch_size), masked)
+    if normalize:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+    loss = (pred.float() - target).square().mean(-1)
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(1, loss.numel())

@@ -1,0 +1,6 @@
+import torch
+
+
+def random_masking(noise, num_keep):  # noise [B, N] -> keep [B, K], masked [B, M]
+    order = torch.argsort(noise, dim=1, stable=True)
+    return order[:, :num_keep].sort(dim=1).values, order[:, num_keep:].sort(dim=1).values

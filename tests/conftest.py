@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from stmae.ops import library
+
+CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
+OFFERED = CAPABILITIES[: CAPABILITIES.index(library.best_cpu_capability()) + 1]
+
+
+@pytest.fixture(params=OFFERED)
+def capability(request):
+    """Runs a test once for each instruction set that this processor offers."""
+    before = library.cpu_capability()
+    library.set_cpu_capability(request.param)
+    yield request.param
+    library.set_cpu_capability(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads; the number is put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_filled():
+    """Fresh tensors hold NaN (or the largest integer) instead of zeros by luck, so that an element never written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,229 @@
+"""One video file: which frames it holds, and any of them, exactly.
+
+Frame numbers times the average rate is wrong for variable rates, edit lists and MPEG program streams, so a file is first
+scanned for the time stamps of its packets (about 2 ms for a ten-second clip; nothing is decoded), and frame i is the i-th time
+stamp in order. A seek is never trusted: the first frame it yields is checked, and where it lies after the target the seek is
+repeated further back. What a header announces is not trusted either: a truncated file has the frames that came.
+
+No decoder outlives the ``with`` block it is opened in, so none is ever inherited by a forked worker.
+"""
+
+import os
+from bisect import bisect_right
+
+import av
+import av.error
+import numpy as np
+
+EXTENSIONS = frozenset(
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .vob .ts .mts .m2ts .flv .f4v .wmv .asf .3gp .3g2 .ogv .ogg .mxf .gif".split()
+)
+
+BACK_OFF_SECONDS = (0.0, 1.0, 4.0, 16.0)  # how far before the target a repeated seek aims; then from the start
+
+
+class VideoError(RuntimeError):
+    """A video that cannot give the frames asked of it. ``path`` names the file and ``reason`` says why, in one line."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+    def __reduce__(self):  # crosses from a data worker to the loop
+        return type(self), (self.path, self.reason)
+
+
+class Video:
+    """An open video; use as a context manager.
+
+    ``len(video)`` is the number of frames that can be shown, ``video.times`` [len] their time stamps in seconds,
+    ``video.size`` the (height, width) as stored, before rotation, and ``video.rate`` the average frames a second.
+
+    Raises VideoError when there is nothing to decode: no such file, empty, not a video, audio only.
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        self._container = None
+        self._open()
+        try:
+            self._scan()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self):
+        self.close()
+        try:
+            if os.path.getsize(self.path) == 0:
+                raise VideoError(self.path, "the file is empty")
+            self._container = av.open(self.path, metadata_errors="replace")
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(self.path, f"cannot be opened ({_reason(error)})") from error
+        streams = [s for s in self._container.streams.video if not _is_cover_picture(s)]
+        if not streams:
+            kinds = sorted({s.type for s in self._container.streams}) or ["nothing"]
+            self.close()
+            raise VideoError(self.path, f"no video stream (it holds {', '.join(kinds)})")
+        self._stream = streams[0]
+        if self._stream.codec_context is None:
+            self.close()
+            raise VideoError(self.path, "no decoder for its video stream")
+        # Clips are decoded in many workers at once: more threads for one of them do not pay at these sizes.
+        self._stream.codec_context.thread_count = 1
+
+    def _scan(self):
+        """Read every packet's time stamp, without decoding."""
+        stamps, key_stamps, packets, stamped = [], [], 0, True
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.size == 0 or packet.is_discard:  # the flush packet; frames that an edit list cuts away
+                    continue
+                packets += 1
+                if packet.pts is None:
+                    stamped = False
+                    continue
+                stamps.append(packet.pts)
+                if packet.is_keyframe:
+                    key_stamps.append(packet.pts)
+        except av.error.FFmpegError:
+            pass  # a damaged tail: what came before it counts
+        if packets == 0:
+            raise VideoError(self.path, "its video stream has no frames")
+        context = self._stream.codec_context
+        self.size = (context.height, context.width)
+        if self.size[0] == 0 or self.size[1] == 0:
+            raise VideoError(self.path, "its frames have no size")
+        base = self._stream.time_base
+        if stamped and base:
+            self._stamps = sorted(set(stamps))
+            self._key_stamps = sorted(key_stamps)
+            self._seconds = float(base)
+            self.times = np.array(self._stamps, dtype=np.float64) * self._seconds
+            length = len(self._stamps)
+        else:
+            # Raw streams and some AVI have no time stamps: frames are then counted from the start, which is slow and right.
+            self._stamps = None
+            length = packets
+            self.times = np.arange(length) / float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self._length = length
+        span = self.times[-1] - self.times[0]
+        self.rate = (length - 1) / span if span > 0 else float(self._stream.average_rate or 25)
+
+    def __len__(self):
+        return self._length
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        if self._container is not None:
+            self._container.close()
+        self._container = self._stream = None
+
+    def frames(self, indices):
+        """The frames numbered ``indices`` (any order, repeats allowed), decoded in one pass over the file.
+
+        Returns uint8 [len(indices), H, W, 3], RGB, turned as the file's display matrix says. Raises VideoError when a frame
+        cannot be decoded, IndexError when there is no such frame.
+        """
+        indices = [int(i) for i in indices]
+        if not indices:
+            raise ValueError("Video.frames: expected at least one frame index, got none")
+        if min(indices) < 0 or max(indices) >= len(self):
+            raise IndexError(f"Video.frames: expected indices in [0, {len(self)}), got {min(indices)}..{max(indices)} ({self.path})")
+        wanted = sorted(set(indices))
+        found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
+        first = found[wanted[0]]
+        return np.stack([_match(found[i], first) for i in indices])
+
+    def _by_stamp(self, wanted):
+        found, decoded, current, previous = {}, None, None, None
+        for index in wanted:
+            target = self._stamps[index]
+            key = bisect_right(self._key_stamps, target) - 1
+            ahead = current is not None and (key < 0 or self._key_stamps[key] <= current.pts)
+            if not ahead:  # nothing decoded yet, or a later key frame is a shorter way
+                decoded, previous = self._from(target), None
+                current = next(decoded, None)
+            while current is not None and current.pts < target:
+                previous, current = current, next(decoded, None)
+            if current is not None and current.pts == target:
+                found[index] = _pixels(current)
+            elif previous is not None and index > 0 and previous.pts >= self._stamps[index - 1]:
+                found[index] = _pixels(previous)  # one frame that the decoder dropped: a player goes on showing the last one
+            else:
+                raise VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
+        return found
+
+    def _by_count(self, wanted):
+        self._open()  # from the very start: without time stamps there is nothing to seek by
+        missing, found = set(wanted), {}
+        for number, frame in enumerate(self._decode()):
+            if number in missing:
+                found[number] = _pixels(frame)
+                missing.discard(number)
+                if not missing:
+                    return found
+        raise VideoError(self.path, f"frame {min(missing)} of {len(self)} cannot be decoded")
+
+    def _from(self, target):
+        """Frames in order, beginning at or before ``target`` (a time stamp in the stream's units)."""
+        for seconds in BACK_OFF_SECONDS:
+            aim = target - int(seconds / self._seconds)
+            if aim < self._stamps[0] and seconds > 0:
+                break
+            try:
+                self._container.seek(aim, stream=self._stream, backward=True)
+            except av.error.FFmpegError:
+                continue
+            decoded = self._decode()
+            first = next(decoded, None)
+            if first is not None and first.pts <= target:
+                yield first
+                yield from decoded
+                return
+        self._open()
+        yield from self._decode()
+
+    def _decode(self):
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.error.FFmpegError):
+                return  # the end, or a damaged tail
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                continue  # one bad packet: the decoder resumes at the next good one
+            for frame in frames:
+                if self._stamps is None or frame.pts is not None:
+                    yield frame
+
+
+def _pixels(frame):
+    """uint8 [H, W, 3]; grey, 10-bit and subsampled formats become 8-bit RGB."""
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4  # counter-clockwise, in degrees
+    return np.rot90(pixels, turns) if turns else pixels
+
+
+def _match(pixels, first):
+    """Some streams change their frame size on the way: nearest rows and columns, to the size of the first."""
+    if pixels.shape == first.shape:
+        return pixels
+    rows = np.arange(first.shape[0]) * pixels.shape[0] // first.shape[0]
+    columns = np.arange(first.shape[1]) * pixels.shape[1] // first.shape[1]
+    return pixels[rows][:, columns]
+
+
+def _is_cover_picture(stream):
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _reason(error):
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
