@@ -28,7 +28,8 @@ def extension():
 
     installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if installed < TORCH_OLDEST:
-        sys.exit(f"stmae needs torch {'.'.join(map(str, TORCH_OLDEST))} or later, found {torch.__version__}; run: pip install --upgrade torch")
+        oldest = ".".join(map(str, TORCH_OLDEST))
+        sys.exit(f"stmae needs torch {oldest} or later, found {torch.__version__}; run: pip install --upgrade torch")
     module = CppExtension(
         "stmae._C",
         sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp")),
@@ -39,7 +40,7 @@ def extension():
             ("Py_LIMITED_API", "0x030A0000"),
         ],
         # No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the whole process.
-        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
         + os.environ.get("STMAE_CXXFLAGS", "").split(),
         extra_link_args=os.environ.get("STMAE_LDFLAGS", "").split(),
     )

@@ -27,7 +27,7 @@ def show_config(file=None):
         "extension": library._C.__file__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or torch.version.hip or 'none'})",
-        "cpu": f"{library.cpu_capability()} in use, {library.best_cpu_capability()} the best here, {torch.get_num_threads()} threads",
+        "cpu": f"{library.cpu_capability()} (best here {library.best_cpu_capability()}), {torch.get_num_threads()} threads",
         "gpu": ", ".join(cuda) or "none",
         **{name: _version(name) for name in ("triton", "xformers", "flash-attn", "av", "safetensors")},
     }

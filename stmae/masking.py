@@ -1,7 +1,9 @@
-"""Which patches the encoder sees: the masking strategies of the paper's ablation, as noise for ``random_masking``.
+"""Which patches the encoder sees: the masking strategies of the paper's ablation, as noise for
+``random_masking``.
 
-A strategy is a way of drawing noise ``[B, N]`` such that keeping the ``num_keep`` smallest entries of each row gives the mask.
-So one kernel (``stmae.ops.random_masking``) serves them all, and a stored noise tensor reproduces a mask exactly.
+A strategy is a way of drawing noise ``[B, N]`` such that keeping the ``num_keep`` smallest entries of each
+row gives the mask. So one kernel (``stmae.ops.random_masking``) serves them all, and a stored noise tensor
+reproduces a mask exactly.
 
 Source: Feichtenhofer et al., "Masked Autoencoders As Spatiotemporal Learners", section 3 and figure 4
 (random "agnostic", space-only = tube, time-only = frame, block).
@@ -13,7 +15,7 @@ import torch
 
 STRATEGIES = ("random", "tube", "frame", "block")
 
-_BLOCK_AREA = (0.05, 0.3)  # of the frame, per block
+_BLOCK_AREA = (0.1, 0.4)  # of the frame, per block
 _BLOCK_ASPECT = (0.3, 1 / 0.3)  # height : width, log-uniform, as in BEiT's block-wise masking
 _MAX_BLOCKS = 1000  # reached only by ratios close to 1, where the rest is filled in raster order
 
@@ -21,9 +23,10 @@ _MAX_BLOCKS = 1000  # reached only by ratios close to 1, where the rest is fille
 def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
     """Number of tokens that stay visible, of the ``N = t * h * w`` in ``grid``.
 
-    ``random`` and ``block`` keep ``int(N * (1 - ratio))``, truncated in double precision exactly as mae_st does it (3920 tokens
-    at 0.9 keep 391, not 392). ``tube`` and ``frame`` mask ``int(n * ratio)`` of the ``n = h * w`` tubes or ``n = t`` time slices and
-    keep the others whole, as VideoMAE does (8x14x14 at 0.9: 20 tubes, 160 tokens).
+    ``random`` and ``block`` keep ``int(N * (1 - ratio))``, truncated in double precision exactly as mae_st
+    does it (3920 tokens at 0.9 keep 391, not 392). ``tube`` and ``frame`` mask ``int(n * ratio)`` of the
+    ``n = h * w`` tubes or ``n = t`` time slices and keep the others whole, as VideoMAE does (8x14x14 at 0.9: 20
+    tubes, 160 tokens).
 
     Raises:
         ValueError: unknown strategy, a ratio outside (0, 1), or one that keeps nothing or everything.
@@ -38,8 +41,8 @@ def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
         keep = int(tokens * (1 - ratio))
     if not 0 < keep < tokens:
         raise ValueError(
-            f"masking: expected a ratio that keeps some of the {tokens} tokens of grid {t}x{h}x{w} and masks some, "
-            f"got {ratio}, with which '{strategy}' masking keeps {'nothing' if keep == 0 else 'everything'}"
+            f"masking: expected a ratio that keeps some and masks some of the {tokens} tokens of grid "
+            f"{t}x{h}x{w}, got {ratio}, with which '{strategy}' keeps {'nothing' if keep == 0 else 'everything'}"
         )
     return keep
 
@@ -53,11 +56,13 @@ def sample_noise(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Noise ``[B, N]`` float32 whose ``num_keep(strategy, grid, ratio)`` smallest entries per row are the tokens to keep.
+    """Noise ``[B, N]`` float32 whose ``num_keep(strategy, grid, ratio)`` smallest entries per row are the
+    tokens to keep.
 
     Args:
-        strategy: ``random``: any tokens; ``tube``: the same places in every time slice; ``frame``: whole time slices;
-            ``block``: what is masked is a union of random space-time boxes, the last one cut to give the exact count.
+        strategy: ``random``: any tokens; ``tube``: the same places in every time slice; ``frame``: whole time
+            slices; ``block``: what is masked is a union of random space-time boxes, the last one cut to give
+            the exact count.
         batch: ``B``, each row drawn by itself.
         grid: ``(t, h, w)``, the patch grid; token index is ``(it * h + ih) * w + iw``.
         ratio: masked share. Only ``block`` draws differently for it, but every strategy checks it.
@@ -72,7 +77,8 @@ def sample_noise(
     if batch < 0:
         raise ValueError(f"masking: expected a batch size of at least 0, got {batch}")
     source = generator.device if generator is not None else device
-    # Two tubes or time slices with equal noise would be torn apart at the cut, and float32 noise does collide; a permutation cannot.
+    # Two tubes or time slices with equal noise would be torn apart at the cut, and float32 noise does
+    # collide; a permutation cannot.
     if strategy == "random":
         noise = torch.rand(batch, t * h * w, generator=generator, device=source)
     elif strategy == "tube":
@@ -103,8 +109,10 @@ def _permutation(batch: int, size: int, generator: torch.Generator | None, devic
 def _block_noise(batch: int, grid: tuple[int, int, int], num_masked: int, generator, device) -> torch.Tensor:
     """Noise [B, N]: tokens of the first block highest, of the second next, ..., tokens in no block lowest.
 
-    Within a block the noise grows with the token index. Masking the ``num_masked`` highest therefore masks whole blocks and, of the
-    block in which the count is reached, a contiguous end.
+    Within a block the noise grows or, in half of the rows, falls with the token index: masking the
+    ``num_masked`` highest masks whole blocks and, of the block in which the count is reached, a contiguous
+    end, late or early in time as often as not. Blocks may hang over the grid's border, where they are cut, so
+    that each covers a corner as often as the middle.
     """
     t, h, w = grid
     tokens = t * h * w
@@ -118,15 +126,16 @@ def _block_noise(batch: int, grid: tuple[int, int, int], num_masked: int, genera
         area = (_BLOCK_AREA[0] + draw[:, 0] * (_BLOCK_AREA[1] - _BLOCK_AREA[0])) * (h * w)
         low, high = math.log(_BLOCK_ASPECT[0]), math.log(_BLOCK_ASPECT[1])
         aspect = (low + draw[:, 1] * (high - low)).exp()
-        depth = (1 + (draw[:, 2] * t).floor()).clamp(max=t)
+        depth = 1 + (draw[:, 2] * t).floor()
         height = (area * aspect).sqrt().round().clamp(1, h)
         width = (area / aspect).sqrt().round().clamp(1, w)
-        covered = None
+        covered = True
         for position, extent, size, place in ((it, depth, t, 3), (ih, height, h, 4), (iw, width, w, 5)):
-            start = (draw[:, place] * (size - extent + 1)).floor().clamp(max=size - 1)[:, None]
-            inside = (position >= start) & (position < start + extent[:, None])
-            covered = inside if covered is None else covered & inside
+            start = ((draw[:, place] * (size + extent - 1)).floor() - extent + 1)[:, None]
+            covered = covered & (position >= start) & (position < start + extent[:, None])
         block = torch.where(covered & (block < 0), number, block)
     # An integer rank per token: distinct, and exact in float32.
-    order = torch.where(block >= 0, _MAX_BLOCKS - block, 0) * tokens + index
+    backwards = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+    within = torch.where(backwards, tokens - 1 - index, index)
+    order = torch.where(block >= 0, _MAX_BLOCKS - block, 0) * tokens + within
     return order.argsort(dim=1).argsort(dim=1).float()

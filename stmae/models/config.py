@@ -1,6 +1,7 @@
 """What a model is: every choice that changes its weights' shapes or its results, validated when it is made.
 
-Configurations are immutable, compare by value and turn into plain JSON and back (``to_dict``, ``from_dict``); a checkpoint carries one.
+Configurations are immutable, compare by value and turn into plain JSON and back (``to_dict``, ``from_dict``);
+a checkpoint carries one.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ class EncoderConfig:
         qkv_bias: whether the query, key and value projections have biases.
         class_token: whether a class token is put before the patch tokens.
         separable_position: position embeddings ``space[h * w] + time[t]`` instead of one per token.
-        mean, std: what uint8 frames are normalised with, ``(x / 255 - mean) / std``; one number or one per channel.
+        mean, std: what uint8 frames are normalised with, ``(x / 255 - mean) / std``; one number or one per
+            channel.
         layer_norm_eps: of every LayerNorm.
     """
 
@@ -67,7 +69,8 @@ class EncoderConfig:
             if size % patch:
                 _fail(self, "image_size", f"to be a multiple of patch_size {patch} in {axis}", size)
         if self.num_frames % self.tubelet_size:
-            _fail(self, "num_frames", f"to be a multiple of tubelet_size {self.tubelet_size}", self.num_frames)
+            expected = f"to be a multiple of tubelet_size {self.tubelet_size}"
+            _fail(self, "num_frames", expected, self.num_frames)
         self._check_heads("width", "num_heads")
         if not self.mlp_ratio > 0:
             _fail(self, "mlp_ratio", "to be positive", self.mlp_ratio)
@@ -135,14 +138,17 @@ class MaskedAutoencoderConfig(EncoderConfig):
     """The masked autoencoder. The defaults are the paper's ViT-B on 16x224x224 clips.
 
     Args:
-        decoder_width, decoder_depth, decoder_num_heads: of the decoder; its MLP ratio and biases are the encoder's.
-            The number of heads is not visible in the weights: mae_st has 16 (head dim 32), SlowFast width / 64.
+        decoder_width, decoder_depth, decoder_num_heads: of the decoder; its MLP ratio and biases are the
+            encoder's. The number of heads is not visible in the weights: mae_st has 16 (head dim 32),
+            SlowFast width / 64.
         decoder_separable_position: None: as the encoder's.
-        decoder_class_token: ``own``: the encoder's class token is dropped and the decoder has a new one (mae_st); ``encoder``: it is
-            passed through the decoder (SlowFast). Without ``class_token`` it means nothing.
-        predicted_frames: how many of the clip's frames are reconstructed, a multiple of t; None: one for each time slice.
-        frame_choice: which ones. ``linspace``: ``linspace(0, T - 1, n)`` truncated, the last frame included (mae_st: 0, 2, ..., 12,
-            15 of 16); ``stride``: every (T / n)-th (SlowFast: 0, 2, ..., 14).
+        decoder_class_token: ``own``: the encoder's class token is dropped and the decoder has a new one
+            (mae_st); ``encoder``: it is passed through the decoder (SlowFast). Without ``class_token`` it
+            means nothing.
+        predicted_frames: how many of the clip's frames are reconstructed, a multiple of t; None: one for each
+            time slice.
+        frame_choice: which ones. ``linspace``: ``linspace(0, T - 1, n)`` truncated, the last frame included
+            (mae_st: 0, 2, ..., 12, 15 of 16); ``stride``: every (T / n)-th (SlowFast: 0, 2, ..., 14).
         normalize_target: predict each patch normalised by its own mean and variance ("norm-pix").
         mask_ratio, mask_strategy: used unless the forward call says otherwise; see ``stmae.masking``.
     """
@@ -173,12 +179,8 @@ class MaskedAutoencoderConfig(EncoderConfig):
         if self.predicted_frames is not None:
             self._check_count("predicted_frames")
             if self.predicted_frames % self.grid[0] or self.predicted_frames > self.num_frames:
-                _fail(
-                    self,
-                    "predicted_frames",
-                    f"to be a multiple of the {self.grid[0]} time slices and at most num_frames {self.num_frames}",
-                    self.predicted_frames,
-                )
+                expected = f"to be a multiple of the {self.grid[0]} time slices, at most {self.num_frames}"
+                _fail(self, "predicted_frames", expected, self.predicted_frames)
         if not 0 < self.mask_ratio < 1:
             _fail(self, "mask_ratio", "to lie between 0 and 1 (exclusive)", self.mask_ratio)
 
@@ -209,7 +211,8 @@ class VideoClassifierConfig(EncoderConfig):
     Args:
         num_classes: outputs of the head.
         dropout: before the head, in training.
-        drop_path: stochastic depth in training: the rate of the last block; it grows linearly from 0 in the first.
+        drop_path: stochastic depth in training: the rate of the last block; it grows linearly from 0 in the
+            first.
     """
 
     num_classes: int = 400

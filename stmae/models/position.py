@@ -48,20 +48,24 @@ class Position(nn.Module):
 def interpolate_position(
     values: torch.Tensor, old_grid: tuple[int, int, int], new_grid: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Carries values [t * h * w, D] on ``old_grid`` over to ``new_grid``: bicubic in space, linear in time, float32 inside.
+    """Carries values [t * h * w, D] on ``old_grid`` over to ``new_grid``: bicubic in space, linear in time,
+    float32 inside.
 
-    The same grid gives the same values back. Spatial embeddings are passed with t = 1, temporal ones with h = w = 1; since both steps are
-    linear and separable, interpolating the parts of separable embeddings equals interpolating their sum.
+    The same grid gives the same values back. Spatial embeddings are passed with t = 1, temporal ones with h =
+    w = 1; since both steps are linear and separable, interpolating the parts of separable embeddings equals
+    interpolating their sum.
     """
     (t, h, w), (new_t, new_h, new_w) = old_grid, new_grid
     width = values.shape[-1]
     if values.shape[0] != t * h * w:
         raise ValueError(
-            f"interpolate_position: expected values [{t * h * w}, D] for grid {t}x{h}x{w}, got {list(values.shape)}"
+            f"interpolate_position: expected values [{t * h * w}, D] for grid {t}x{h}x{w}, "
+            f"got {list(values.shape)}"
         )
     x = values.float().reshape(t, h, w, width)
     if (h, w) != (new_h, new_w):
-        x = F.interpolate(x.permute(0, 3, 1, 2), (new_h, new_w), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+        x = F.interpolate(x.permute(0, 3, 1, 2), (new_h, new_w), mode="bicubic", align_corners=False)
+        x = x.permute(0, 2, 3, 1)
     if t != new_t:
         x = x.reshape(t, new_h * new_w * width).t()[None]  # [1, values, t]
         x = F.interpolate(x, new_t, mode="linear", align_corners=False)[0].t()

@@ -17,7 +17,8 @@ def tensor(op, name, x, expected, shape, dtypes=None):
     """x must be a tensor of this shape (None: any size) and one of these dtypes (None: what this device's kernels take)."""
     if isinstance(x, torch.Tensor):
         dtypes = floating(x) if dtypes is None else dtypes
-        if x.dim() == len(shape) and x.dtype in dtypes and all(want is None or size == want for size, want in zip(x.shape, shape)):
+        fits = x.dim() == len(shape) and all(want is None or size == want for size, want in zip(x.shape, shape))
+        if fits and x.dtype in dtypes:
             return
     kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes) if dtypes else "float32 or bfloat16"
     wanted = ", ".join("*" if want is None else str(want) for want in shape)
@@ -63,7 +64,7 @@ def channels(op, name, value, count):
 
 def video(op, x):
     if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: expected a video that needs no gradient (none is computed for it), got requires_grad=True; detach it")
+        raise ValueError(f"{op}: expected a video that needs no gradient (it gets none), got requires_grad=True; detach it")
     tensor(op, "video", x, "[B, C, T, H, W]", (None,) * 5, (torch.uint8, torch.float32, torch.bfloat16))
 
 
@@ -91,5 +92,18 @@ def autocast(*tensors):
 def grid_tokens(op, clip, patch):
     """How many patches a clip (T, H, W) has; each side must be a multiple of the patch's."""
     if any(p <= 0 or s % p or s == 0 for s, p in zip(clip, patch)):
-        raise ValueError(f"{op}: expected frames, height and width that are multiples of the patch {tuple(patch)}, got {tuple(clip)}")
+        raise ValueError(
+            f"{op}: expected frames, height and width that are multiples of the patch {tuple(patch)}, got {tuple(clip)}"
+        )
     return (clip[0] // patch[0]) * (clip[1] // patch[1]) * (clip[2] // patch[2])
+
+
+def linear_layer(op, x, weight, bias, prefix=""):
+    """x [..., K], weight [N, K], bias [N] or None; parameters may have another floating dtype than x."""
+    if not isinstance(x, torch.Tensor) or x.dim() < 1:
+        raise ValueError(f"{op}: expected x [..., K] float32 or bfloat16, got {describe(x)}")
+    tensor(op, "x", x, "[..., K]", tuple(x.shape))
+    tensor(op, f"{prefix}weight", weight, "[N, K]", (None, x.shape[-1]))
+    if bias is not None:
+        tensor(op, f"{prefix}bias", bias, "[N]", (weight.shape[0],))
+    same_device(op, **{"x": x, f"{prefix}weight": weight, f"{prefix}bias": bias})

@@ -8,7 +8,7 @@ try:
     from stmae import _C
 except ImportError as error:
     raise ImportError(
-        f"stmae: the compiled kernels (stmae._C) do not load: {error}. Build them with: pip install . (or pip install -e . in a checkout)"
+        f"stmae: the compiled kernels (stmae._C) do not load: {error}. Build them, in a checkout, with: pip install -e ."
     ) from error
 
 cpu_capability = _C.cpu_capability
@@ -16,15 +16,22 @@ best_cpu_capability = _C.best_cpu_capability
 set_cpu_capability = _C.set_cpu_capability
 
 
-def define(name, schema, *, fake, stem):
-    """Define `stmae::name` with its shape function; a CUDA tensor is the first to import stmae.kernels.<stem> (and triton)."""
+def define(name, schema, *, fake, stem=None, cpu=None):
+    """Define `stmae::name` with its shape function.
+
+    stem: a CUDA tensor is the first to import stmae.kernels.<stem> (and triton), and calls its function `name`.
+    cpu: the CPU kernel where it is Python; by default stmae._C has it.
+    """
     torch.library.define(f"stmae::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.register_fake(f"stmae::{name}")(fake)
+    if stem is not None:
 
-    def launch(*arguments):
-        return getattr(importlib.import_module(f"stmae.kernels.{stem}"), name)(*arguments)
+        def launch(*arguments):
+            return getattr(importlib.import_module(f"stmae.kernels.{stem}"), name)(*arguments)
 
-    torch.library.impl(f"stmae::{name}", "CUDA")(launch)
+        torch.library.impl(f"stmae::{name}", "CUDA")(launch)
+    if cpu is not None:
+        torch.library.impl(f"stmae::{name}", "CPU")(cpu)
     return getattr(torch.ops.stmae, name).default
 
 

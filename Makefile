@@ -1,0 +1,35 @@
+# make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
+# make test   from nothing: all tests
+# make bench  from nothing: every op and the training step beside the reference and a strong user's version
+#
+# Each makes its own virtual environment. PYTHON=python3.12 or TORCH='torch==2.10.0' choose others than the tested ones.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+VENV ?= .venv
+OUTPUT ?= demo-output
+
+# One stamp per choice of torch and triton: another choice installs anew.
+STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(TORCH)-$(TRITON)))))
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo test bench clean
+
+demo: $(STAMP)
+	$(VENV)/bin/stmae demo --output $(OUTPUT)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest tests
+
+bench: $(STAMP)
+	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-json bench-results.json
+
+$(STAMP): $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON)'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,bench]'
+	touch '$@'
+
+clean:
+	rm -rf $(VENV) build *.egg-info stmae/*.so

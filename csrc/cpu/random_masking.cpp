@@ -1,0 +1,109 @@
+// The K smallest of each row by selection: the K-th smallest value is found bit by bit, counting what lies below, and one
+// pass over the tokens then writes both lists in ascending order.
+#ifdef STMAE_ISA
+
+namespace stmae::STMAE_ISA {
+
+// Unsigned integers in the order of the floats, -0 equal to 0. Returns the column of the first NaN, or -1.
+static int64_t ordered_keys(const float* noise, int64_t stride, int64_t count, uint32_t* keys) {
+  uint32_t nans = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = noise[i * stride] + 0.f;  // -0 + 0 is 0
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    nans += x != x;
+    keys[i] = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  }
+  if (nans == 0) return -1;
+  int64_t i = 0;
+  while (noise[i * stride] == noise[i * stride]) ++i;
+  return i;
+}
+
+static int64_t count_below(const uint32_t* keys, int64_t count, uint32_t limit) {
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < count; begin += 1 << 20) {  // so that 32-bit counters serve
+    const int64_t end = std::min(count, begin + (1 << 20));
+    uint32_t part = 0;
+    for (int64_t i = begin; i < end; ++i) part += keys[i] < limit;
+    total += part;
+  }
+  return total;
+}
+
+static void masking_row(const float* noise, int64_t stride, int64_t N, int64_t K, uint32_t* keys, int64_t* keep, int64_t* masked, int64_t* nan) {
+  *nan = ordered_keys(noise, stride, N, keys);
+  if (*nan >= 0) return;
+  uint32_t kth = 0;  // the largest key with fewer than K keys below it: the K-th smallest
+  int64_t below = 0;
+  for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    const int64_t smaller = count_below(keys, N, kth | bit);
+    if (smaller < K) {
+      kth |= bit;
+      below = smaller;
+    }
+  }
+  int64_t ties = K - below;  // how many of those equal to the K-th are kept, from the lowest index on
+  const int64_t M = N - K;
+  int64_t i = 0, k = 0, m = 0;
+  for (; k < K && m < M; ++i) {  // both writes are within bounds, and one of them stays
+    const bool tie = keys[i] == kth;
+    const bool kept = keys[i] < kth || (tie && ties > 0);
+    ties -= tie;
+    keep[k] = i;
+    masked[m] = i;
+    k += kept;
+    m += !kept;
+  }
+  while (k < K) keep[k++] = i++;
+  while (m < M) masked[m++] = i++;
+}
+
+}  // namespace stmae::STMAE_ISA
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "../check.h"
+#include "../parallel.h"
+
+#define STMAE_KERNEL_FILE "cpu/random_masking.cpp"
+#include "../for_each_isa.h"
+
+namespace stmae {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> random_masking(const Tensor& noise, int64_t num_keep) {
+  const int64_t B = noise.size(0), N = noise.size(1), K = num_keep, M = N - K;
+  Tensor keep = torch::stable::new_empty(noise, {B, K}, ScalarType::Long);
+  Tensor masked = torch::stable::new_empty(noise, {B, M}, ScalarType::Long);
+  const float* in = noise.const_data_ptr<float>();
+  int64_t* kept = keep.mutable_data_ptr<int64_t>();
+  int64_t* rest = masked.mutable_data_ptr<int64_t>();
+  const int64_t row_stride = noise.stride(0), stride = noise.stride(1);
+  const int64_t parts = pieces(B, std::max<int64_t>(1, 8192 / N));
+  std::unique_ptr<uint32_t[]> keys(new uint32_t[parts * N]);
+  std::unique_ptr<int64_t[]> nan(new int64_t[B]);
+  for_pieces(B, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, keys.get() + part * N, kept + b * K, rest + b * M, &nan[b]);
+  });
+  for (int64_t b = 0; b < B; ++b)
+    STMAE_CHECK(nan[b] < 0, "random_masking: expected noise without NaN, got NaN at [", b, ", ", nan[b], "]");
+  return {keep, masked};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) { m.impl("random_masking", TORCH_BOX(&random_masking)); }
+
+}  // namespace
+}  // namespace stmae
+
+#endif

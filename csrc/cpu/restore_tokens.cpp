@@ -1,0 +1,191 @@
+// One pass over the decoder's tokens. A token's row of positions is read once and serves the whole batch; in the backward,
+// one read of the gradient gives all three gradients.
+#ifdef STMAE_ISA
+
+namespace stmae::STMAE_ISA {
+
+template <typename T, typename O>
+static void restore(const Restore& r, int64_t begin, int64_t end) {
+  const T* tokens = static_cast<const T*>(r.tokens);
+  const O* mask_token = static_cast<const O*>(r.mask_token);
+  const int64_t D = r.D, whole = D / kLanes * kLanes;
+  const int tail = static_cast<int>(D - whole);
+  for (int64_t n = begin; n < end; ++n) {
+    const O* position = static_cast<const O*>(r.position) + n * D;
+    for (int64_t b = 0; b < r.B; ++b) {
+      O* out = static_cast<O*>(r.out) + (b * r.N + n) * D;
+      const int32_t slot = r.slots[b * r.N + n];
+      if (slot < 0) {
+        for (int64_t d = 0; d < whole; d += kLanes) store(out + d, load(mask_token + d) + load(position + d));
+        if (tail) store(out + whole, load(mask_token + whole, tail) + load(position + whole, tail), tail);
+      } else {
+        const T* token = tokens + b * r.batch_stride + slot * r.token_stride;
+        for (int64_t d = 0; d < whole; d += kLanes) store(out + d, load(token + d) + load(position + d));
+        if (tail) store(out + whole, load(token + whole, tail) + load(position + whole, tail), tail);
+      }
+    }
+  }
+}
+
+static void restore_rows(const Restore& r, int64_t begin, int64_t end) {
+  if (r.out_float) {
+    r.tokens_float ? restore<float, float>(r, begin, end) : restore<bf16, float>(r, begin, end);
+  } else {
+    restore<bf16, bf16>(r, begin, end);
+  }
+}
+
+// Tokens [begin, end): their gradient of position, and their share of the mask token's, in mask_part [D].
+template <typename O, typename T>
+static void restore_backward(const RestoreBackward& r, float* mask_part, int64_t begin, int64_t end) {
+  constexpr int kVectors = 4;  // columns taken at a time, so that a row is read in long runs
+  const int64_t D = r.D;
+  const O* grad_out = static_cast<const O*>(r.grad_out);
+  for (int64_t d = 0; d < D; ++d) mask_part[d] = 0.f;
+  for (int64_t n = begin; n < end; ++n) {
+    O* grad_position = static_cast<O*>(r.grad_position) + n * D;
+    int64_t d = 0;
+    for (; d + kVectors * kLanes <= D; d += kVectors * kLanes) {
+      vec all[kVectors], masked[kVectors];
+      for (int j = 0; j < kVectors; ++j) all[j] = masked[j] = zero();
+      for (int64_t b = 0; b < r.B; ++b) {
+        const O* grad = grad_out + b * r.batch_stride + n * r.token_stride + d;
+        const int32_t slot = r.slots[b * r.N + n];
+        if (slot < 0) {
+          for (int j = 0; j < kVectors; ++j) {
+            const vec g = load(grad + j * kLanes);
+            all[j] = all[j] + g;
+            masked[j] = masked[j] + g;
+          }
+        } else {
+          T* grad_token = static_cast<T*>(r.grad_tokens) + (b * r.K + slot) * D + d;
+          for (int j = 0; j < kVectors; ++j) {
+            const vec g = load(grad + j * kLanes);
+            all[j] = all[j] + g;
+            store(grad_token + j * kLanes, g);
+          }
+        }
+      }
+      for (int j = 0; j < kVectors; ++j) {
+        store(grad_position + d + j * kLanes, all[j]);
+        store(mask_part + d + j * kLanes, load(mask_part + d + j * kLanes) + masked[j]);
+      }
+    }
+    for (; d < D; d += kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, D - d));
+      vec all = zero(), masked = zero();
+      for (int64_t b = 0; b < r.B; ++b) {
+        const vec g = load(grad_out + b * r.batch_stride + n * r.token_stride + d, lanes);
+        const int32_t slot = r.slots[b * r.N + n];
+        all = all + g;
+        if (slot < 0) {
+          masked = masked + g;
+        } else {
+          store(static_cast<T*>(r.grad_tokens) + (b * r.K + slot) * D + d, g, lanes);
+        }
+      }
+      store(grad_position + d, all, lanes);
+      store(mask_part + d, load(mask_part + d, lanes) + masked, lanes);
+    }
+  }
+}
+
+static void restore_backward_rows(const RestoreBackward& r, float* mask_part, int64_t begin, int64_t end) {
+  if (r.out_float) {
+    r.tokens_float ? restore_backward<float, float>(r, mask_part, begin, end) : restore_backward<float, bf16>(r, mask_part, begin, end);
+  } else {
+    r.tokens_float ? restore_backward<bf16, float>(r, mask_part, begin, end) : restore_backward<bf16, bf16>(r, mask_part, begin, end);
+  }
+}
+
+}  // namespace stmae::STMAE_ISA
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "../token_ids.h"
+
+namespace stmae {
+
+struct Restore {
+  const void *tokens, *mask_token, *position;  // [B, K, D], [D], [N, D]
+  const int32_t* slots;                        // [B, N]
+  void* out;                                   // [B, N, D]
+  int64_t B, N, D, batch_stride, token_stride;
+  bool tokens_float, out_float;
+};
+
+struct RestoreBackward {
+  const void* grad_out;               // [B, N, D]
+  const int32_t* slots;               // [B, N]
+  void *grad_tokens, *grad_position;  // [B, K, D], [N, D]
+  int64_t B, N, K, D, batch_stride, token_stride;
+  bool tokens_float, out_float;
+};
+
+}  // namespace stmae
+
+#define STMAE_KERNEL_FILE "cpu/restore_tokens.cpp"
+#include "../for_each_isa.h"
+
+namespace stmae {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor restore_tokens(const Tensor& tokens, const Tensor& keep, const Tensor& mask_token, const Tensor& position) {
+  const int64_t B = tokens.size(0), N = position.size(0), D = position.size(1);
+  const auto slots = token_slots("restore_tokens", "keep", keep, N);
+  Tensor out = torch::stable::new_empty(position, {B, N, D});
+  const Restore r{tokens.const_data_ptr(), mask_token.const_data_ptr(), position.const_data_ptr(), slots.get(), out.mutable_data_ptr(),
+                  B, N, D, tokens.stride(0), tokens.stride(1),
+                  tokens.scalar_type() == ScalarType::Float, out.scalar_type() == ScalarType::Float};
+  const int64_t grain = std::max<int64_t>(1, 16384 / (B * D + 1));
+  torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(restore_rows, r, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_out, const Tensor& keep, ScalarType tokens_dtype) {
+  const int64_t B = grad_out.size(0), N = grad_out.size(1), D = grad_out.size(2), K = keep.size(1);
+  const auto slots = token_slots("restore_tokens", "keep", keep, N);
+  Tensor grad_tokens = torch::stable::new_empty(grad_out, {B, K, D}, tokens_dtype);
+  Tensor grad_mask_token = torch::stable::new_empty(grad_out, {D});
+  Tensor grad_position = torch::stable::new_empty(grad_out, {N, D});
+  const RestoreBackward r{grad_out.const_data_ptr(), slots.get(), grad_tokens.mutable_data_ptr(), grad_position.mutable_data_ptr(),
+                          B, N, K, D, grad_out.stride(0), grad_out.stride(1),
+                          tokens_dtype == ScalarType::Float, grad_out.scalar_type() == ScalarType::Float};
+  // The mask token's gradient sums over nearly all tokens: over the batch, over the tokens of a block, over blocks. Blocks
+  // depend on the shape alone, so the result is the same at any number of threads.
+  const int64_t block = 32, blocks = (N + block - 1) / block;
+  std::unique_ptr<float[]> parts(new float[blocks * D]);
+  const int64_t grain = std::max<int64_t>(1, 16384 / (block * B * D + 1));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) STMAE_DISPATCH(restore_backward_rows, r, parts.get() + i * D, i * block, std::min(N, (i + 1) * block));
+  });
+  for (int64_t d = 0; d < D; ++d) {
+    double sum = 0;
+    for (int64_t i = 0; i < blocks; ++i) sum += parts[i * D + d];
+    if (r.out_float) {
+      grad_mask_token.mutable_data_ptr<float>()[d] = static_cast<float>(sum);
+    } else {
+      grad_mask_token.mutable_data_ptr<c10::BFloat16>()[d] = static_cast<float>(sum);
+    }
+  }
+  return {grad_tokens, grad_mask_token, grad_position};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
+  m.impl("restore_tokens", TORCH_BOX(&restore_tokens));
+  m.impl("restore_tokens_backward", TORCH_BOX(&restore_tokens_backward));
+}
+
+}  // namespace
+}  // namespace stmae
+
+#endif

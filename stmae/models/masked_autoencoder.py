@@ -1,0 +1,218 @@
+"""The masked autoencoder: encodes the visible patches of a clip, reconstructs the masked ones.
+
+Source: Feichtenhofer et al., "Masked Autoencoders As Spatiotemporal Learners", section 3; the details that
+the paper leaves open are those of its two official implementations, each a switch of
+``MaskedAutoencoderConfig``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from stmae.masking import num_keep, sample_noise
+from stmae.models.blocks import Block, add_layer_norm, initialize_block
+from stmae.models.config import MaskedAutoencoderConfig
+from stmae.models.encoder import Encoder, VideoModel
+from stmae.models.pictures import Reconstruction, reconstruct
+from stmae.models.position import Position
+
+
+class MaskedAutoencoderOutput(NamedTuple):
+    """loss: scalar float32; pred: [B, M, P], in the order of ``masked``; keep: [B, K]; masked: [B, M], both
+    ascending."""
+
+    loss: torch.Tensor
+    pred: torch.Tensor
+    keep: torch.Tensor
+    masked: torch.Tensor
+
+
+class Decoder(nn.Module):
+    """A narrower ViT over all tokens, mask tokens in the masked places, and the prediction of the masked
+    patches."""
+
+    def __init__(self, config: MaskedAutoencoderConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder_width
+        separable = config.decoder_separable_position
+        self.embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        if config.class_token and config.decoder_class_token == "own":
+            # mae_st starts it at zero, unlike the encoder's.
+            self.class_token = nn.Parameter(torch.zeros(1, width))
+        self.position = Position(
+            config.grid,
+            width,
+            separable=config.separable_position if separable is None else separable,
+            class_token=config.class_token,
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.decoder_num_heads,
+                mlp_ratio=config.mlp_ratio,
+                qkv_bias=config.qkv_bias,
+                eps=config.layer_norm_eps,
+            )
+            for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, config.patch_values)
+
+        nn.init.normal_(self.mask_token, std=0.02)
+        for layer in (self.embed, self.head):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for block in self.blocks:
+            initialize_block(block)
+
+    def forward(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor, ops) -> torch.Tensor:
+        """latent [B, (1 +) K, D], keep [B, K], masked [B, M] -> pred [B, M, P]."""
+        x = ops.linear(latent, self.embed.weight, self.embed.bias)
+        if self.config.class_token:
+            # The class token is token 0 of the sequence, so it goes through the same scatter as the visible
+            # tokens and the N tokens are written once. Replacing its row after the projection is cheaper than
+            # projecting a strided slice without it.
+            if self.config.decoder_class_token == "own":
+                x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x[:, 1:]], dim=1)
+            keep = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)
+            masked = masked + 1
+        x = ops.restore_tokens(x, keep, self.mask_token[0], self.position.of_all())
+        branch = None
+        for block in self.blocks[:-1]:
+            x, branch = block(x, branch, ops)
+        x, branch = self.blocks[-1](x, branch, ops, rows=masked)
+        return ops.linear(add_layer_norm(x, branch, self.norm, ops)[1], self.head.weight, self.head.bias)
+
+
+class MaskedAutoencoder(VideoModel):
+    """Masked autoencoder for video.
+
+    Initialised as mae_st: Xavier-uniform linear layers with zero biases, class token and positions truncated
+    normal (0.02), mask token normal (0.02), the decoder's own class token zero.
+
+    Example:
+        >>> model = stmae.models.mae_vit_base_patch16()
+        >>> out = model(video)  # uint8 [B, 3, 16, 224, 224]
+        >>> out.loss.backward()
+    """
+
+    config: MaskedAutoencoderConfig
+
+    def __init__(self, config: MaskedAutoencoderConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self._frames = config.frames
+
+    def forward(
+        self,
+        video: torch.Tensor,
+        *,
+        mask_ratio: float | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskedAutoencoderOutput:
+        """Masks, encodes, decodes and compares.
+
+        Args:
+            video: [B, C, T, H, W]; uint8 (0..255, normalised inside the kernels) or floating point, already
+                normalised. Any strides.
+            mask_ratio: masked share of the tokens; default: the configuration's.
+            noise: [B, N] float32 whose smallest entries are kept; default: drawn by the configuration's
+                strategy.
+            generator: source of the drawn noise.
+
+        Returns:
+            ``MaskedAutoencoderOutput(loss, pred [B, M, P], keep [B, K], masked [B, M])``. The loss is the
+            mean over masked patches of the mean squared error within a patch (section 3 of the paper).
+
+        Raises:
+            ValueError: video or noise of the wrong shape or dtype, a ratio that keeps nothing or everything.
+            RuntimeError: NaN in the noise.
+        """
+        self._check_video(video)
+        keep, masked = self.sample_mask(
+            video.shape[0], mask_ratio=mask_ratio, noise=noise, generator=generator, device=video.device
+        )
+        pred = self.decode(self.encode(video, keep), keep, masked)
+        loss = self._ops.patch_loss(
+            pred,
+            video,
+            masked,
+            patch_size=self.config.target_patch_size,
+            frames=self._frames,
+            normalize=self.config.normalize_target,
+            mean=self.config.mean,
+            std=self.config.std,
+        )
+        return MaskedAutoencoderOutput(loss, pred, keep, masked)
+
+    def sample_mask(
+        self,
+        batch: int,
+        *,
+        mask_ratio: float | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keep [B, K], masked [B, M]), both int64 and ascending in each row. Arguments as in ``forward``."""
+        config = self.config
+        ratio = config.mask_ratio if mask_ratio is None else mask_ratio
+        count = num_keep(config.mask_strategy, config.grid, ratio)
+        if noise is None:
+            noise = sample_noise(
+                config.mask_strategy, batch, config.grid, ratio, generator=generator, device=device
+            )
+        elif tuple(noise.shape) != (batch, config.num_tokens):
+            raise ValueError(
+                f"MaskedAutoencoder: expected noise [{batch}, {config.num_tokens}] (B, N), "
+                f"got {list(noise.shape)}"
+            )
+        return self._ops.random_masking(noise, count)
+
+    def encode(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents [B, K, D] of the tokens ``keep`` [B, K] (default: all), after the final norm.
+
+        With a class token, which comes first: [B, 1 + K, D].
+        """
+        self._check_video(video)
+        if keep is None:
+            keep = self._all_tokens(video)
+        return add_layer_norm(*self.encoder(video, keep, self._ops), self.encoder.norm, self._ops)[1]
+
+    def decode(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Predictions [B, M, P] for the tokens ``masked`` [B, M], from ``encode``'s latents of the tokens
+        ``keep`` [B, K]."""
+        return self.decoder(latent, keep, masked, self._ops)
+
+    def reconstruct(
+        self, video: torch.Tensor, out: MaskedAutoencoderOutput | None = None, *, fill: float = 0.5
+    ) -> Reconstruction:
+        """Pictures of what the model was given, saw and predicted; see ``stmae.models.pictures.reconstruct``.
+
+        Args:
+            video: [B, C, T, H, W], as in ``forward``.
+            out: ``forward``'s result for this video; default: computed here, in evaluation mode, without
+                gradients.
+            fill: grey value in [0, 1] of masked patches in the ``masked`` pictures.
+
+        Returns:
+            ``Reconstruction(original, masked, reconstruction, frames, patch_statistics)``: three float32
+            tensors [B, C, F, H, W] in [0, 1], F the predicted frames, ``frames`` their indices in the clip.
+            ``patch_statistics`` is ``"original"`` if the model predicts normalised patches, in which case
+            each patch's mean and deviation were taken from the original, else ``"predicted"``.
+        """
+        self._check_video(video)
+        with torch.no_grad():
+            if out is None:
+                training = self.training
+                self.eval()
+                try:
+                    out = self(video)
+                finally:
+                    self.train(training)
+            return reconstruct(self.config, video, out.pred, out.masked, fill=fill)

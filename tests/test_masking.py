@@ -1,0 +1,143 @@
+"""Masking strategies: how many tokens are kept, and which."""
+
+import pytest
+import torch
+
+from stmae import reference
+from stmae.masking import STRATEGIES, num_keep, sample_noise
+
+GRID = (8, 14, 14)
+
+
+def masks(strategy, batch, grid, ratio, seed=0):
+    """[B, t, h, w] bool, True where masked."""
+    noise = sample_noise(strategy, batch, grid, ratio, generator=torch.Generator().manual_seed(seed))
+    keep, masked = reference.random_masking(noise, num_keep(strategy, grid, ratio))
+    assert torch.equal(torch.cat([keep, masked], dim=1).sort(dim=1).values, torch.arange(noise.shape[1]).expand_as(noise))
+    return torch.zeros(noise.shape, dtype=torch.bool).scatter(1, masked, True).view(batch, *grid)
+
+
+@pytest.mark.parametrize(
+    "strategy, grid, ratio, expected",
+    [
+        ("random", GRID, 0.9, 156),
+        ("random", (20, 14, 14), 0.9, 391),  # 3920 * (1 - 0.9) is 391.99999999999994
+        ("random", GRID, 0.75, 392),
+        ("block", GRID, 0.75, 392),
+        ("tube", GRID, 0.9, 160),  # 20 tubes of 8; int(N * (1 - ratio)) = 156 would tear one
+        ("tube", (8, 7, 5), 0.5, 144),
+        ("frame", GRID, 0.75, 2 * 196),
+        ("frame", GRID, 0.875, 196),
+        ("frame", GRID, 0.9, 196),
+    ],
+)
+def test_number_of_kept_tokens(strategy, grid, ratio, expected):
+    assert num_keep(strategy, grid, ratio) == expected
+    mask = masks(strategy, 3, grid, ratio)
+    assert (~mask).flatten(1).sum(1).tolist() == [expected] * 3
+
+
+def test_tube_masks_the_same_places_in_every_time_slice():
+    mask = masks("tube", 16, GRID, 0.9)
+    assert torch.equal(mask, mask[:, :1].expand_as(mask))
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_frame_masks_whole_time_slices():
+    mask = masks("frame", 16, GRID, 0.75).flatten(2)
+    assert torch.equal(mask.all(2), mask.any(2))
+    assert len({tuple(row.tolist()) for row in mask.all(2)}) > 4
+
+
+@pytest.mark.parametrize("strategy", ["tube", "frame"])
+def test_equal_random_numbers_tear_no_tube_or_frame(strategy, monkeypatch):
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: (rand(*size, **options) * 3).floor() / 3)
+    mask = masks(strategy, 16, GRID, 0.6)
+    whole = mask[:, :1].expand_as(mask) if strategy == "tube" else mask[:, :, :1, :1].expand_as(mask)
+    assert torch.equal(mask, whole)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_place_is_sometimes_masked_and_sometimes_kept(strategy):
+    mask = masks(strategy, 400, (4, 5, 6), 0.75)
+    assert mask.any(0).all()
+    assert (~mask).any(0).all()
+    share = mask.float().mean(0)  # 400 draws: a standard deviation of 0.02
+    assert 0.65 < share.min() and share.max() < 0.85
+
+
+def test_blocks_hang_together():
+    def neighbours(mask):
+        """Share of masked tokens' neighbours, along all three axes, that are masked, too."""
+        pairs = [(mask[:, 1:], mask[:, :-1]), (mask[:, :, 1:], mask[:, :, :-1]), (mask[..., 1:], mask[..., :-1])]
+        return sum((a & b).sum() for a, b in pairs) / sum((a | b).sum() for a, b in pairs)
+
+    block, random = masks("block", 32, GRID, 0.75), masks("random", 32, GRID, 0.75)
+    assert neighbours(random) < 0.65  # 0.75^2 / (1 - 0.25^2) = 0.6
+    assert neighbours(block) > 0.8
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 0.99])
+def test_blocks_reach_every_ratio_exactly(ratio):
+    mask = masks("block", 4, (4, 6, 5), ratio)
+    assert (~mask).flatten(1).sum(1).tolist() == [int(120 * (1 - ratio))] * 4
+
+
+def test_the_first_block_is_a_box():
+    noise = sample_noise("block", 16, GRID, 0.75, generator=torch.Generator().manual_seed(1))
+    largest = []
+    for order in noise.argsort(dim=1, descending=True):  # token ids, those masked first in front
+        places = torch.stack([order // 196, order // 14 % 14, order % 14])
+        extent = places.cummax(dim=1).values - places.cummin(dim=1).values + 1
+        count = torch.arange(1, order.numel() + 1)
+        largest.append(int(count[(extent.prod(0) == count) & (count < order.numel())].max()))
+    # By chance two or three neighbours are a box; a whole first block, where the border does not cut it, has dozens of tokens.
+    assert sorted(largest)[8] > 20
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_generator_reproduces_the_noise(strategy):
+    a, b, c = (
+        sample_noise(strategy, 2, (4, 3, 5), 0.5, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
+    )
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.dtype == torch.float32 and a.shape == (2, 60) and a.is_contiguous()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_empty_batch_is_fine(strategy):
+    assert sample_noise(strategy, 0, (4, 3, 5), 0.5).shape == (0, 60)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ratios_outside_zero_and_one_are_refused(strategy, ratio):
+    with pytest.raises(ValueError, match="mask ratio between 0 and 1"):
+        num_keep(strategy, GRID, ratio)
+    with pytest.raises(ValueError, match="mask ratio between 0 and 1"):
+        sample_noise(strategy, 2, GRID, ratio)
+
+
+@pytest.mark.parametrize(
+    "strategy, grid, ratio, word",
+    [
+        ("random", (2, 2, 2), 0.9, "nothing"),
+        ("block", (2, 2, 2), 0.9, "nothing"),
+        ("random", (2, 2, 2), 1e-17, "everything"),
+        ("tube", (8, 2, 2), 0.2, "everything"),
+        ("frame", (4, 9, 9), 0.2, "everything"),
+    ],
+)
+def test_ratios_that_keep_nothing_or_everything_are_refused(strategy, grid, ratio, word):
+    with pytest.raises(ValueError, match=f"got {ratio}, with which '{strategy}' keeps {word}"):
+        num_keep(strategy, grid, ratio)
+
+
+def test_other_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="strategy of random, tube, frame, block, got 'cube'"):
+        num_keep("cube", GRID, 0.5)
+    with pytest.raises(ValueError, match="patch grid"):
+        num_keep("random", (8, 0, 14), 0.5)
+    with pytest.raises(ValueError, match="batch size of at least 0, got -1"):
+        sample_noise("random", -1, GRID, 0.5)

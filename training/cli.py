@@ -1,0 +1,68 @@
+"""The ``stmae`` command: finds the subcommand, makes its configuration from the command line, runs it."""
+
+import importlib
+import os
+import sys
+
+COMMANDS = {  # name: (module with Config and run, what it does)
+    "pretrain": ("pretrain", "pre-train a masked autoencoder on a folder or list of videos"),
+    "reconstruct": ("reconstruct", "pictures of what a pre-trained model makes of a video"),
+    "demo": ("demo", "pre-train a small model on clips that ship with the package, and show what it learnt"),
+}
+
+
+def main(argv=None):
+    """Runs ``stmae ARGV``; returns the exit status. Errors that a user can act on are one line; STMAE_TRACEBACK=1 shows where they arose."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from stmae import __version__
+
+        print(f"stmae {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"stmae: there is no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+
+    name, description = COMMANDS[argv[0]]
+    try:
+        from . import config as configuration
+
+        module = importlib.import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "stmae":
+            raise
+        print(f"stmae {argv[0]} needs the package {error.name!r}: pip install 'stmae[train]'", file=sys.stderr)
+        return 1
+
+    from stmae.checkpoint import CheckpointError, CheckpointMismatch
+
+    from .run_folder import RunFolderError
+    from .video import VideoError
+
+    config = configuration.parse(
+        module.Config, argv[1:], prog=f"stmae {argv[0]}", description=description.capitalize() + "."
+    )
+    try:
+        module.run(config)
+    except (ValueError, OSError, CheckpointError, CheckpointMismatch, RunFolderError, VideoError, *getattr(module, "ERRORS", ())) as error:
+        if os.environ.get("STMAE_TRACEBACK"):
+            raise
+        print(f"stmae {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"stmae {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage():
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join(["usage: stmae COMMAND [OPTIONS]", "", *lines, "", "'stmae COMMAND --help' lists a command's options."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

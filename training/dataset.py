@@ -1,0 +1,130 @@
+"""Videos as clips: uint8 all the way, R clips from one opened file, broken files replaced.
+
+What a sample holds is a pure function of (seed, epoch, video number, repeat): frame choice, crop, flip and masking noise all come
+from a generator seeded with these, never from a worker's own random state. So the number of workers changes nothing, and a run
+resumes in mid-epoch exactly.
+"""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from .augment import random_clip_view, resized_crop, view_box
+from .sampling import clip_span, random_clip, spaced_clips
+from .video import Video, VideoError
+
+SUBSTITUTES = 200  # samples tried in the place of a broken one before the run stops
+
+
+class PretrainClips(Dataset):
+    """Random clips of the videos ``entries`` with their masking noise; indexed by (epoch, video number).
+
+    An item is a dict: ``clips`` uint8 [R, T, H, W, C], ``noise`` float32 [R, N], ``skipped`` a list of (path, reason) of the broken
+    videos that were passed over to find it.
+
+    clips: a ClipConfig; frames, size: of a clip, T and (H, W); sample_noise: called with generator=..., gives the masking noise [1, N] of one clip.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, sample_noise, seed):
+        self.entries, self.clips, self.frames, self.size = entries, clips, frames, tuple(size)
+        self.sample_noise, self.seed = sample_noise, seed
+        self.broken = {}  # number -> VideoError: what this worker has already found, to spare a second try
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        skipped = []
+        for attempt in range(SUBSTITUTES + 1):
+            if attempt:  # another video instead, drawn by the same key so that every run draws the same
+                number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
+            if number not in self.broken:
+                try:
+                    return {**self._read(epoch, number), "skipped": skipped}
+                except VideoError as error:
+                    self.broken[number] = error
+            error = self.broken[number]
+            skipped.append((error.path, error.reason))
+        raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {error}; see 'stmae data check'")
+
+    def _read(self, epoch, number):
+        wanted, rngs = [], [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(self.clips.repeats)]
+        with Video(self.entries[number].path) as video:
+            for rng in rngs:
+                indices = random_clip(rng, len(video), self.frames, self.clips.stride, self.clips.spacing)
+                if indices is None:
+                    raise too_short(video, self.frames, self.clips)
+                wanted.append(indices)
+            pixels = video.frames(np.concatenate(wanted))  # one sorted pass for all repeats
+        clips, noise = [], []
+        for rng, part in zip(rngs, np.split(pixels, len(rngs))):
+            clips.append(random_clip_view(rng, part, self.size, self.clips.scale, self.clips.aspect, self.clips.flip))
+            noise.append(self.sample_noise(generator=torch.Generator().manual_seed(int(rng.integers(2**63)))))
+        return {"clips": torch.stack(clips), "noise": torch.cat(noise)}
+
+
+class ViewClips(Dataset):
+    """Deterministic views for evaluation: ``temporal`` clips spread over the video times ``spatial`` crops along the longer side.
+    A single clip lies at ``start``, from 0 (the video's start) to 1 (its end).
+
+    Item i is a dict: ``clips`` uint8 [temporal * spatial, T, H, W, C] (temporal outermost), ``label`` int, ``number`` i. A video that
+    cannot be read raises VideoError: an evaluation never puts another in its place.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, temporal=1, spatial=1, start=0.5):
+        self.entries, self.clips, self.frames, self.size = entries, clips, frames, tuple(size)
+        self.temporal, self.spatial, self.start = temporal, spatial, start
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, number):
+        entry = self.entries[number]
+        with Video(entry.path) as video:
+            wanted = spaced_clips(self.temporal, len(video), self.frames, self.clips.stride, self.clips.spacing, self.start)
+            if wanted is None:
+                raise too_short(video, self.frames, self.clips)
+            pixels = video.frames(np.concatenate(wanted))
+        positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
+        boxes = [view_box(pixels.shape[1], pixels.shape[2], self.size, position) for position in positions]
+        clips = [resized_crop(part, box, self.size) for part in np.split(pixels, self.temporal) for box in boxes]
+        return {"clips": torch.stack(clips), "label": entry.label, "number": number}
+
+
+def too_short(video, frames, clips):
+    needed = clip_span(frames, clips.stride, clips.spacing)
+    return VideoError(video.path, f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}")
+
+
+def collate(items):
+    """A batch of items, the clips of all videos in one dimension: ``clips`` [B*R, T, H, W, C], ``noise`` [B*R, N], ``skipped`` a list."""
+    skipped = [pair for item in items for pair in item["skipped"]]
+    batch = default_collate([{name: item[name] for name in ("clips", "noise")} for item in items])
+    return {"clips": batch["clips"].flatten(0, 1), "noise": batch["noise"].flatten(0, 1), "skipped": skipped}
+
+
+def as_video(clips):
+    """uint8 [B, T, H, W, C] -> [B, C, T, H, W], a view: what the model and its kernels take, with no copy."""
+    return clips.permute(0, 4, 1, 2, 3)
+
+
+def require_readable(entries, frames, clips):
+    """Look for one video that can give a clip, so that a data set with none is an error before training starts.
+
+    Returns the list of VideoError passed over on the way to it. Raises ValueError when there is none.
+    """
+    errors = []
+    for entry in entries:
+        try:
+            with Video(entry.path) as video:
+                indices = spaced_clips(1, len(video), frames, clips.stride, clips.spacing)
+                if indices is None:
+                    raise too_short(video, frames, clips)
+                video.frames(indices[0])
+            return errors
+        except VideoError as error:
+            errors.append(error)
+    shown = "".join(f"\n  {error}" for error in errors[:10])
+    more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
+    raise ValueError(f"none of the {len(entries)} videos can be used:{shown}{more}")

@@ -1,0 +1,52 @@
+"""Which device and which number format a run uses, and how many decoding processes."""
+
+import os
+
+import torch
+
+
+def choose_device(name):
+    """'auto': cuda where there is one, else cpu. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"expected a device such as 'auto', 'cpu' or 'cuda:0', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but this PyTorch ({torch.__version__}) finds no CUDA device")
+    return device
+
+
+def choose_precision(name, device):
+    """(dtype or None, why): the autocast dtype, None for float32.
+
+    bf16 has float32's range, where float16 is the most reported source of NaN in this method. On a CPU without bf16 instructions it
+    would be emulated and slower than float32, so 'auto' then means float32.
+    """
+    if name == "float32":
+        return None, "float32, as asked"
+    if name == "bf16":
+        return torch.bfloat16, "bf16 autocast, as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bf16 autocast"
+        return None, "float32 (this GPU has no bf16)"
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if features.get("avx512_bf16") or features.get("amx_bf16"):
+        return torch.bfloat16, "bf16 autocast"
+    return None, "float32 (this CPU has no bf16 instructions; --run.precision bf16 emulates them)"
+
+
+def choose_workers(asked, device):
+    """Processes that decode: on the CPU the model needs the cores, beside a GPU all but one of them are free."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device.type == "cpu" else max(1, min(12, cores - 1))
+
+
+def describe(device):
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,175 @@
+"""The folder of a run: what it says of itself, its log, and checkpoints that survive anything.
+
+    config.yaml               every setting; ``--config DIR/config.yaml`` repeats the run
+    run.jsonl                 one line for each start: command, versions, machine
+    log.jsonl                 one line every few steps, and one for each event
+    tensorboard/              the same for TensorBoard
+    model.safetensors         the weights, as ``stmae.checkpoint.load`` reads them
+    state-STEP.safetensors    weights, optimiser and counters: all that is needed to continue; the last two are kept
+
+Every file is written beside its place, flushed to disk and renamed over the old one, so at any moment what is in place is whole.
+The older of two states is removed only after the newer one is in place.
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from stmae import checkpoint
+
+KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
+
+
+class RunFolderError(RuntimeError):
+    """The run folder cannot be used: not writable, full, or of another run."""
+
+
+class RunFolder:
+    """Creates ``path`` where it is missing. Raises RunFolderError when nothing can be written there."""
+
+    def __init__(self, path):
+        self.path = Path(path).absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing
+                stale.unlink()
+            probe = self.path / ".writable.tmp"
+            probe.write_bytes(b"stmae")
+            probe.unlink()
+        except OSError as error:
+            raise RunFolderError(f"cannot write to the output folder {self.path}: {error.strerror}") from error
+
+    @property
+    def model_path(self):
+        return self.path / "model.safetensors"
+
+    def states(self):
+        """Steps of the states in the folder, newest first."""
+        found = (re.fullmatch(r"state-(\d+)\.safetensors", file.name) for file in self.path.iterdir())
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def state_path(self, step):
+        return self.path / f"state-{step:08d}.safetensors"
+
+    def save_state(self, step, tensors, info):
+        """Write state ``step``: tensors by name, and ``info``, plain values. Raises RunFolderError; older states are then untouched."""
+        metadata = {"stmae_state": json.dumps(info)}
+        self._write(self.state_path(step), lambda file: save_file(tensors, file, metadata))
+        for old in self.states()[KEPT_STATES:]:
+            self.state_path(old).unlink(missing_ok=True)
+
+    def save_model(self, model):
+        """Write the weights alone, with the model's configuration."""
+        try:
+            checkpoint.save(model, self.model_path)
+        except checkpoint.CheckpointError as error:
+            raise RunFolderError(f"{error}{self.standing()}") from error
+
+    def load_state(self, report=print):
+        """The newest whole state as (tensors, info), or None. Damaged ones are reported and passed over, never removed."""
+        for step in self.states():
+            try:
+                with safe_open(self.state_path(step), framework="pt") as file:
+                    return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["stmae_state"])
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                report(f"checkpoint {self.state_path(step).name} is damaged ({error}); looking for an older one")
+        if self.states():
+            raise RunFolderError(f"every checkpoint in {self.path} is damaged; move them away to start over")
+        return None
+
+    def claim(self, settings):
+        """Write config.yaml, or compare: a folder holds one run. ``run.*`` may differ, for it changes nothing that is computed.
+
+        Raises RunFolderError naming every setting that differs from the run that is already here.
+        """
+        file = self.path / "config.yaml"
+        if file.exists() and self.states():
+            there, here = _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}), _flat(settings)
+            names = sorted(name for name in {*there, *here} if not name.startswith("run.") and name != "output")
+            differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
+            if differing:
+                raise RunFolderError(
+                    f"{self.path} holds a run with other settings ({'; '.join(differing)}): choose another --output, or repeat its command"
+                )
+        text = yaml.safe_dump(settings, sort_keys=False)
+        self._write(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def record_start(self, **facts):
+        """Add a line to run.jsonl: when, which command, what it ran on."""
+        packages = ("stmae", "torch", "numpy", "av", "safetensors", "triton")
+        line = {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "folder": os.getcwd(),
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in packages},
+            "threads": torch.get_num_threads(),
+            **facts,
+        }
+        self._append("run.jsonl", line)
+
+    def log(self, line):
+        """Add a line to log.jsonl."""
+        self._append("log.jsonl", line)
+
+    def rewind_log(self, step):
+        """Drop what an interrupted run logged after the state it continues from, so that no step is in the log twice."""
+        file = self.path / "log.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except ValueError:
+                pass  # a line cut short by a kill
+        self._write(file, lambda path: path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8"))
+
+    def _append(self, name, line):
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunFolderError(f"cannot write {self.path / name}: {error.strerror}{self.standing()}") from error
+
+    def _write(self, file, write):
+        try:
+            with checkpoint.atomic_write(file) as temporary:
+                write(temporary)
+        except (checkpoint.CheckpointError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+            raise RunFolderError(f"cannot write {file.name}: {error}{self.standing()}") from error
+
+    def _standing(self):
+        states = self.states()
+        return f" (the checkpoint of step {states[0]} is whole: the same command continues from it)" if states else ""
+
+
+def _flat(settings):
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
