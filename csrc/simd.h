@@ -55,6 +55,15 @@ STMAE_INLINE vec scale_by_power(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) {  // per lane: x < 0 ? yes : no
   return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), yes.v)};
 }
+STMAE_INLINE vec times_power_of_two(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n whole
+STMAE_INLINE void interleave(vec& a, vec& b) {  // a0 b0 a1 b1 ... across both: the first half in a, the second in b
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512 first_half = _mm512_permutex2var_ps(a.v, low, b.v);
+  b.v = _mm512_permutex2var_ps(a.v, high, b.v);
+  a.v = first_half;
+}
+constexpr float kLowestExponent = -160.f;  // 2^-160 rounds to zero
 
 #elif STMAE_ISA_LEVEL == 1  // -------------------------------------------------------------------------------- AVX2
 
@@ -200,6 +209,11 @@ STMAE_INLINE float max(vec a) { return std::max(std::max(a.v[0], a.v[2]), std::m
 #endif
 
 STMAE_INLINE vec operator-(vec a) { return zero() - a; }
+
+// Starts to bring `bytes` from p on into the cache. Rows of a strided tensor lie pages apart, where no hardware prefetcher follows.
+STMAE_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
 
 // Rows to columns: afterwards rows[i] holds what was in lane i of each row, in order. (Interleaving row i with row
 // i + kLanes / 2, log2(kLanes) times over, moves each element's row number from its register to its lane.)

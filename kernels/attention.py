@@ -4,62 +4,88 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import configs, dot_precision, launch
+from .launching import backend, configs, dot_precision, launch
 
 # A head dim that is no power of two is taken in two pieces, D0 the largest power of two in it and D1 what remains (80 = 64 + 16,
 # 96 = 64 + 32), each an operand of its own: the products then do no work for padding, where one padded to 128 would waste 38 % at 80.
 # D1 is 0 where D0 is all; what belongs to the second piece is then a copy of the first that no instruction uses.
+#
+# Below, an array of one head is a tuple (pointer, its rows, stride of a row, stride of a column), strides one of [B, N, H, D].
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _load(ptr, row, rows, stride_n, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """x[row, FIRST : FIRST + WIDTH], zero outside [rows, D]. ptr + row * stride must have been moved near `row` in 64 bits."""
-    column = FIRST + tl.arange(0, WIDTH)
-    where = ptr + row[:, None].to(tl.int64) * stride_n + column[None, :].to(tl.int64) * stride_d
-    if FIRST + WIDTH > D:
-        if MASKED:
-            return tl.load(where, mask=(row < rows)[:, None] & (column < D)[None, :], other=0.0)
-        else:
-            return tl.load(where, mask=(column < D)[None, :], other=0.0)
-    else:
-        if MASKED:
-            return tl.load(where, mask=(row < rows)[:, None], other=0.0)
-        else:
-            return tl.load(where)
+def _head(ptr, strides, rows, b, h):
+    return ptr + b * strides[0] + h * strides[2], rows, strides[1], strides[3]
 
 
 @triton.jit
-def _load2(ptr, row, rows, stride_n, stride_d, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr):
-    x0 = _load(ptr, row, rows, stride_n, stride_d, D, 0, D0, MASKED)
+def _where(x, row, column):
+    return x[0] + row[:, None].to(tl.int64) * x[2] + column[None, :].to(tl.int64) * x[3]
+
+
+@triton.jit
+def _load(x, row, first, WIDTH: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """x[row, first : first + WIDTH], zero outside its rows and its D columns."""
+    column = first + tl.arange(0, WIDTH)
+    where = _where(x, row, column)
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(where, mask=(row < x[1])[:, None] & (column < D)[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(where, mask=(row < x[1])[:, None], other=0.0)
+    elif MASK_COLUMNS:
+        return tl.load(where, mask=(column < D)[None, :], other=0.0)
+    else:
+        return tl.load(where)
+
+
+@triton.jit
+def _load2(x, row, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK_ROWS: tl.constexpr):
+    x0 = _load(x, row, 0, D0, D, MASK_ROWS, D0 > D)
     if D1 > 0:
-        return x0, _load(ptr, row, rows, stride_n, stride_d, D, D0, D1, MASKED)
+        return x0, _load(x, row, D0, D1, D, MASK_ROWS, D0 + D1 > D)
     else:
         return x0, x0
 
 
 @triton.jit
-def _store(ptr, x, row, rows, stride_n, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    column = FIRST + tl.arange(0, WIDTH)
-    where = ptr + row[:, None].to(tl.int64) * stride_n + column[None, :].to(tl.int64) * stride_d
-    tl.store(where, x.to(ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < D)[None, :])
+def _store2(x, x0, x1, row, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    column = tl.arange(0, D0)
+    tl.store(_where(x, row, column), x0.to(x[0].dtype.element_ty), mask=(row < x[1])[:, None] & (column < D)[None, :])
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        tl.store(_where(x, row, column), x1.to(x[0].dtype.element_ty), mask=(row < x[1])[:, None] & (column < D)[None, :])
 
 
 @triton.jit
-def _store2(ptr, x0, x1, row, rows, stride_n, stride_d, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    _store(ptr, x0, row, rows, stride_n, stride_d, D, 0, D0)
-    if D1 > 0:
-        _store(ptr, x1, row, rows, stride_n, stride_d, D, D0, D1)
-
-
-@triton.jit
-def _scores(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T over the head dim."""
-    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if D1 > 0:
-        s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
+def _scores(
+    a,
+    a_row,
+    a0,
+    a1,
+    b,
+    b_row,
+    b0,
+    b1,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a b^T over the head dim, from the rows already loaded, or (CHUNK > 0) from memory, that is the L1 cache, piece by piece:
+    float32 operands of a whole head dim, split for tf32x3, do not fit the registers."""
+    if CHUNK > 0:
+        s = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
+        for first in range(0, D, CHUNK):
+            x = _load(a, a_row, first, CHUNK, D, True, D % CHUNK != 0)
+            y = _load(b, b_row, first, CHUNK, D, True, D % CHUNK != 0)
+            s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
+    else:
+        s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+        if D1 > 0:
+            s = tl.dot(a1, tl.trans(b1), s, input_precision=PRECISION)
     return s
 
 
@@ -74,24 +100,22 @@ def _accumulate(p, x0, x1, acc0, acc1, D1: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def _attend(
+    q,
+    m,
     q0,
     q1,
-    k_ptr,
-    v_ptr,
+    k,
+    v,
     start,
-    keys,
     scale,
     highest,
     total,
     acc0,
     acc1,
-    k_n,
-    k_d,
-    v_n,
-    v_d,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    CHUNK: tl.constexpr,
     POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,10 +123,13 @@ def _attend(
 ):
     """One tile of keys of the online softmax; scores are in units of log 2, `highest` and `total` are those of each query."""
     n = start + tl.arange(0, BLOCK_N)
-    k0, k1 = _load2(k_ptr, n, keys, k_n, k_d, D, D0, D1, MASKED)
-    s = _scores(q0, q1, k0, k1, D1, PRECISION)
+    if CHUNK > 0:
+        s = _scores(q, m, q0, q1, k, n, q0, q1, D, D1, CHUNK, PRECISION)
+    else:
+        k0, k1 = _load2(k, n, D, D0, D1, MASKED)
+        s = _scores(q, m, q0, q1, k, n, k0, k1, D, D1, CHUNK, PRECISION)
     if MASKED:
-        s = tl.where((n < keys)[None, :], s, float("-inf") if POSITIVE else float("inf"))
+        s = tl.where((n < k[1])[None, :], s, float("-inf") if POSITIVE else float("inf"))
     tile_highest = tl.max(s, axis=1) * scale if POSITIVE else tl.min(s, axis=1) * scale
     new_highest = tl.maximum(highest, tile_highest)
     p = tl.exp2(s * scale - new_highest[:, None])
@@ -111,7 +138,7 @@ def _attend(
     acc0 *= correction[:, None]
     if D1 > 0:
         acc1 *= correction[:, None]
-    v0, v1 = _load2(v_ptr, n, keys, v_n, v_d, D, D0, D1, MASKED)
+    v0, v1 = _load2(v, n, D, D0, D1, MASKED)
     acc0, acc1 = _accumulate(p, v0, v1, acc0, acc1, D1, PRECISION)
     return new_highest, total, acc0, acc1
 
@@ -127,25 +154,14 @@ def _attention(
     H,
     queries,
     keys,
-    q_b,
-    q_n,
-    q_h,
-    q_d,
-    k_b,
-    k_n,
-    k_h,
-    k_d,
-    v_b,
-    v_n,
-    v_h,
-    v_d,
-    out_b,
-    out_n,
-    out_h,
-    out_d,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    CHUNK: tl.constexpr,
     POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -161,9 +177,14 @@ def _attention(
     b = bh // H
     h = bh % H
     m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    q0, q1 = _load2(q_ptr + b * q_b + h * q_h, m, queries, q_n, q_d, D, D0, D1, True)
+    q = _head(q_ptr, q_strides, queries, b, h)
+    k = _head(k_ptr, k_strides, keys, b, h)
+    v = _head(v_ptr, v_strides, keys, b, h)
+    if CHUNK > 0:
+        q0 = m
+        q1 = m
+    else:
+        q0, q1 = _load2(q, m, D, D0, D1, True)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -172,53 +193,55 @@ def _attention(
     whole = keys // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         highest, total, acc0, acc1 = _attend(
-            q0, q1, k_ptr, v_ptr, start, keys, scale, highest, total, acc0, acc1, k_n, k_d, v_n, v_d, D, D0, D1, POSITIVE, PRECISION, BLOCK_N, False
+            q, m, q0, q1, k, v, start, scale, highest, total, acc0, acc1, D, D0, D1, CHUNK, POSITIVE, PRECISION, BLOCK_N, False
         )
     if whole < keys:
         highest, total, acc0, acc1 = _attend(
-            q0, q1, k_ptr, v_ptr, whole, keys, scale, highest, total, acc0, acc1, k_n, k_d, v_n, v_d, D, D0, D1, POSITIVE, PRECISION, BLOCK_N, True
+            q, m, q0, q1, k, v, whole, scale, highest, total, acc0, acc1, D, D0, D1, CHUNK, POSITIVE, PRECISION, BLOCK_N, True
         )
     acc0 /= total[:, None]
     if D1 > 0:
         acc1 /= total[:, None]
-    _store2(out_ptr + b * out_b + h * out_h, acc0, acc1, m, queries, out_n, out_d, D, D0, D1)
+    _store2(_head(out_ptr, out_strides, queries, b, h), acc0, acc1, m, D, D0, D1)
     tl.store(lse_ptr + bh * queries + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
 
 
 @triton.jit
 def _grad_q_tile(
+    q,
+    grad,
+    m,
     q0,
     q1,
     grad0,
     grad1,
-    k_ptr,
-    v_ptr,
+    k,
+    v,
     start,
-    keys,
     scale,
     lse,
     delta,
     acc0,
     acc1,
-    k_n,
-    k_d,
-    v_n,
-    v_d,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     n = start + tl.arange(0, BLOCK_N)
-    k0, k1 = _load2(k_ptr, n, keys, k_n, k_d, D, D0, D1, MASKED)
-    v0, v1 = _load2(v_ptr, n, keys, v_n, v_d, D, D0, D1, MASKED)
-    p = tl.exp2(_scores(q0, q1, k0, k1, D1, PRECISION) * scale - lse[:, None])
+    k0, k1 = _load2(k, n, D, D0, D1, MASKED)
+    p = tl.exp2(_scores(q, m, q0, q1, k, n, k0, k1, D, D1, CHUNK, PRECISION) * scale - lse[:, None])
     if MASKED:
-        p = tl.where((n < keys)[None, :], p, 0.0)
-    grad_s = p * (_scores(grad0, grad1, v0, v1, D1, PRECISION) - delta[:, None])
-    return _accumulate(grad_s, k0, k1, acc0, acc1, D1, PRECISION)
+        p = tl.where((n < k[1])[None, :], p, 0.0)
+    if CHUNK > 0:
+        grad_p = _scores(grad, m, grad0, grad1, v, n, grad0, grad1, D, D1, CHUNK, PRECISION)
+    else:
+        v0, v1 = _load2(v, n, D, D0, D1, MASKED)
+        grad_p = _scores(grad, m, grad0, grad1, v, n, v0, v1, D, D1, CHUNK, PRECISION)
+    return _accumulate(p * (grad_p - delta[:, None]), k0, k1, acc0, acc1, D1, PRECISION)
 
 
 @triton.jit
@@ -235,33 +258,16 @@ def _grad_q(
     H,
     queries,
     keys,
-    grad_b,
-    grad_n,
-    grad_h,
-    grad_d,
-    q_b,
-    q_n,
-    q_h,
-    q_d,
-    k_b,
-    k_n,
-    k_h,
-    k_d,
-    v_b,
-    v_n,
-    v_h,
-    v_d,
-    out_b,
-    out_n,
-    out_h,
-    out_d,
-    grad_q_b,
-    grad_q_n,
-    grad_q_h,
-    grad_q_d,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    grad_q_strides,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -276,73 +282,79 @@ def _grad_q(
     b = bh // H
     h = bh % H
     m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    grad0, grad1 = _load2(grad_ptr + b * grad_b + h * grad_h, m, queries, grad_n, grad_d, D, D0, D1, True)
-    out0, out1 = _load2(out_ptr + b * out_b + h * out_h, m, queries, out_n, out_d, D, D0, D1, True)
+    q = _head(q_ptr, q_strides, queries, b, h)
+    k = _head(k_ptr, k_strides, keys, b, h)
+    v = _head(v_ptr, v_strides, keys, b, h)
+    grad = _head(grad_ptr, grad_strides, queries, b, h)
+    grad0, grad1 = _load2(grad, m, D, D0, D1, True)
+    out0, out1 = _load2(_head(out_ptr, out_strides, queries, b, h), m, D, D0, D1, True)
     delta = tl.sum(grad0.to(tl.float32) * out0.to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), axis=1)
     tl.store(delta_ptr + bh * queries + m, delta, mask=m < queries)
-    q0, q1 = _load2(q_ptr + b * q_b + h * q_h, m, queries, q_n, q_d, D, D0, D1, True)
+    if CHUNK > 0:
+        q0 = m
+        q1 = m
+    else:
+        q0, q1 = _load2(q, m, D, D0, D1, True)
     lse = tl.load(lse_ptr + bh * queries + m, mask=m < queries, other=float("inf")) * _LOG2E
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     whole = keys // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         acc0, acc1 = _grad_q_tile(
-            q0, q1, grad0, grad1, k_ptr, v_ptr, start, keys, scale * _LOG2E, lse, delta, acc0, acc1, k_n, k_d, v_n, v_d, D, D0, D1, PRECISION, BLOCK_N, False
+            q, grad, m, q0, q1, grad0, grad1, k, v, start, scale * _LOG2E, lse, delta, acc0, acc1, D, D0, D1, CHUNK, PRECISION, BLOCK_N, False
         )
     if whole < keys:
         acc0, acc1 = _grad_q_tile(
-            q0, q1, grad0, grad1, k_ptr, v_ptr, whole, keys, scale * _LOG2E, lse, delta, acc0, acc1, k_n, k_d, v_n, v_d, D, D0, D1, PRECISION, BLOCK_N, True
+            q, grad, m, q0, q1, grad0, grad1, k, v, whole, scale * _LOG2E, lse, delta, acc0, acc1, D, D0, D1, CHUNK, PRECISION, BLOCK_N, True
         )
     acc0 *= scale
     if D1 > 0:
         acc1 *= scale
-    _store2(grad_q_ptr + b * grad_q_b + h * grad_q_h, acc0, acc1, m, queries, grad_q_n, grad_q_d, D, D0, D1)
+    _store2(_head(grad_q_ptr, grad_q_strides, queries, b, h), acc0, acc1, m, D, D0, D1)
 
 
 @triton.jit
 def _grad_kv_tile(
+    k,
+    v,
+    n,
     k0,
     k1,
     v0,
     v1,
-    grad_ptr,
-    q_ptr,
+    q,
+    grad,
     lse_ptr,
     delta_ptr,
     start,
-    queries,
     scale,
     grad_k0,
     grad_k1,
     grad_v0,
     grad_v1,
-    grad_n,
-    grad_d,
-    q_n,
-    q_d,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     m = start + tl.arange(0, BLOCK_M)
-    q0, q1 = _load2(q_ptr, m, queries, q_n, q_d, D, D0, D1, MASKED)
+    q0, q1 = _load2(q, m, D, D0, D1, MASKED)
     if MASKED:  # a query that is not there has lse = inf, hence weight 0 for every key
-        lse = tl.load(lse_ptr + m, mask=m < queries, other=float("inf"))
-        delta = tl.load(delta_ptr + m, mask=m < queries, other=0.0)
+        lse = tl.load(lse_ptr + m, mask=m < q[1], other=float("inf"))
+        delta = tl.load(delta_ptr + m, mask=m < q[1], other=0.0)
     else:
         lse = tl.load(lse_ptr + m)
         delta = tl.load(delta_ptr + m)
-    p = tl.exp2(_scores(k0, k1, q0, q1, D1, PRECISION) * scale - (lse * _LOG2E)[None, :])  # transposed: [keys, queries]
-    grad0, grad1 = _load2(grad_ptr, m, queries, grad_n, grad_d, D, D0, D1, MASKED)
+    # Everything here is transposed, [keys, queries]: what is summed over queries is then a left operand as it stands.
+    p = tl.exp2(_scores(k, n, k0, k1, q, m, q0, q1, D, D1, CHUNK, PRECISION) * scale - (lse * _LOG2E)[None, :])
+    grad0, grad1 = _load2(grad, m, D, D0, D1, MASKED)
     grad_v0, grad_v1 = _accumulate(p, grad0, grad1, grad_v0, grad_v1, D1, PRECISION)
-    grad_s = p * (_scores(v0, v1, grad0, grad1, D1, PRECISION) - delta[None, :])
+    grad_s = p * (_scores(v, n, v0, v1, grad, m, grad0, grad1, D, D1, CHUNK, PRECISION) - delta[None, :])
     grad_k0, grad_k1 = _accumulate(grad_s, q0, q1, grad_k0, grad_k1, D1, PRECISION)
     return grad_k0, grad_k1, grad_v0, grad_v1
 
@@ -361,33 +373,16 @@ def _grad_kv(
     H,
     queries,
     keys,
-    grad_b,
-    grad_n,
-    grad_h,
-    grad_d,
-    q_b,
-    q_n,
-    q_h,
-    q_d,
-    k_b,
-    k_n,
-    k_h,
-    k_d,
-    v_b,
-    v_n,
-    v_h,
-    v_d,
-    grad_k_b,
-    grad_k_n,
-    grad_k_h,
-    grad_k_d,
-    grad_v_b,
-    grad_v_n,
-    grad_v_h,
-    grad_v_d,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_k_strides,
+    grad_v_strides,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -399,12 +394,20 @@ def _grad_kv(
     b = bh // H
     h = bh % H
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_ptr += b * q_b + h * q_h
-    grad_ptr += b * grad_b + h * grad_h
+    q = _head(q_ptr, q_strides, queries, b, h)
+    k = _head(k_ptr, k_strides, keys, b, h)
+    v = _head(v_ptr, v_strides, keys, b, h)
+    grad = _head(grad_ptr, grad_strides, queries, b, h)
     lse_ptr += bh * queries
     delta_ptr += bh * queries
-    k0, k1 = _load2(k_ptr + b * k_b + h * k_h, n, keys, k_n, k_d, D, D0, D1, True)
-    v0, v1 = _load2(v_ptr + b * v_b + h * v_h, n, keys, v_n, v_d, D, D0, D1, True)
+    if CHUNK > 0:
+        k0 = n
+        k1 = n
+        v0 = n
+        v1 = n
+    else:
+        k0, k1 = _load2(k, n, D, D0, D1, True)
+        v0, v1 = _load2(v, n, D, D0, D1, True)
     grad_k0 = tl.zeros([BLOCK_N, D0], tl.float32)
     grad_k1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
     grad_v0 = tl.zeros([BLOCK_N, D0], tl.float32)
@@ -412,19 +415,19 @@ def _grad_kv(
     whole = queries // BLOCK_M * BLOCK_M
     for start in range(0, whole, BLOCK_M):
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
-            k0, k1, v0, v1, grad_ptr, q_ptr, lse_ptr, delta_ptr, start, queries, scale * _LOG2E, grad_k0, grad_k1, grad_v0, grad_v1,
-            grad_n, grad_d, q_n, q_d, D, D0, D1, PRECISION, BLOCK_M, False,
+            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, start, scale * _LOG2E, grad_k0, grad_k1, grad_v0, grad_v1,
+            D, D0, D1, CHUNK, PRECISION, BLOCK_M, False,
         )  # fmt: skip
     if whole < queries:
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
-            k0, k1, v0, v1, grad_ptr, q_ptr, lse_ptr, delta_ptr, whole, queries, scale * _LOG2E, grad_k0, grad_k1, grad_v0, grad_v1,
-            grad_n, grad_d, q_n, q_d, D, D0, D1, PRECISION, BLOCK_M, True,
+            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, whole, scale * _LOG2E, grad_k0, grad_k1, grad_v0, grad_v1,
+            D, D0, D1, CHUNK, PRECISION, BLOCK_M, True,
         )  # fmt: skip
     grad_k0 *= scale
     if D1 > 0:
         grad_k1 *= scale
-    _store2(grad_k_ptr + b * grad_k_b + h * grad_k_h, grad_k0, grad_k1, n, keys, grad_k_n, grad_k_d, D, D0, D1)
-    _store2(grad_v_ptr + b * grad_v_b + h * grad_v_h, grad_v0, grad_v1, n, keys, grad_v_n, grad_v_d, D, D0, D1)
+    _store2(_head(grad_k_ptr, grad_k_strides, keys, b, h), grad_k0, grad_k1, n, D, D0, D1)
+    _store2(_head(grad_v_ptr, grad_v_strides, keys, b, h), grad_v0, grad_v1, n, D, D0, D1)
 
 
 def _pieces(D):
@@ -452,15 +455,15 @@ def _tiles(M, N):
     return dict(BLOCK_M=M, BLOCK_N=N)
 
 
-def _forward_configs(queries, keys, float32):
+def _forward_configs(queries, keys, D, float32):
     if float32:
-        choices = [(4, 2, _tiles(64, 32)), (4, 2, _tiles(32, 32))]
+        choices = [(4, 1, _tiles(32, 32))]
     else:
         choices = [(8, 3, _tiles(128, 64)), (4, 3, _tiles(64, 64)), (2, 3, _tiles(32, 32))]
     return _pick(choices, queries, keys)
 
 
-def _backward_configs(queries, keys, float32, own):
+def _backward_configs(queries, keys, D, float32, own):
     """own: the side a program keeps in registers, of which it takes the larger tile; it walks over the other."""
     if float32:
         choices = [(4, 1, 32, 32)]
@@ -473,13 +476,19 @@ def _backward_configs(queries, keys, float32, own):
     )
 
 
+def _constants(q):
+    D = q.shape[3]
+    D0, D1 = _pieces(D)
+    float32 = q.dtype == torch.float32
+    return dict(D=D, D0=D0, D1=D1, CHUNK=min(32, D0) if float32 else 0, PRECISION=dot_precision(q.dtype), key=("queries", "keys", "D"))
+
+
 def _forward(q, k, v, scale):
     B, queries, H, D = q.shape
     keys = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, queries, dtype=torch.float32, device=q.device)
     if out.numel():
-        D0, D1 = _pieces(D)
         launch(
             _attention,
             lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B * H,),
@@ -492,17 +501,13 @@ def _forward(q, k, v, scale):
             H,
             queries,
             keys,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *out.stride(),
-            D=D,
-            D0=D0,
-            D1=D1,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            out.stride(),
             POSITIVE=scale >= 0,
-            PRECISION=dot_precision(q.dtype),
-            configs=_forward_configs(queries, keys, q.dtype == torch.float32),
-            key=("queries", "keys", "D"),
+            configs=_forward_configs(queries, keys, D, q.dtype == torch.float32),
+            **_constants(q),
         )
     return out, lse
 
@@ -514,12 +519,10 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
         grad_k.zero_()
         grad_v.zero_()
         return
-    D0, D1 = _pieces(D)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     float32 = q.dtype == torch.float32
-    constants = dict(D=D, D0=D0, D1=D1, PRECISION=dot_precision(q.dtype), key=("queries", "keys", "D"))
-    inputs = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
+    strides = (grad_out.stride(), q.stride(), k.stride(), v.stride())
     launch(
         _grad_q,
         lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B * H,),
@@ -535,11 +538,11 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
         H,
         queries,
         keys,
-        *inputs,
-        *out.stride(),
-        *grad_q.stride(),
-        configs=_backward_configs(queries, keys, float32, "BLOCK_M"),
-        **constants,
+        *strides,
+        out.stride(),
+        grad_q.stride(),
+        configs=_backward_configs(queries, keys, D, float32, "BLOCK_M"),
+        **_constants(q),
     )
     launch(
         _grad_kv,
@@ -556,11 +559,11 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
         H,
         queries,
         keys,
-        *inputs,
-        *grad_k.stride(),
-        *grad_v.stride(),
-        configs=_backward_configs(queries, keys, float32, "BLOCK_N"),
-        **constants,
+        *strides,
+        grad_k.stride(),
+        grad_v.stride(),
+        configs=_backward_configs(queries, keys, D, float32, "BLOCK_N"),
+        **_constants(q),
     )
 
 

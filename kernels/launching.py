@@ -60,8 +60,16 @@ def _tuner(kernel, configs, key):
 
 
 def dot_precision(dtype):
-    """tl.dot's input_precision: float32 products use tf32 where torch's own would (torch.backends.cuda.matmul.fp32_precision)."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """tl.dot's input_precision. float32 operands are rounded to tf32 only where torch's own products are.
+
+    Otherwise NVIDIA's tensor cores multiply them as sums of two tf32 numbers (tf32x3, an error of some 2^-22, as torch's own
+    memory-efficient attention does); AMD's multiply float32 as it is.
+    """
+    if dtype != torch.float32:
+        return None
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee" if backend() == "hip" else "tf32x3"
 
 
 def columns_tile(D, largest=512):

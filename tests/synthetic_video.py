@@ -30,7 +30,18 @@ def read_number(frame):
 
 
 def write_video(
-    path, frames=60, *, size=(64, 96), codec="libx264", pix_fmt="yuv420p", gop=12, rate=25, times=None, container=None, options=None, audio=False
+    path,
+    frames=60,
+    *,
+    size=(64, 96),
+    codec="libx264",
+    pix_fmt="yuv420p",
+    gop=12,
+    rate=25,
+    times=None,
+    container=None,
+    options=None,
+    audio=False,
 ):
     """Writes ``frames`` numbered frames; ``times``: their time stamps in units of 1 / (1000) s, for a variable rate."""
     with av.open(str(path), "w", format=container) as file:

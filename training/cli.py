@@ -42,12 +42,18 @@ def main(argv=None):
     from .run_folder import RunFolderError
     from .video import VideoError
 
-    config = configuration.parse(
-        module.Config, argv[1:], prog=f"stmae {argv[0]}", description=description.capitalize() + "."
-    )
+    config = configuration.parse(module.Config, argv[1:], prog=f"stmae {argv[0]}", description=description.capitalize() + ".")
     try:
         module.run(config)
-    except (ValueError, OSError, CheckpointError, CheckpointMismatch, RunFolderError, VideoError, *getattr(module, "ERRORS", ())) as error:
+    except (
+        ValueError,
+        OSError,
+        CheckpointError,
+        CheckpointMismatch,
+        RunFolderError,
+        VideoError,
+        *getattr(module, "ERRORS", ()),
+    ) as error:
         if os.environ.get("STMAE_TRACEBACK"):
             raise
         print(f"stmae {argv[0]}: {error}", file=sys.stderr)

@@ -117,7 +117,9 @@ def parse(config_class, argv, *, prog, description):
     if has_presets:
         parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(presets())}")
         early.add_argument("--preset")
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings" + ", on top of the preset's" * has_presets)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of settings" + ", on top of the preset's" * has_presets
+    )
     early.add_argument("--config")
     parser.add_class_arguments(config_class, None)
     try:
@@ -136,7 +138,9 @@ def parse(config_class, argv, *, prog, description):
 
 def from_preset(config_class, name, **settings):
     """The configuration of a preset, with the top-level ``settings`` given."""
-    return parse(config_class, [f"--preset={name}", *(f"--{key}={value}" for key, value in settings.items())], prog="stmae", description="")
+    return parse(
+        config_class, [f"--preset={name}", *(f"--{key}={value}" for key, value in settings.items())], prog="stmae", description=""
+    )
 
 
 def presets():

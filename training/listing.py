@@ -42,7 +42,9 @@ def find_videos(source):
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is neither a folder, a video nor a list of videos in UTF-8") from error
     entries = [
-        _entry(line.strip(), source, number) for number, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")
+        _entry(line.strip(), source, number)
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.lstrip().startswith("#")
     ]
     if not entries:
         raise ValueError(f"the list {source} names no videos")

@@ -1,20 +1,26 @@
-"""What a run shows while it runs: a progress bar, log.jsonl and TensorBoard, from one dict of numbers."""
+"""What a run shows while it runs: a progress bar, log.jsonl and TensorBoard, all from one dict of numbers."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
+
 
 class Log:
-    """Progress bar over ``steps``, beginning at ``step``; numbers go to the bar, the folder's log and TensorBoard alike."""
+    """Shows ``steps`` steps from ``step`` on; what is given to ``numbers`` goes to the bar, the folder's log and TensorBoard.
 
-    def __init__(self, folder, *, step, steps, tensorboard, quiet=False):
-        self.folder = folder
+    On a terminal that is a bar; elsewhere (a file, a job's output) a line every ten seconds.
+    """
+
+    def __init__(self, folder, *, step, steps, tensorboard):
+        self.folder, self.first, self.steps, self.terminal = folder, step, steps, sys.stderr.isatty()
         folder.rewind_log(step)
-        terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=terminal, mininterval=0.2 if terminal else 10, disable=quiet, smoothing=0.05
+            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.terminal, smoothing=0.05
         )
+        self.started = self.last_line = time.monotonic()
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
@@ -25,21 +31,19 @@ class Log:
         self.bar.update(step - self.bar.n)
 
     def numbers(self, step, **values):
-        """Log ``values`` at ``step``, and show the ones a person watches."""
+        """Log ``values`` at ``step`` and show the ones that a person watches."""
         self.folder.log({"step": step, **{name: _short(value) for name, value in values.items()}})
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
-        shown = {
-            "loss": "{:.4f}".format,
-            "lr": "{:.2e}".format,
-            "clips_per_second": "{:.1f} clips/s".format,
-            "data_wait": "data wait {:.0%}".format,
-        }
-        self.bar.set_postfix_str(
-            ", ".join(form(values[name]) if " " in form(0) else f"{name} {form(values[name])}" for name, form in shown.items() if name in values),
-            refresh=False,
-        )
+        if "loss" not in values:
+            return
+        text = f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['clips_per_second']:.1f} clips/s, data wait {values['data_wait']:.0%}"
+        self.bar.set_postfix_str(text, refresh=False)
+        if not self.terminal and (time.monotonic() - self.last_line >= LINE_EVERY or step == self.steps):
+            self.last_line = time.monotonic()
+            remaining = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
+            print(f"step {step} of {self.steps}, {text}, {tqdm.format_interval(remaining)} left", flush=True)
 
     def event(self, step, message, **facts):
         """A line for the person watching and for the log."""
@@ -47,6 +51,7 @@ class Log:
         self.folder.log({"step": step, "event": message, **facts})
 
     def say(self, message):
+        """A line above the bar."""
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
 

@@ -53,12 +53,21 @@ def run(config):
     model.backend = config.run.backend
     optimizer = adamw(weight_decay_groups(model, settings.weight_decay), settings)
     # All that a run remembers besides tensors. Order, crops and masks follow from seed and step, so no random state is among it.
-    counters = {"step": 0, "videos": len(entries), "skipped_steps": 0, "skips_in_a_row": 0, "held_out_before": None, "held_out_after": None}
+    counters = {
+        "step": 0,
+        "videos": len(entries),
+        "skipped_steps": 0,
+        "skips_in_a_row": 0,
+        "held_out_before": None,
+        "held_out_after": None,
+    }
     state = folder.load_state()
     if state is not None:
         counters.update(restore(state, model, optimizer, device))
         if counters["videos"] != len(entries):
-            print(f"note: {config.data} now lists {len(entries)} videos, not {counters['videos']}: their order changes from here on")
+            print(
+                f"note: {config.data} now lists {len(entries)} videos, not {counters['videos']}: their order changes from here on"
+            )
             counters["videos"] = len(entries)
     first_step = counters["step"]
     if first_step >= steps and counters["held_out_after"] is not None or first_step >= steps and not held_out:
@@ -89,7 +98,9 @@ def run(config):
 
     folder.record_start(device=describe(device), precision=precision, workers=workers, step=first_step, steps=steps)
     print(f"{len(entries)} videos in {config.data}" + (f", {len(held_out)} held out" if held_out else ""))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {describe(device)}, {precision}, {workers} data workers")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {describe(device)}, {precision}, {workers} data workers"
+    )
     print(
         f"{steps} steps of {settings.batch} videos x {config.clips.repeats} clips = {settings.epochs:g} effective epochs; "
         f"learning rate {peak_learning_rate(settings):.3g} = {settings.base_lr:g} * {settings.batch} / {settings.base_batch}"
@@ -157,7 +168,12 @@ def run(config):
             if counters["step"] % config.run.log_every == 0 or counters["step"] == steps:
                 log.numbers(counters["step"], lr=lr, **summary(window, config, counters, broken, device))
                 window = {"start": time.perf_counter(), "wait": 0.0, "clips": 0, "losses": [], "norms": []}
-            if held_out and config.run.evaluate_every and counters["step"] % config.run.evaluate_every == 0 and counters["step"] < steps:
+            if (
+                held_out
+                and config.run.evaluate_every
+                and counters["step"] % config.run.evaluate_every == 0
+                and counters["step"] < steps
+            ):
                 log.numbers(counters["step"], held_out_loss=held_out_loss(model, held_out, config, device, autocast, log))
             if counters["step"] % config.run.save_every == 0 and counters["step"] < steps:
                 save()
@@ -175,7 +191,9 @@ def run(config):
         hint = " (1.0: predicting each patch's mean)" if config.model.normalize_target else ""
         print(f"loss on held-out videos: {counters['held_out_before']:.3f} before, {counters['held_out_after']:.3f} after{hint}")
     if broken or counters["skipped_steps"]:
-        print(f"skipped: {len(broken)} videos that could not be used, {counters['skipped_steps']} steps without a finite gradient")
+        print(
+            f"skipped: {len(broken)} videos that could not be used, {counters['skipped_steps']} steps without a finite gradient"
+        )
     print(f"weights: {folder.model_path}")
     return counters
 

@@ -56,7 +56,9 @@ def run(config):
         model.config.mask_strategy, 1, model.config.grid, ratio, generator=torch.Generator().manual_seed(config.seed)
     )
     entries = find_videos(config.video)
-    views = ViewClips(entries, ClipConfig(stride=stride), frames=model.config.num_frames, size=model.config.image_size, start=config.clip)
+    views = ViewClips(
+        entries, ClipConfig(stride=stride), frames=model.config.num_frames, size=model.config.image_size, start=config.clip
+    )
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -140,7 +142,9 @@ def animate(rows, labels, path):
     for pictures in zip(*rows):
         sheet = Image.new("RGB", (len(rows) * (width + GAP) - GAP, height + LABEL), "white")
         for column, (picture, label) in enumerate(zip(pictures, labels)):
-            ImageDraw.Draw(sheet).text((column * (width + GAP), 3), label.split(" (")[0], fill="black", font=ImageFont.load_default(12))
+            ImageDraw.Draw(sheet).text(
+                (column * (width + GAP), 3), label.split(" (")[0], fill="black", font=ImageFont.load_default(12)
+            )
             sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (column * (width + GAP), LABEL))
         frames.append(sheet)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0)

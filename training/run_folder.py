@@ -153,7 +153,8 @@ class RunFolder:
         except (checkpoint.CheckpointError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
             raise RunFolderError(f"cannot write {file.name}: {error}{self.standing()}") from error
 
-    def _standing(self):
+    def standing(self):
+        """What there is to continue from, for the end of an error message."""
         states = self.states()
         return f" (the checkpoint of step {states[0]} is whole: the same command continues from it)" if states else ""
 

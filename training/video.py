@@ -16,7 +16,7 @@ import av.error
 import numpy as np
 
 EXTENSIONS = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .vob .ts .mts .m2ts .flv .f4v .wmv .asf .3gp .3g2 .ogv .ogg .mxf .gif".split()
+    [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".ogg", ".mxf", ".gif"]
 )
 
 BACK_OFF_SECONDS = (0.0, 1.0, 4.0, 16.0)  # how far before the target a repeated seek aims; then from the start
@@ -31,6 +31,10 @@ class VideoError(RuntimeError):
 
     def __reduce__(self):  # crosses from a data worker to the loop
         return type(self), (self.path, self.reason)
+
+
+class _Disorder(Exception):
+    """Decoded frames whose time stamps do not grow."""
 
 
 class Video:
@@ -74,15 +78,16 @@ class Video:
 
     def _scan(self):
         """Read every packet's time stamp, without decoding."""
-        stamps, key_stamps, packets, stamped = [], [], 0, True
+        stamps, key_stamps, packets, stamped, last = [], [], 0, True, None
         try:
             for packet in self._container.demux(self._stream):
                 if packet.size == 0 or packet.is_discard:  # the flush packet; frames that an edit list cuts away
                     continue
                 packets += 1
-                if packet.pts is None:
-                    stamped = False
+                if packet.pts is None or (last is not None and packet.dts is not None and packet.dts <= last):
+                    stamped = False  # none, or a clock that jumps back
                     continue
+                last = packet.dts
                 stamps.append(packet.pts)
                 if packet.is_keyframe:
                     key_stamps.append(packet.pts)
@@ -95,20 +100,33 @@ class Video:
         if self.size[0] == 0 or self.size[1] == 0:
             raise VideoError(self.path, "its frames have no size")
         base = self._stream.time_base
-        if stamped and base:
-            self._stamps = sorted(set(stamps))
+        self._average_rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        if stamped and base and len(set(stamps)) == packets and not self._is_doubtful():
+            self._stamps = sorted(stamps)
             self._key_stamps = sorted(key_stamps)
             self._seconds = float(base)
             self.times = np.array(self._stamps, dtype=np.float64) * self._seconds
-            length = len(self._stamps)
         else:
-            # Raw streams and some AVI have no time stamps: frames are then counted from the start, which is slow and right.
-            self._stamps = None
-            length = packets
-            self.times = np.arange(length) / float(self._stream.average_rate or self._stream.guessed_rate or 25)
-        self._length = length
+            self._count()
+        self._length = len(self.times)
         span = self.times[-1] - self.times[0]
-        self.rate = (length - 1) / span if span > 0 else float(self._stream.average_rate or 25)
+        self.rate = (len(self) - 1) / span if span > 0 else self._average_rate
+
+    def _is_doubtful(self):
+        """AVI has no presentation time stamps: those of reordered frames are guessed. A seek in an MPEG program stream can land inside a
+        packet, and the frames after it then carry their neighbours' time stamps."""
+        name = self._container.format.name
+        return name == "mpeg" or (name == "avi" and self._stream.codec_context.has_b_frames)
+
+    def _count(self):
+        """Without time stamps to trust (raw streams, MPEG program streams, some AVI) frames are counted from the start by decoding: slow,
+        and right."""
+        self._stamps = None
+        self._open()
+        length = sum(1 for _ in self._decode())
+        if length == 0:
+            raise VideoError(self.path, "none of its frames can be decoded")
+        self.times = np.arange(length) / self._average_rate
 
     def __len__(self):
         return self._length
@@ -134,9 +152,17 @@ class Video:
         if not indices:
             raise ValueError("Video.frames: expected at least one frame index, got none")
         if min(indices) < 0 or max(indices) >= len(self):
-            raise IndexError(f"Video.frames: expected indices in [0, {len(self)}), got {min(indices)}..{max(indices)} ({self.path})")
+            raise IndexError(
+                f"Video.frames: expected indices in [0, {len(self)}), got {min(indices)}..{max(indices)} ({self.path})"
+            )
         wanted = sorted(set(indices))
-        found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
+        try:
+            found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
+        except _Disorder:
+            self._count()
+            if wanted[-1] >= len(self.times):
+                raise VideoError(self.path, f"announces {len(self)} frames and has {len(self.times)}") from None
+            found = self._by_count(wanted)
         first = found[wanted[0]]
         return np.stack([_match(found[i], first) for i in indices])
 
@@ -190,7 +216,7 @@ class Video:
         yield from self._decode()
 
     def _decode(self):
-        packets = self._container.demux(self._stream)
+        packets, last = self._container.demux(self._stream), None
         while True:
             try:
                 packet = next(packets)
@@ -201,8 +227,11 @@ class Video:
             except av.error.FFmpegError:
                 continue  # one bad packet: the decoder resumes at the next good one
             for frame in frames:
-                if self._stamps is None or frame.pts is not None:
-                    yield frame
+                if self._stamps is not None:
+                    if frame.pts is None or (last is not None and frame.pts <= last):
+                        raise _Disorder  # the packets' time stamps are not those of the frames
+                    last = frame.pts
+                yield frame
 
 
 def _pixels(frame):

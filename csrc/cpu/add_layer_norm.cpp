@@ -102,7 +102,7 @@ void add_layer_norm_backward(int64_t begin, int64_t end, const TX* grad_sum, con
 #include <torch/csrc/stable/tensor.h>
 
 #include "../check.h"
-#include "../parallel.h"
+#include "../row_sums.h"
 
 #define STMAE_KERNEL_FILE "cpu/add_layer_norm.cpp"
 #include "../for_each_isa.h"

@@ -73,8 +73,10 @@ constexpr int kRows = 6;
 constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;
 constexpr int kKeyTile = kVectors * kLanes;
 constexpr int kRowTile = 2 * kRows;                                // what every kernel's rows divide
-constexpr int kQueryBlock = kRowTile;                              // forward: queries at a time
-constexpr int kKeyBlock = 384;                                     // forward: keys per step of the online softmax
+#ifndef KB
+#define KB 384
+#endif
+constexpr int kKeyBlock = KB;                                     // forward: keys per step of the online softmax
 constexpr int kScoreStride = kKeyBlock + 16;                       // not a power of two: rows in different cache sets
 constexpr int kGradKeyBlock = 192;                                 // backward: keys whose gradients stay in cache
 constexpr int kGradStride = kGradKeyBlock + 32;
@@ -168,6 +170,8 @@ void score_tile(const typename E::unit* a, int64_t row, const typename E::unit* 
 
 // ------------------------------------------------------------------------------------------------------------ packing
 
+constexpr int kAhead = 16;  // rows between the one read and the one prefetched
+
 // [rows, D] of T -> [rows / kPack][round_up(D, kLanes)] units, a unit down the rows; an odd last row is paired with zeros.
 template <typename E, typename T>
 void pack_rows(const T* source, int64_t stride, int64_t rows, int D, typename E::unit* packed) {
@@ -175,6 +179,7 @@ void pack_rows(const T* source, int64_t stride, int64_t rows, int D, typename E:
   for (int64_t r = 0; r < rows; r += E::kPack) {
     const T* row = source + r * stride;
     const T* next = r + 1 < rows ? row + stride : nullptr;
+    for (int i = 0; i < E::kPack; ++i) prefetch(row + (kAhead + i) * stride, D * sizeof(T));
     for (int d = 0; d < D; d += kLanes) store(reinterpret_cast<float*>(packed + d), E::across(row + d, next ? next + d : nullptr, D - d));
     packed += padded;
   }
@@ -188,6 +193,9 @@ void pack_columns(const T* source, int64_t stride, int64_t rows, int D, typename
     typename E::unit* column = packed + r / kKeyTile * kKeyTile * units + r % kKeyTile;
     for (int u = 0; u < units; u += kLanes) {
       vec block[kLanes];
+      if (u == 0) {
+        for (int i = 0; i < kLanes; ++i) prefetch(source + (r + i + kLanes) * stride, D * sizeof(T));
+      }
       for (int i = 0; i < kLanes; ++i) block[i] = r + i < rows ? E::along(source + (r + i) * stride + u * E::kPack, units - u) : zero();
       transpose(block);
       const int count = std::min(kLanes, units - u);
@@ -213,42 +221,64 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t padded_row
 
 // What one tile of queries has gathered from the keys seen so far.
 struct Softmax {
-  float highest[kRowTile];         // of log2(e) scale q.k
-  float total[kRowTile * kLanes];  // of 2^(log2(e) scale q.k - highest), a partial sum per lane
+  float highest[kQueryBlock];         // of log2(e) scale q.k
+  float total[kQueryBlock * kLanes];  // of 2^(log2(e) scale q.k - highest), a partial sum per lane
 };
 
-// One row: raw scores in, unnormalised weights out, in the same memory. Returns what earlier sums must be multiplied by.
+template <bool kLowest>
+STMAE_INLINE float extreme(const float* row, int padded) {
+  vec a = load(row), b = a;
+  int j = kLanes;
+  for (; j + kLanes < padded; j += 2 * kLanes) {
+    a = kLowest ? min(a, load(row + j)) : max(a, load(row + j));
+    b = kLowest ? min(b, load(row + j + kLanes)) : max(b, load(row + j + kLanes));
+  }
+  if (j < padded) a = kLowest ? min(a, load(row + j)) : max(a, load(row + j));
+  return kLowest ? -max(-min(a, b)) : max(max(a, b));
+}
+
+// Raw scores [rows][kScoreStride] in, unnormalised weights out, in the same memory; earlier sums are rescaled to match.
 template <typename E>
-float soften(float* scores, int keys, float to_log2, float& highest, float* total) {
-  const int padded = round_up(keys, kLanes);
-  for (int j = keys; j < padded; ++j) scores[j] = to_log2 < 0 ? std::numeric_limits<float>::infinity() : -std::numeric_limits<float>::infinity();
-  vec extreme = load(scores);
-  if (to_log2 < 0) {
-    for (int j = kLanes; j < padded; j += kLanes) extreme = min(extreme, load(scores + j));
-    extreme = -extreme;
-  } else {
-    for (int j = kLanes; j < padded; j += kLanes) extreme = max(extreme, load(scores + j));
+void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, float* sums, int sum_stride) {
+  const int padded = round_up(keys, kLanes), whole = keys / kLanes * kLanes;
+  float base[kQueryBlock], rescale[kQueryBlock + kLanes];
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * kScoreStride;
+    for (int j = keys; j < padded; ++j) row[j] = row[0];  // keys that are not there must not be the highest
+    const float before = softmax.highest[r];
+    const float highest = std::max(before, to_log2 * (to_log2 < 0 ? extreme<true>(row, padded) : extreme<false>(row, padded)));
+    softmax.highest[r] = highest;
+    // With nothing but -inf so far, any finite base gives the weights 0.
+    base[r] = highest == -std::numeric_limits<float>::infinity() ? 0.f : highest;
+    rescale[r] = before - base[r];
   }
-  const float before = highest;
-  highest = std::max(before, std::abs(to_log2) * max(extreme));
-  // With nothing but -inf so far, any finite base gives the weights 0.
-  const float base = highest == -std::numeric_limits<float>::infinity() ? 0.f : highest;
-  const vec slope = set(to_log2), minus_base = set(-base);
-  vec sum = zero();
-  auto* weights = reinterpret_cast<typename E::element*>(scores);  // no wider than a score, so never ahead of the reads
-  for (int j = 0; j < padded; j += kLanes) {
-    const vec weight = exp2<E::kDegree>(fma(load(scores + j), slope, minus_base));
-    sum = sum + weight;
-    store(weights + j, weight);
+  for (int r = 0; r < rows; r += kLanes) store(rescale + r, exp2<6>(load(rescale + r)));
+  const vec slope = set(to_log2);
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * kScoreStride;
+    auto* weights = reinterpret_cast<typename E::element*>(row);  // no wider than a score, so never ahead of the reads
+    const vec minus_base = set(-base[r]);
+    vec sum = zero();
+    for (int j = 0; j < whole; j += kLanes) {
+      const vec weight = exp2<E::kDegree>(fma(load(row + j), slope, minus_base));
+      sum = sum + weight;
+      store(weights + j, weight);
+    }
+    if (whole < keys) {
+      float lanes[kLanes];
+      store(lanes, exp2<E::kDegree>(fma(load(row + whole), slope, minus_base)));
+      const vec weight = load(lanes, keys - whole);
+      sum = sum + weight;
+      store(weights + whole, weight);
+    }
+    float* total = softmax.total + r * kLanes;
+    store(total, fma(load(total), set(rescale[r]), sum));
   }
-  float rescale = 1.f;
-  if (before != highest) {
-    float lanes[kLanes];
-    store(lanes, exp2<6>(set(before - base)));
-    rescale = lanes[0];
+  if (!sums) return;
+  for (int r = 0; r < rows; ++r) {
+    if (rescale[r] == 1.f) continue;
+    for (int d = 0; d < sum_stride; d += kLanes) store(sums + r * sum_stride + d, load(sums + r * sum_stride + d) * set(rescale[r]));
   }
-  store(total, fma(load(total), set(rescale), sum));
-  return rescale;
 }
 
 // Queries [first, last) of row tiles, numbered through all heads of the batch.
@@ -259,8 +289,8 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
   const int D = a.D, units = D / E::kPack, padded = round_up(D, kLanes), vectors = padded / kLanes;
   const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
   const float to_log2 = static_cast<float>(a.scale * 1.4426950408889634);
-  Scratch<unit> keys(round_up(a.Nk, kKeyTile) * units), values((a.Nk + E::kPack - 1) / E::kPack * padded), queries(kRowTile * units);
-  Scratch<float> scores(kRowTile * kScoreStride), sums(kRowTile * padded);
+  Scratch<unit> keys(round_up(a.Nk, kKeyTile) * units), values((a.Nk + E::kPack - 1) / E::kPack * padded), queries(kQueryBlock * units);
+  Scratch<float> scores(kQueryBlock * kScoreStride), sums(kQueryBlock * padded);
   int64_t packed_head = -1;
   for (int64_t item = first_tile; item < last_tile; ++item) {
     const int64_t head = item / tiles, b = head / a.H, h = head % a.H;
@@ -271,7 +301,10 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
     }
     const int64_t first_query = item % tiles * kQueryBlock;
     const int rows = static_cast<int>(std::min<int64_t>(kQueryBlock, a.Nq - first_query));
-    copy_rows<E>(a.q.at(b, h) + first_query * a.q.token, a.q.token, rows, kRowTile, D, queries.data());
+    copy_rows<E>(a.q.at(b, h) + first_query * a.q.token, a.q.token, rows, round_up(rows, kRows), D, queries.data());
+    if (item + 1 < last_tile && first_query + kQueryBlock < a.Nq) {
+      for (int r = 0; r < kQueryBlock; ++r) prefetch(a.q.at(b, h) + (first_query + kQueryBlock + r) * a.q.token, D * sizeof(T));
+    }
     Softmax softmax;
     for (float& x : softmax.highest) x = -std::numeric_limits<float>::infinity();
     for (float& x : softmax.total) x = 0.f;
@@ -282,12 +315,7 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
           score_tile<E>(queries.data() + r * units, units, keys.data() + (key + j) * units, units, std::min(kKeyTile, count - j),
                         scores.data() + r * kScoreStride + j, kScoreStride);
       }
-      for (int r = 0; r < rows; ++r) {
-        const float rescale = soften<E>(scores.data() + r * kScoreStride, count, to_log2, softmax.highest[r], softmax.total + r * kLanes);
-        if (key == 0 || rescale == 1.f) continue;
-        float* sum = sums.data() + r * padded;
-        for (int d = 0; d < padded; d += kLanes) store(sum + d, load(sum + d) * set(rescale));
-      }
+      soften<E>(scores.data(), rows, count, to_log2, softmax, key ? sums.data() : nullptr, padded);
       products<E, kScoreStride, 1>(rows, vectors, reinterpret_cast<const unit*>(scores.data()), values.data() + key / E::kPack * padded,
                                    padded, (count + E::kPack - 1) / E::kPack, sums.data(), key > 0);
     }
@@ -391,7 +419,7 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
       }
       packed_head = head;
     }
-    float* dq = a.partial ? a.partial + item * a.Nq * padded : grad_q.data();
+    float* dq = a.partial ? a.partial + item * a.partial_stride : grad_q.data();
     bool first_block = true;
     for (int64_t block = key_blocks * split / a.splits; block < key_blocks * (split + 1) / a.splits; ++block) {
       const int64_t key = block * kGradKeyBlock;
@@ -408,8 +436,8 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
           for (int r = 0; r < rows; r += kRows) {
             score_tile<E>(q_along.data() + (query + r) * units, units, k_columns.data() + j * units, units, columns, s.data(), kKeyTile);
             score_tile<E>(g_along.data() + (query + r) * units, units, v_columns.data() + j * units, units, columns, w.data(), kKeyTile);
-            for (int i = columns; i % kLanes; ++i) {  // keys that are not there
-              for (int n = 0; n < kRows; ++n) s.data()[n * kKeyTile + i] = -std::numeric_limits<float>::infinity();
+            for (int i = columns; i % kLanes; ++i) {  // keys that are not there: K's rows are 0, so that a finite weight does no harm
+              for (int n = 0; n < kRows; ++n) s.data()[n * kKeyTile + i] = s.data()[n * kKeyTile];
             }
             grad_tile<E>(s.data(), w.data(), lse.data() + query + r, delta.data() + query + r, to_log2, columns,
                          p_down.data() + r / E::kPack * kGradStride + j, ds_down.data() + r / E::kPack * kGradStride + j,
@@ -430,4 +458,294 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
   }
 }
 
+// Queries [first, last), numbered through all heads of the batch: grad_q from its parts, always in the same order.
+template <typename T>
+void attention_sum(const Backward<T>& a, int64_t first_query, int64_t last_query) {
+  const int padded = round_up(a.D, kLanes);
+  Scratch<float> total(padded);
+  for (int64_t item = first_query; item < last_query; ++item) {
+    const int64_t head = item / a.Nq, query = item % a.Nq, b = head / a.H, h = head % a.H;
+    const float* part = a.partial + head * a.splits * a.partial_stride + query * padded;
+    for (int d = 0; d < padded; d += kLanes) {
+      vec sum = load(part + d);
+      for (int64_t split = 1; split < a.splits; ++split) sum = sum + load(part + split * a.partial_stride + d);
+      store(total.data() + d, sum);
+    }
+    store_rows(total.data(), padded, 1, a.D, a.scale, a.grad_q.at(b, h) + query * a.grad_q.token, a.grad_q.token);
+  }
+}
+
 }  // namespace stmae::STMAE_ISA
+
+#else  // -------------------------------------------------------------------------- compiled once: checks and registration
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include "../check.h"
+
+namespace stmae {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Uninitialised memory on a cache line's boundary.
+template <typename U>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  U* data() { return static_cast<U*>(memory_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
+
+#ifndef QB
+#define QB 12
+#endif
+constexpr int kQueryBlock = QB;  // forward: queries at a time, an item of parallel work
+
+// [B, N, H, D] with any strides, in elements, but a dense last dimension.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t batch, token, head;
+  T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+
+template <typename T>
+struct Forward {
+  Heads<const T> q, k, v;
+  Heads<T> out;
+  float* lse;  // [B, H, Nq]
+  int64_t H, Nq, Nk;
+  int D;
+  double scale;
+};
+
+template <typename T>
+struct Backward {
+  Heads<const T> grad_out, q, k, v, out;
+  const float* lse;
+  Heads<T> grad_q, grad_k, grad_v;
+  int64_t H, Nq, Nk;
+  int D;
+  double scale;
+  int64_t splits;          // into how many ranges of keys a head is divided
+  float* partial;          // grad_q of each range, or null when there is but one
+  int64_t partial_stride;  // of a range
+};
+
+}  // namespace
+}  // namespace stmae
+
+#define STMAE_KERNEL_FILE "cpu/attention.cpp"
+#include "../for_each_isa.h"
+
+namespace stmae {
+namespace {
+
+constexpr int64_t kMostRows = 12;   // the multiple to which any instruction set pads rows of queries
+constexpr int64_t kMostLanes = 16;  // and a head's columns
+constexpr int64_t kEnoughItems = 32;  // a backward pass over fewer heads divides each by keys; not by threads, so that sums keep their order
+constexpr int64_t kKeysPerItem = 192;
+
+template <typename T>
+Heads<T> heads(const Tensor& x, int64_t offset = 0) {
+  return {static_cast<T*>(x.data_ptr()) + offset, x.stride(0), x.stride(1), x.stride(x.dim() - 2)};
+}
+
+// The i-th of the three in a packed [B, N, 3, H, D].
+template <typename T>
+Heads<T> packed_heads(const Tensor& x, int i) {
+  return heads<T>(x, i * x.stride(2));
+}
+
+void check_rows(const char* op, const char* name, const Tensor& x, int64_t dim, ScalarType dtype) {
+  STMAE_CHECK(x.dim() == dim, op, ": expected ", name, " with ", dim, " dimensions, got ", shape(x));
+  STMAE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": expected ", name, " float32 or bfloat16");
+  STMAE_CHECK(x.scalar_type() == dtype, op, ": expected ", name, " of the same dtype as the first input");
+  STMAE_CHECK(x.numel() == 0 || x.stride(dim - 1) == 1 || x.size(dim - 1) == 1, op, ": expected ", name,
+              " with a contiguous last dimension, got stride ", x.stride(dim - 1));
+}
+
+void check_head_dim(const char* op, int64_t D) {
+  STMAE_CHECK(D >= 8 && D <= 128 && D % 8 == 0, op, ": expected a head dim that is a multiple of 8 and at most 128, got ", D);
+}
+
+void check_shape(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> expected) {
+  bool same = x.dim() == static_cast<int64_t>(expected.size());
+  std::ostringstream wanted;
+  int64_t i = 0;
+  for (int64_t size : expected) {
+    same = same && x.size(i) == size;
+    wanted << (i++ ? ", " : "") << size;
+  }
+  STMAE_CHECK(same, op, ": expected ", name, " [", wanted.str(), "], got ", shape(x));
+}
+
+void check_lse(const char* op, const Tensor& lse, int64_t B, int64_t H, int64_t N) {
+  check_shape(op, "lse", lse, {B, H, N});
+  STMAE_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), op, ": expected lse contiguous float32");
+}
+
+// How many items make a parallel task worth its start: about 10^5 multiply-adds.
+int64_t grain(int64_t queries, int64_t keys, int64_t D) { return std::max<int64_t>(1, 100000 / std::max<int64_t>(1, queries * keys * D)); }
+
+template <typename T>
+void run_forward(const Forward<T>& a, int64_t B) {
+  const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
+  torch::stable::parallel_for(0, B * a.H * tiles, grain(kQueryBlock, a.Nk, a.D),
+                              [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_forward<T>, a, first, last); });
+}
+
+template <typename T>
+void run_backward(Backward<T> a, int64_t B) {
+  const int64_t all = B * a.H;
+  const int64_t blocks = (a.Nk + kKeysPerItem - 1) / kKeysPerItem;
+  if (all == 0 || a.Nk == 0) return;
+  a.splits = std::clamp<int64_t>((kEnoughItems + all - 1) / all, 1, blocks);
+  a.partial = nullptr;
+  a.partial_stride = ((a.Nq + kMostRows - 1) / kMostRows * kMostRows) * ((a.D + kMostLanes - 1) / kMostLanes * kMostLanes);
+  Scratch<float> partial(a.splits > 1 ? all * a.splits * a.partial_stride : 0);
+  if (a.splits > 1) a.partial = partial.data();
+  torch::stable::parallel_for(0, all * a.splits, grain(a.Nq, std::min(a.Nk, kKeysPerItem), a.D),
+                              [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
+  if (a.partial)
+    torch::stable::parallel_for(0, all * a.Nq, grain(1, a.splits, a.D),
+                                [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_sum<T>, a, first, last); });
+}
+
+template <typename T>
+void forward_as(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale) {
+  run_forward<T>({heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out), static_cast<float*>(lse.data_ptr()), q.size(2), q.size(1),
+                  k.size(1), static_cast<int>(q.size(3)), scale},
+                 q.size(0));
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  const char* op = "attention";
+  check_rows(op, "q", q, 4, q.scalar_type());
+  check_rows(op, "k", k, 4, q.scalar_type());
+  check_rows(op, "v", v, 4, q.scalar_type());
+  const int64_t B = q.size(0), N = q.size(1), H = q.size(2), D = q.size(3);
+  check_head_dim(op, D);
+  check_shape(op, "k", k, {B, k.size(1), H, D});
+  check_shape(op, "v", v, {B, k.size(1), H, D});
+  STMAE_CHECK(k.size(1) > 0 || q.numel() == 0, op, ": expected at least one key, got k ", shape(k));
+  Tensor out = torch::stable::new_empty(q, {B, N, H, D});
+  Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Float);
+  if (q.numel() == 0) return {out, lse};
+  if (q.scalar_type() == ScalarType::Float) forward_as<float>(q, k, v, out, lse, scale);
+  else forward_as<c10::BFloat16>(q, k, v, out, lse, scale);
+  return {out, lse};
+}
+
+template <typename T>
+void packed_forward_as(const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
+  run_forward<T>({packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2), heads<T>(out),
+                  static_cast<float*>(lse.data_ptr()), qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale},
+                 qkv.size(0));
+}
+
+std::tuple<Tensor, Tensor> packed_attention(const Tensor& qkv, double scale) {
+  const char* op = "packed_attention";
+  check_rows(op, "qkv", qkv, 5, qkv.scalar_type());
+  const int64_t B = qkv.size(0), N = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
+  check_head_dim(op, D);
+  check_shape(op, "qkv", qkv, {B, N, 3, H, D});
+  Tensor out = torch::stable::new_empty(qkv, {B, N, H, D});
+  Tensor lse = torch::stable::new_empty(qkv, {B, H, N}, ScalarType::Float);
+  if (qkv.numel() == 0) return {out, lse};
+  if (qkv.scalar_type() == ScalarType::Float) packed_forward_as<float>(qkv, out, lse, scale);
+  else packed_forward_as<c10::BFloat16>(qkv, out, lse, scale);
+  return {out, lse};
+}
+
+template <typename T>
+void backward_as(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                 const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, double scale) {
+  run_backward<T>({heads<const T>(grad_out), heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<const T>(out),
+                   static_cast<const float*>(lse.data_ptr()), heads<T>(grad_q), heads<T>(grad_k), heads<T>(grad_v), q.size(2), q.size(1), k.size(1),
+                   static_cast<int>(q.size(3)), scale, 1, nullptr, 0},
+                  q.size(0));
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                                      const Tensor& lse, double scale) {
+  const char* op = "attention_backward";
+  check_rows(op, "grad_out", grad_out, 4, q.scalar_type());
+  check_rows(op, "q", q, 4, q.scalar_type());
+  check_rows(op, "k", k, 4, q.scalar_type());
+  check_rows(op, "v", v, 4, q.scalar_type());
+  check_rows(op, "out", out, 4, q.scalar_type());
+  const int64_t B = q.size(0), N = q.size(1), H = q.size(2), D = q.size(3);
+  check_head_dim(op, D);
+  check_shape(op, "grad_out", grad_out, {B, N, H, D});
+  check_shape(op, "out", out, {B, N, H, D});
+  check_shape(op, "k", k, {B, k.size(1), H, D});
+  check_shape(op, "v", v, {B, k.size(1), H, D});
+  check_lse(op, lse, B, H, N);
+  Tensor grad_q = torch::stable::new_empty(q, {B, N, H, D});
+  Tensor grad_k = torch::stable::new_empty(k, {B, k.size(1), H, D});
+  Tensor grad_v = torch::stable::new_empty(v, {B, k.size(1), H, D});
+  if (q.scalar_type() == ScalarType::Float) backward_as<float>(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, scale);
+  else backward_as<c10::BFloat16>(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, scale);
+  return {grad_q, grad_k, grad_v};
+}
+
+template <typename T>
+void packed_backward_as(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, const Tensor& grad_qkv, double scale) {
+  run_backward<T>({heads<const T>(grad_out), packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2),
+                   heads<const T>(out), static_cast<const float*>(lse.data_ptr()), packed_heads<T>(grad_qkv, 0), packed_heads<T>(grad_qkv, 1),
+                   packed_heads<T>(grad_qkv, 2), qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale, 1, nullptr, 0},
+                  qkv.size(0));
+}
+
+Tensor packed_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
+  const char* op = "packed_attention_backward";
+  check_rows(op, "grad_out", grad_out, 4, qkv.scalar_type());
+  check_rows(op, "qkv", qkv, 5, qkv.scalar_type());
+  check_rows(op, "out", out, 4, qkv.scalar_type());
+  const int64_t B = qkv.size(0), N = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
+  check_head_dim(op, D);
+  check_shape(op, "qkv", qkv, {B, N, 3, H, D});
+  check_shape(op, "grad_out", grad_out, {B, N, H, D});
+  check_shape(op, "out", out, {B, N, H, D});
+  check_lse(op, lse, B, H, N);
+  Tensor grad_qkv = torch::stable::new_empty(qkv, {B, N, 3, H, D});
+  if (qkv.scalar_type() == ScalarType::Float) packed_backward_as<float>(grad_out, qkv, out, lse, grad_qkv, scale);
+  else packed_backward_as<c10::BFloat16>(grad_out, qkv, out, lse, grad_qkv, scale);
+  return grad_qkv;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward));
+}
+
+}  // namespace stmae
+
+#endif

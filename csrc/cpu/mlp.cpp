@@ -78,7 +78,7 @@ void column_sum(int64_t begin, int64_t end, int64_t width, const T* x, float* co
 #include <torch/csrc/stable/tensor.h>
 
 #include "../check.h"
-#include "../parallel.h"
+#include "../row_sums.h"
 
 #define STMAE_KERNEL_FILE "cpu/mlp.cpp"
 #include "../for_each_isa.h"

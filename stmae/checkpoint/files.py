@@ -4,7 +4,7 @@ or nothing."""
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,16 +43,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     temporary = None
     try:
         # In the same folder, because a rename is atomic only within one file system.
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        name = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = name
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # an ordinary file's, also where the writer (safetensors) made a private file of it
         descriptor = os.open(temporary, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a checkpoint is an ordinary file
         os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
@@ -163,12 +164,6 @@ def _safetensors():
             "run: pip install 'stmae[train]'"
         ) from error
     return safetensors
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from stmae.models.encoder import EncoderConfig, VideoModel
+from stmae.models.config import EncoderConfig
+from stmae.models.encoder import VideoModel
 
 
 class CheckpointMismatch(ValueError):

@@ -1,7 +1,7 @@
 """The transformer block.
 
-``ops`` is the module that serves the operations, ``stmae.ops`` or ``stmae.reference``; it is handed down from the model at each call
-so that switching the back end touches no weights.
+``ops`` is the module that serves the operations, ``stmae.ops`` or ``stmae.reference``; it is handed down from
+the model at each call so that switching the back end touches no weights.
 
 A residual stream is carried as a pair (x, branch): the sum of the two, not yet taken. Each LayerNorm takes the sum as it reads it
 (``add_layer_norm``), so that the stream passes through memory once less per branch, forward and backward.
@@ -53,10 +53,11 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, branch: torch.Tensor | None, ops, rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream (x, branch), [B, N, D] each (branch None before the first block), after this block; with ``rows`` [B, M] only that
-        of those tokens, [B, M, D] each.
+        """The stream (x, branch), [B, N, D] each (branch None before the first block), after this block; with
+        ``rows`` [B, M] only that of those tokens, [B, M, D] each.
 
-        Tokens meet only in the attention, so what nobody reads afterwards need not pass through the projection and the MLP.
+        Tokens meet only in the attention, so what nobody reads afterwards need not pass through the projection
+        and the MLP.
         """
         x, normal = add_layer_norm(x, branch, self.norm1, ops)
         qkv = ops.linear(normal, self.qkv.weight, self.qkv.bias)

@@ -55,9 +55,9 @@ class Encoder(nn.Module):
         for block in self.blocks:
             initialize_block(block)
 
-    def forward(self, video: torch.Tensor, keep: torch.Tensor, ops) -> torch.Tensor:
-        """video [B, C, T, H, W], keep [B, K] -> [B, K, D] or, with a class token (first), [B, 1 + K, D],
-        before ``norm``."""
+    def forward(self, video: torch.Tensor, keep: torch.Tensor, ops) -> tuple[torch.Tensor, torch.Tensor]:
+        """video [B, C, T, H, W], keep [B, K] -> the residual stream (x, branch) before ``norm``: [B, K, D] each
+        or, with a class token (first), [B, 1 + K, D]."""
         x = ops.masked_patchify(
             video,
             keep,

@@ -8,7 +8,7 @@ def patchify(video, patch_size):  # [B, C, T, H, W] -> [B, N, P], values of a pa
     B, C, T, H, W = video.shape
     u, p, q = patch_size
     x = video.reshape(B, C, T // u, u, H // p, p, W // q, q)
-    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, -1, u * p * q * C)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, (T // u) * (H // p) * (W // q), u * p * q * C)
 
 
 def patch_loss(

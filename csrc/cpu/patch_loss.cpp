@@ -1,0 +1,217 @@
+// The target is read from the video one patch at a time, into the first-level cache, and compared there with the prediction:
+// what moves through memory is the prediction once and the video's bytes once, in the forward and again in the backward.
+#ifdef STMAE_ISA
+
+#include "../each_vector.h"
+#include "../pixels.h"
+
+namespace stmae::STMAE_ISA {
+
+// The patch's pixels as floats, normalised if they are bytes.
+template <typename T>
+static void read_target(const PatchLoss& l, int64_t b, int64_t token, float* target) {
+  if constexpr (std::is_same_v<T, float>) {
+    read_colour_last(l.patches, b, token, target);
+  } else {
+    T* raw = reinterpret_cast<T*>(target + l.P);
+    read_colour_last(l.patches, b, token, raw);
+    each_vector(l.P, [&](int64_t i, auto lanes) STMAE_INLINE_BODY {
+      vec x = load(raw + i, lanes);
+      if constexpr (std::is_same_v<T, uint8_t>) x = fma(x, load(l.scale + i, lanes), load(l.shift + i, lanes));
+      store(target + i, x, lanes);
+    });
+  }
+}
+
+template <typename T, typename Pred>
+static void loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t end) {
+  const int64_t P = l.P;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / l.M, m = i % l.M;
+    const Pred* pred = static_cast<const Pred*>(l.pred) + b * l.pred_batch + m * l.pred_token;
+    read_target<T>(l, b, l.masked[b * l.masked_batch + m * l.masked_token], target);
+    float mean = 0.f, rstd = 1.f;
+    if (l.normalize) {
+      vec total = zero();
+      each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY { total = total + load(target + d, lanes); });
+      mean = sum(total) / P;
+      // Deviations from a mean that is off by its rounding: what they sum to corrects the mean, and the variance.
+      vec off = zero(), squares = zero();
+      each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
+        const vec x = take(load(target + d, lanes) - set(mean), lanes);
+        off = off + x;
+        squares = fma(x, x, squares);
+      });
+      const float rest = sum(off);
+      mean += rest / P;
+      rstd = 1.f / std::sqrt(std::max(0.f, sum(squares) - rest * rest / P) / (P - 1) + 1e-6f);
+    }
+    vec error = zero();
+    each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
+      const vec x = (load(target + d, lanes) - set(mean)) * set(rstd);
+      const vec e = take(load(pred + d, lanes) - x, lanes);
+      error = fma(e, e, error);
+    });
+    l.loss[i] = sum(error) / P;
+    l.patch_mean[i] = mean;
+    l.patch_rstd[i] = rstd;
+  }
+}
+
+template <typename T, typename Pred>
+static void loss_backward_range(const PatchLoss& l, float* target, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / l.M, m = i % l.M;
+    const Pred* pred = static_cast<const Pred*>(l.pred) + b * l.pred_batch + m * l.pred_token;
+    Pred* grad_pred = static_cast<Pred*>(l.grad_pred) + i * l.P;
+    read_target<T>(l, b, l.masked[b * l.masked_batch + m * l.masked_token], target);
+    const vec mean = set(l.patch_mean[i]), rstd = set(l.patch_rstd[i]);
+    const vec factor = set(2.f / l.P * l.grad_loss[b * l.grad_batch + m * l.grad_token]);
+    each_vector(l.P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
+      const vec x = (load(target + d, lanes) - mean) * rstd;
+      store(grad_pred + d, (load(pred + d, lanes) - x) * factor, lanes);
+    });
+  }
+}
+
+template <typename T>
+static void patch_loss_of(const PatchLoss& l, float* target, int64_t begin, int64_t end) {
+  if (l.grad_pred) {
+    l.pred_float ? loss_backward_range<T, float>(l, target, begin, end) : loss_backward_range<T, bf16>(l, target, begin, end);
+  } else {
+    l.pred_float ? loss_range<T, float>(l, target, begin, end) : loss_range<T, bf16>(l, target, begin, end);
+  }
+}
+
+static void patch_loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t end) {
+  switch (l.patches.pixel) {
+    case Pixel::uint8: return patch_loss_of<uint8_t>(l, target, begin, end);
+    case Pixel::bfloat16: return patch_loss_of<bf16>(l, target, begin, end);
+    case Pixel::float32: return patch_loss_of<float>(l, target, begin, end);
+  }
+}
+
+}  // namespace stmae::STMAE_ISA
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+
+#include "../parallel.h"
+#include "../token_ids.h"
+#include "../video.h"
+
+namespace stmae {
+
+struct PatchLoss {
+  const void* pred;       // [B, M, P]
+  const int64_t* masked;  // [B, M]
+  int64_t M, P, pred_batch, pred_token, masked_batch, masked_token;
+  bool pred_float, normalize;
+  Patches patches;
+  const float *scale, *shift;             // [P], each channel's repeated
+  float *loss, *patch_mean, *patch_rstd;  // [B, M]; the backward only reads the last two
+  const float* grad_loss;                 // [B, M], null in the forward
+  int64_t grad_batch, grad_token;
+  void* grad_pred;                        // [B, M, P], null in the forward
+};
+
+}  // namespace stmae
+
+#define STMAE_KERNEL_FILE "cpu/patch_loss.cpp"
+#include "../for_each_isa.h"
+
+namespace stmae {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Values {  // scale and shift for each of the P values of a patch, channel last
+  std::vector<float> scale, shift;
+  Values(const std::vector<double>& mean, const std::vector<double>& std, int64_t P) : scale(P), shift(P) {
+    const Normalization channel(mean, std);
+    for (int64_t i = 0; i < P; ++i) {
+      scale[i] = channel.scale[i % mean.size()];
+      shift[i] = channel.shift[i % mean.size()];
+    }
+  }
+};
+
+PatchLoss describe(const Tensor& pred, const Tensor& video, const Tensor& masked, const std::vector<int64_t>& patch_size,
+                   const std::vector<int64_t>& frames, const Values& values) {
+  PatchLoss l{};
+  l.pred = pred.const_data_ptr();
+  l.masked = masked.const_data_ptr<int64_t>();
+  l.M = pred.size(1);
+  l.P = pred.size(2);
+  l.pred_batch = pred.stride(0);
+  l.pred_token = pred.stride(1);
+  l.masked_batch = masked.stride(0);
+  l.masked_token = masked.stride(1);
+  l.pred_float = pred.scalar_type() == ScalarType::Float;
+  l.patches = patches(video, patch_size[0], patch_size[1], patch_size[2], frames.data());
+  l.scale = values.scale.data();
+  l.shift = values.shift.data();
+  const int64_t tokens = static_cast<int64_t>(frames.size()) / patch_size[0] * l.patches.h * l.patches.w;
+  token_slots("patch_loss", "masked", masked, tokens);
+  return l;
+}
+
+void run(const PatchLoss& l, int64_t B) {
+  const int64_t count = B * l.M, parts = pieces(count, std::max<int64_t>(1, 16384 / l.P));
+  const int64_t scratch = (2 * l.P + 31) / 16 * 16;  // the target, and the same as the video stores it
+  std::unique_ptr<float[]> target(new float[parts * scratch]);
+  for_pieces(count, parts, [&](int64_t part, int64_t begin, int64_t end) {
+    STMAE_DISPATCH(patch_loss_range, l, target.get() + part * scratch, begin, end);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& video, const Tensor& masked, std::vector<int64_t> patch_size,
+                                              std::vector<int64_t> frames, bool normalize, std::vector<double> mean, std::vector<double> std) {
+  const int64_t B = pred.size(0), M = pred.size(1);
+  const Values values(mean, std, pred.size(2));
+  PatchLoss l = describe(pred, video, masked, patch_size, frames, values);
+  Tensor loss = torch::stable::new_empty(pred, {B, M}, ScalarType::Float);
+  Tensor patch_mean = torch::stable::new_empty(pred, {B, M}, ScalarType::Float);
+  Tensor patch_rstd = torch::stable::new_empty(pred, {B, M}, ScalarType::Float);
+  l.normalize = normalize;
+  l.loss = loss.mutable_data_ptr<float>();
+  l.patch_mean = patch_mean.mutable_data_ptr<float>();
+  l.patch_rstd = patch_rstd.mutable_data_ptr<float>();
+  if (B * M > 0) run(l, B);
+  return {loss, patch_mean, patch_rstd};
+}
+
+Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Tensor& video, const Tensor& masked, const Tensor& patch_mean,
+                           const Tensor& patch_rstd, std::vector<int64_t> patch_size, std::vector<int64_t> frames, std::vector<double> mean,
+                           std::vector<double> std) {
+  const int64_t B = pred.size(0), M = pred.size(1), P = pred.size(2);
+  const Values values(mean, std, P);
+  PatchLoss l = describe(pred, video, masked, patch_size, frames, values);
+  Tensor grad_pred = torch::stable::new_empty(pred, {B, M, P});
+  l.patch_mean = const_cast<float*>(patch_mean.const_data_ptr<float>());
+  l.patch_rstd = const_cast<float*>(patch_rstd.const_data_ptr<float>());
+  l.grad_loss = grad_loss.const_data_ptr<float>();
+  l.grad_batch = grad_loss.stride(0);
+  l.grad_token = grad_loss.stride(1);
+  l.grad_pred = grad_pred.mutable_data_ptr();
+  if (B * M > 0) run(l, B);
+  return grad_pred;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
+  m.impl("patch_loss", TORCH_BOX(&patch_loss));
+  m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));
+}
+
+}  // namespace
+}  // namespace stmae
+
+#endif

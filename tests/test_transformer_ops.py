@@ -1,0 +1,166 @@
+"""linear, mlp and add_layer_norm: forward and every gradient against float64, for each instruction set."""
+
+import pytest
+import torch
+from tolerance import assert_as_good_as
+
+from stmae import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def tensors(op, rows, width, hidden, dtype):
+    """Arguments of `op`; parameters stay float32, as under autocast."""
+    generator = torch.Generator().manual_seed(rows * 1000 + width)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    if op == "linear":
+        return [normal(rows, width, dtype=dtype), normal(hidden, width), normal(hidden)]
+    if op == "mlp":
+        return [normal(rows, width, dtype=dtype), normal(hidden, width), normal(hidden), normal(width, hidden), normal(width)]
+    return [2 * normal(rows, width, dtype=dtype) + 1, normal(rows, width, dtype=dtype), normal(width), normal(width)]
+
+
+def run(function, arguments, *, seed=0):
+    """(results, gradients of every argument), for a random upstream gradient."""
+    arguments = [argument.detach().clone().requires_grad_() for argument in arguments]
+    results = function(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(result.shape, generator=generator).to(result.dtype) for result in results]
+    torch.autograd.backward(results, upstream)
+    return [result.detach() for result in results] + [argument.grad for argument in arguments]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows,width,hidden", [(1, 8, 8), (7, 40, 72), (65, 100, 33), (200, 64, 256)])
+@pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
+def test_forward_and_gradients(op, rows, width, hidden, dtype, capability, nan_filled):
+    arguments = tensors(op, rows, width, hidden, dtype)
+    plain = run(getattr(reference, op), arguments)
+    exact = run(getattr(reference, op), [argument.double() for argument in arguments])
+    kernel = run(getattr(ops, op), arguments)
+    assert len(kernel) == len(plain) == len(exact)
+    for index, (p, e, k) in enumerate(zip(plain, exact, kernel)):
+        # GELU's polynomial errs by 7.5e-8 in Phi, about as much as a float32 erf; the sums behind it carry that on.
+        assert_as_good_as(p, e, k, factor=4 if op == "mlp" else 3, name=f"{op}[{index}]")
+
+
+def test_gelu_over_its_whole_range(capability):
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e30, -1e30])])
+    exact = torch.nn.functional.gelu(x.double())
+    assert ((torch.ops.stmae.gelu(x) - exact).abs() <= 2e-7 * (1 + x.abs())).all()
+    assert torch.ops.stmae.gelu(torch.tensor([float("nan")])).isnan().all()
+    assert torch.ops.stmae.gelu(torch.tensor([float("inf")])).isposinf().all()
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
+def test_autocast_casts_as_torch_does(op):
+    arguments = tensors(op, 9, 24, 40, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, kernel = run(getattr(reference, op), arguments), run(getattr(ops, op), arguments)
+    exact = run(getattr(reference, op), [argument.double() for argument in arguments])
+    for index, (p, e, k) in enumerate(zip(plain, exact, kernel)):
+        assert_as_good_as(p, e, k, factor=3, name=f"{op}[{index}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
+def test_dispatcher_contract(op, dtype):
+    arguments = [argument.requires_grad_() for argument in tensors(op, 6, 16, 24, dtype)]
+    if op == "add_layer_norm":
+        torch.library.opcheck(torch.ops.stmae.add_layer_norm, (*arguments, 1e-6, torch.bfloat16))
+    else:
+        torch.library.opcheck(getattr(torch.ops.stmae, op), tuple(arguments))
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
+def test_compiles_without_graph_breaks(op):
+    arguments = tensors(op, 6, 16, 24, torch.float32)
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
+    for eager, other in zip(run(getattr(ops, op), arguments), run(compiled, arguments)):
+        assert torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
+def test_results_do_not_depend_on_threads(op, threads):
+    arguments = tensors(op, 150, 96, 128, torch.float32)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(run(getattr(ops, op), arguments))
+    # The matrix library may split a product otherwise; the sums over rows are ours and may not change.
+    for other in results[1:]:
+        for first, second in zip(results[0], other):
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-4)
+            if op == "add_layer_norm":
+                assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
+def test_double_backward_is_refused(op):
+    arguments = [argument.requires_grad_() for argument in tensors(op, 3, 8, 8, torch.float32)]
+    result = getattr(ops, op)(*arguments)
+    result = result[1] if isinstance(result, tuple) else result
+    (grad,) = torch.autograd.grad(result.square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_linear_backends_agree():
+    x, weight, bias = tensors("linear", 33, 64, 48, torch.float32)
+    exact = run(reference.linear, [t.double() for t in (x, weight, bias)])
+    plain = run(reference.linear, (x, weight, bias))
+    try:
+        for name in ("torch", "onednn"):
+            ops.set_linear_backend(name)
+            for p, e, k in zip(plain, exact, run(ops.linear, (x, weight, bias))):
+                assert_as_good_as(p, e, k, factor=3, name=name)
+    finally:
+        ops.set_linear_backend("auto")
+    with pytest.raises(ValueError, match="expected 'auto', 'onednn' or 'torch', got 'mkl'"):
+        ops.set_linear_backend("mkl")
+
+
+def test_empty_batch():
+    for op in ("linear", "mlp", "add_layer_norm"):
+        results = run(getattr(ops, op), tensors(op, 0, 8, 16, torch.float32))
+        assert all(not result.isnan().any() for result in results)
+
+
+def test_residual_without_branch_or_with_one_output_unused():
+    x, branch, weight, bias = tensors("add_layer_norm", 5, 16, 0, torch.float32)
+    total, out = ops.add_layer_norm(x, None, weight, bias)
+    assert total is x
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (16,), weight, bias, 1e-6))
+    for used in (0, 1):
+        grads = []
+        for module in (ops, reference):
+            leaves = [t.clone().requires_grad_() for t in (x, branch)]
+            module.add_layer_norm(*leaves, weight, bias)[used].square().sum().backward()
+            grads.append([leaf.grad for leaf in leaves])
+        for ours, theirs in zip(*grads):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "op,index,value,message",
+    [
+        ("linear", 0, torch.zeros(3, 8, dtype=torch.int32), r"linear: expected x .* got \[3, 8\] int32 on cpu"),
+        ("linear", 1, torch.zeros(4, 9), r"linear: expected weight \[N, K\] .* got \[4, 9\]"),
+        ("linear", 2, torch.zeros(5), r"linear: expected bias \[N\] .* got \[5\]"),
+        ("linear", 1, torch.zeros(8, 8, device="meta"), r"linear: expected all tensors on one device, got x on cpu, weight on meta"),
+        ("mlp", 3, torch.zeros(8, 9), r"mlp: expected fc2_weight \[D, F\] .* got \[8, 9\]"),
+        ("mlp", 2, None, r"mlp: expected fc1_bias \[F\] .* got NoneType None"),
+        ("add_layer_norm", 1, torch.zeros(3, 9), r"add_layer_norm: expected branch .* got \[3, 9\]"),
+        ("add_layer_norm", 2, torch.zeros(9), r"add_layer_norm: expected weight \[D\] .* got \[9\]"),
+        ("add_layer_norm", 0, "x", r"add_layer_norm: expected x .* got str 'x'"),
+    ],
+)
+def test_bad_input_is_named(op, index, value, message):
+    arguments = tensors(op, 3, 8, 8, torch.float32)
+    arguments[index] = value
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(*arguments)
