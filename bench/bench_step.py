@@ -84,7 +84,7 @@ TARGETS = {"float32": {"reference": 5.0, "strong": 2.3}, "bfloat16": {"reference
 def bench_step(size, dtype, compare, device, full):
     if not full and size != "small":
         pytest.skip("--full runs the larger models")
-    batch = 4 if size != "large" else 2
+    batch = {"small": 2, "base": 4, "large": 2}[size]
     sides = {"ours": "ops", "reference": "reference", "strong": "strong"}
     steps = {name: Step(size, backend, dtype, device, batch) for name, backend in sides.items()}
     check(steps, dtype)

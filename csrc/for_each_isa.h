@@ -40,13 +40,13 @@
 #define STMAE_TARGET_END STMAE_PRAGMA(clang attribute pop)
 #else
 #define STMAE_PRAGMA(TEXT) _Pragma(#TEXT)
-#define STMAE_TARGET(FEATURES) STMAE_PRAGMA(GCC push_options) STMAE_PRAGMA(GCC target(FEATURES))
+#define STMAE_TARGET(FEATURES) STMAE_PRAGMA(GCC push_options) STMAE_PRAGMA(GCC target(FEATURES, "prefer-vector-width=512"))  // Clang has no such feature
 #define STMAE_TARGET_END STMAE_PRAGMA(GCC pop_options)
 #endif
 
 #define STMAE_ISA avx512_bf16
 #define STMAE_ISA_LEVEL 3
-STMAE_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+STMAE_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #include "simd.h"
 #include STMAE_KERNEL_FILE
 STMAE_TARGET_END
@@ -55,7 +55,7 @@ STMAE_TARGET_END
 
 #define STMAE_ISA avx512
 #define STMAE_ISA_LEVEL 2
-STMAE_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+STMAE_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 #include "simd.h"
 #include STMAE_KERNEL_FILE
 STMAE_TARGET_END

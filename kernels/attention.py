@@ -10,7 +10,7 @@ from .launching import backend, configs, dot_precision, launch
 # 96 = 64 + 32), each an operand of its own: the products then do no work for padding, where one padded to 128 would waste 38 % at 80.
 # D1 is 0 where D0 is all; what belongs to the second piece is then a copy of the first that no instruction uses.
 #
-# Below, an array of one head is a tuple (pointer, its rows, stride of a row, stride of a column), strides one of [B, N, H, D].
+# Below, an array of one head is a tuple (pointer, its rows, stride of a row, stride of a column); strides are those of [B, N, H, D].
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -129,10 +129,12 @@ def _attend(
         k0, k1 = _load2(k, n, D, D0, D1, MASKED)
         s = _scores(q, m, q0, q1, k, n, k0, k1, D, D1, CHUNK, PRECISION)
     if MASKED:
-        s = tl.where((n < k[1])[None, :], s, float("-inf") if POSITIVE else float("inf"))
-    tile_highest = tl.max(s, axis=1) * scale if POSITIVE else tl.min(s, axis=1) * scale
-    new_highest = tl.maximum(highest, tile_highest)
-    p = tl.exp2(s * scale - new_highest[:, None])
+        s = tl.where((n < k[1])[None, :], s * scale, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(s, axis=1))
+        p = tl.exp2(s - new_highest[:, None])
+    else:  # one multiplication less: that by the scale is fused with the subtraction
+        new_highest = tl.maximum(highest, tl.max(s, axis=1) * scale if POSITIVE else tl.min(s, axis=1) * scale)
+        p = tl.exp2(s * scale - new_highest[:, None])
     correction = tl.exp2(highest - new_highest)
     total = total * correction + tl.sum(p, axis=1)
     acc0 *= correction[:, None]
@@ -430,8 +432,14 @@ def _grad_kv(
     _store2(_head(grad_v_ptr, grad_v_strides, keys, b, h), grad_v0, grad_v1, n, D, D0, D1)
 
 
-def _pieces(D):
-    """80 -> (64, 16): see the top of this file. 16 is the least that a product of matrices takes."""
+def _pieces(D, float32):
+    """80 -> (64, 16): see the top of this file. 16 is the least that a product of matrices takes.
+
+    In float32 what is summed over the head dim goes by pieces of 32, anyway, and the registers are better off with one
+    accumulator of 128 columns than with two.
+    """
+    if float32:
+        return max(16, triton.next_power_of_2(D)), 0
     first = max(16, 1 << (D.bit_length() - 1))
     rest = D - first
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
@@ -458,17 +466,25 @@ def _tiles(M, N):
 def _forward_configs(queries, keys, D, float32):
     if float32:
         choices = [(4, 1, _tiles(32, 32))]
+    elif D <= 96:
+        choices = [(8, 3, _tiles(128, 64)), (4, 3, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
     else:
-        choices = [(8, 3, _tiles(128, 64)), (4, 3, _tiles(64, 64)), (2, 3, _tiles(32, 32))]
+        choices = [(8, 3, _tiles(128, 64)), (8, 3, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
     return _pick(choices, queries, keys)
 
 
 def _backward_configs(queries, keys, D, float32, own):
-    """own: the side a program keeps in registers, of which it takes the larger tile; it walks over the other."""
+    """own: the side a program keeps in registers; it walks over the other. The largest tiles that no target spills with."""
     if float32:
-        choices = [(4, 1, 32, 32)]
+        choices = [(4 if D <= 64 or backend() == "hip" else 8, 1, 32, 32)]
+    elif backend() == "hip":
+        choices = [(4, 2, 64, 32), (4, 2, 32, 16)]
+    elif D <= 64:
+        choices = [(8, 2, 128, 64), (4, 2, 64, 32), (4, 2, 32, 16)]
+    elif D <= 96:
+        choices = [(8, 2, 128, 32), (4, 2, 64, 32), (4, 2, 32, 16)]
     else:
-        choices = [(8, 2, 128, 64), (4, 2, 64, 32), (4, 2, 32, 32)]
+        choices = [(8, 2, 128, 32 if own == "BLOCK_M" else 16), (8, 2, 32, 32)]
     return _pick(
         [(warps, stages, _tiles(kept, walked) if own == "BLOCK_M" else _tiles(walked, kept)) for warps, stages, kept, walked in choices],
         queries,
@@ -478,8 +494,8 @@ def _backward_configs(queries, keys, D, float32, own):
 
 def _constants(q):
     D = q.shape[3]
-    D0, D1 = _pieces(D)
     float32 = q.dtype == torch.float32
+    D0, D1 = _pieces(D, float32)
     return dict(D=D, D0=D0, D1=D1, CHUNK=min(32, D0) if float32 else 0, PRECISION=dot_precision(q.dtype), key=("queries", "keys", "D"))
 
 
@@ -501,7 +517,7 @@ def _forward(q, k, v, scale):
             H,
             queries,
             keys,
-            q.stride(),
+                q.stride(),
             k.stride(),
             v.stride(),
             out.stride(),

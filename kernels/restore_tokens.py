@@ -118,9 +118,9 @@ def restore_tokens_backward(grad_out, keep, tokens_dtype):  # [B, N, D], [B, K] 
     grad_position = grad_out.new_empty(N, D)
     if not grad_out.numel():
         return grad_tokens.zero_(), grad_out.new_zeros(D), grad_position.zero_()
-    # Few rows a tile: a program reads its tile of every clip, and N / rows programs have to fill the device.
+    # Small tiles, as N / rows programs have to fill the device; but not so small that the partial sums weigh.
     tile = columns_tile(D, largest=256)
-    rows = max(1, 1024 // tile)
+    rows = max(1, 4096 // tile)
     tiles = triton.cdiv(N, rows)
     partial = grad_out.new_empty(tiles, D, dtype=torch.float32)
     inverse = inverse_ids(keep, N, clear=grad_tokens)

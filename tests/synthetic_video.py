@@ -9,9 +9,10 @@ import numpy as np
 BLOCK = 16  # pixels; large enough to survive any codec
 
 
-def numbered_frame(number, height, width):
-    """uint8 [H, W, 3]: the bits of ``number`` in eight blocks, over a grey ground that drifts so that no frame repeats another."""
-    frame = np.full((height, width, 3), 96, np.uint8)
+def numbered_frame(number, height, width, ground=96):
+    """uint8 [H, W, 3]: the bits of ``number`` in eight blocks, over a grey ground that drifts so that no frame repeats
+    another."""
+    frame = np.full((height, width, 3), ground, np.uint8)
     frame[2 * BLOCK :, :, 0] = 64 + number * 3 % 128
     for bit in range(8):
         row, column = divmod(bit, 4)
@@ -42,6 +43,7 @@ def write_video(
     container=None,
     options=None,
     audio=False,
+    ground=96,
 ):
     """Writes ``frames`` numbered frames; ``times``: their time stamps in units of 1 / (1000) s, for a variable rate."""
     with av.open(str(path), "w", format=container) as file:
@@ -53,7 +55,7 @@ def write_video(
             stream.codec_context.time_base = fractions.Fraction(1, 1000)
         sound = file.add_stream("aac", rate=16000) if audio else None
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size, ground), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[number], fractions.Fraction(1, 1000)
             file.mux(stream.encode(frame))

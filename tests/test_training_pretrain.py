@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stmae.training import cli, loop, pretrain
+from stmae.training.config import PretrainConfig, parse
+from stmae.training.run_folder import RunFolder, RunFolderError
 from synthetic_video import write_video
 
 from stmae import checkpoint
-from stmae.training import cli, pretrain
-from stmae.training.config import PretrainConfig, parse
-from stmae.training.run_folder import RunFolder, RunFolderError
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -26,7 +26,7 @@ clips: {stride: 2, repeats: 2}
 model: {image_size: 32, num_frames: 4, patch_size: 8, width: 32, depth: 2, num_heads: 2, decoder_width: 32, decoder_depth: 1,
   decoder_num_heads: 1}
 optimizer: {batch: 2, epochs: 40, warmup_epochs: 8, base_lr: 3.0e-3, base_batch: 2, clip_grad: 1.0}
-run: {save_every: 4, log_every: 5, workers: 0, device: cpu, precision: float32, tensorboard: false, backend: reference}
+run: {save_every: 4, log_every: 5, workers: 0, device: cpu, precision: float32, tensorboard: false}
 """  # 3 videos: 30 steps
 
 
@@ -88,7 +88,7 @@ def test_it_learns(finished):
 
 def test_the_run_folder_says_everything(finished):
     (start,) = lines(finished, "run.jsonl")
-    assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or start["versions"]["torch"] == torch.__version__
+    assert start["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {"command", "time", "device", "precision", "threads", "host"} <= start.keys()
     numbers = [line for line in lines(finished) if "loss" in line]
     assert [line["step"] for line in numbers] == [5, 10, 15, 20, 25, 30]
@@ -103,7 +103,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny, tmp_pat
     pretrain.run(configure(tiny, tmp_path / "again"))
     assert_same(weights(tmp_path / "again"), weights(finished))
     pretrain.run(configure(tiny, tmp_path / "other", "--seed", "1"))
-    assert not torch.equal(weights(tmp_path / "other")["encoder.patch_embed.weight"], weights(finished)["encoder.patch_embed.weight"])
+    name = "encoder.patch_embed.weight"
+    assert not torch.equal(weights(tmp_path / "other")[name], weights(finished)[name])
 
 
 def test_a_finished_run_is_left_alone(finished, videos, capsys):
@@ -120,7 +121,8 @@ def test_accumulated_parts_add_up_to_the_whole_batch(tiny, tmp_path):
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert len(whole) == 5
     for a, b in zip(whole, parts):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path):
@@ -133,9 +135,9 @@ def test_killed_and_continued_is_bit_for_bit_the_uninterrupted_run(workers, tiny
     """kill -9 three times, at moments that differ, then to the end."""
     output = tmp_path / "run"
     arguments = [*tiny, "--run.workers", workers, "--run.save_every", "3"]
-    for step in (4, 11, 20):
+    for step in (1, 8, 17):
         process = command(arguments, output)
-        wait_for_log(output, step, process)
+        wait_for_state(output, step, process)
         process.kill()
         process.wait()
     process = command(arguments, output)
@@ -143,15 +145,16 @@ def test_killed_and_continued_is_bit_for_bit_the_uninterrupted_run(workers, tiny
     assert process.returncode == 0, said
     assert "continuing from step" in said
     assert_same(weights(output), weights(finished))
+    assert RunFolder(output).states() == [30, 27]
     steps = [line["step"] for line in lines(output) if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 30
 
 
-def wait_for_log(output, step, process, seconds=60):
-    """Until a state of at least ``step`` - 3 exists or the log passed ``step``."""
+def wait_for_state(output, step, process, seconds=100):
+    """Until the run has saved a state of ``step`` or later."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
-        if any(int(re.search(r"\d+", name)[0]) >= step - 3 for name in os.listdir(output) if name.startswith("state-")) if output.exists() else False:
+        if output.exists() and any(saved >= step for saved in RunFolder(output, read_only=True).states()):
             return
         time.sleep(0.01)
 
@@ -161,7 +164,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_cleanly(number, tiny, tmp_p
     output = tmp_path / "run"
     arguments = [*tiny, "--run.workers", "2", "--run.save_every", "3"]
     process = command(arguments, output, start_new_session=True)
-    wait_for_log(output, 6, process)
+    wait_for_state(output, 3, process)
     os.killpg(process.pid, number)  # as a terminal and a scheduler do: to the workers too
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in said
@@ -204,7 +207,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, tmp_path, finish
     """A limit on the size of files stands for the disk: writing stops in the middle of a state."""
     output = tmp_path / "run"
     stopped = command([*tiny, "--run.save_every", "5"], output)
-    wait_for_log(output, 8, stopped)
+    wait_for_state(output, 5, stopped)
     stopped.terminate()
     stopped.communicate(timeout=60)
     step = RunFolder(output).states()[0]
@@ -254,7 +257,7 @@ def test_a_step_without_finite_loss_is_skipped_and_counted(tiny, tmp_path, monke
 
 def test_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tiny, tmp_path, monkeypatch):
     nan_at(range(7, 1000), monkeypatch)
-    with pytest.raises(pretrain.TrainingError, match="20 steps in a row had no finite loss .*the checkpoint of step 24 is whole"):
+    with pytest.raises(loop.TrainingError, match="20 steps in a row had no finite loss .*the checkpoint of step 24 is whole"):
         pretrain.run(configure(tiny, tmp_path / "run"))
     counters = RunFolder(tmp_path / "run").load_state()[1]
     assert counters["skips_in_a_row"] == 18

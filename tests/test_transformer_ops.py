@@ -48,6 +48,16 @@ def test_forward_and_gradients(op, rows, width, hidden, dtype, capability, nan_f
         assert_as_good_as(p, e, k, factor=4 if op == "mlp" else 3, name=f"{op}[{index}]")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mlp_in_pieces(dtype):
+    """More rows than go through at a time, and a rest."""
+    arguments = tensors("mlp", 2 * ops.mlp.__globals__["ROWS"] + 3, 16, 24, dtype)
+    plain, kernel = run(reference.mlp, arguments), run(ops.mlp, arguments)
+    exact = run(reference.mlp, [argument.double() for argument in arguments])
+    for index, (p, e, k) in enumerate(zip(plain, exact, kernel)):
+        assert_as_good_as(p, e, k, factor=4, name=f"mlp[{index}]")
+
+
 def test_gelu_over_its_whole_range(capability):
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 1e30, -1e30])])
     exact = torch.nn.functional.gelu(x.double())

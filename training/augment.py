@@ -46,6 +46,19 @@ def resized_crop(frames, box, size):
     return cut.contiguous()
 
 
+def random_erasing(rng, clip, probability):
+    """With ``probability``, one box of 2 to 33 % of the frame (aspect 0.3 to 3.3), the same in all frames, becomes noise.
+
+    In place on clip uint8 [T, H, W, C]. Source: Zhong et al., 2017 (arXiv 1708.04896), mode "pixel".
+    """
+    if probability <= 0 or rng.random() >= probability:
+        return clip
+    top, left, h, w = random_crop_box(rng, clip.shape[1], clip.shape[2], (0.02, 1 / 3), (0.3, 3.3))
+    noise = rng.integers(0, 256, (clip.shape[0], h, w, clip.shape[3]), dtype="uint8")
+    clip[:, top : top + h, left : left + w] = torch.from_numpy(noise)
+    return clip
+
+
 def random_clip_view(rng, frames, size, scale, aspect, flip):
     """The pre-training augmentation: random resized crop, then a horizontal flip with probability one half if ``flip``."""
     clip = resized_crop(frames, random_crop_box(rng, frames.shape[1], frames.shape[2], scale, aspect), size)

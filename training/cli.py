@@ -6,13 +6,19 @@ import sys
 
 COMMANDS = {  # name: (module with Config and run, what it does)
     "pretrain": ("pretrain", "pre-train a masked autoencoder on a folder or list of videos"),
+    "finetune": ("finetune", "train a classifier from a pre-trained model on labelled videos"),
+    "test": ("test", "measure a classifier on whole videos, in several views"),
+    "probe": ("probe", "nearest neighbours and a linear classifier on frozen features"),
+    "features": ("features", "write a frozen encoder's features of videos to a file"),
     "reconstruct": ("reconstruct", "pictures of what a pre-trained model makes of a video"),
+    "data check": ("data_check", "list the videos that cannot be used and why, and summarise the others"),
     "demo": ("demo", "pre-train a small model on clips that ship with the package, and show what it learnt"),
 }
 
 
 def main(argv=None):
-    """Runs ``stmae ARGV``; returns the exit status. Errors that a user can act on are one line; STMAE_TRACEBACK=1 shows where they arose."""
+    """Runs ``stmae ARGV``; returns the exit status. Errors that a user can act on are one line; STMAE_TRACEBACK=1 shows
+    where they arose."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -22,11 +28,15 @@ def main(argv=None):
 
         print(f"stmae {__version__}")
         return 0
-    if argv[0] not in COMMANDS:
-        print(f"stmae: there is no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    command, argv = " ".join(argv[:words]), argv[words:]
+    if command not in COMMANDS:
+        print(f"stmae: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    if command == "data check" and argv and not argv[0].startswith("-"):
+        argv = ["--data", *argv]
 
-    name, description = COMMANDS[argv[0]]
+    name, description = COMMANDS[command]
     try:
         from . import config as configuration
 
@@ -34,7 +44,7 @@ def main(argv=None):
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "stmae":
             raise
-        print(f"stmae {argv[0]} needs the package {error.name!r}: pip install 'stmae[train]'", file=sys.stderr)
+        print(f"stmae {command} needs the package {error.name!r}: pip install 'stmae[train]'", file=sys.stderr)
         return 1
 
     from stmae.checkpoint import CheckpointError, CheckpointMismatch
@@ -42,7 +52,7 @@ def main(argv=None):
     from .run_folder import RunFolderError
     from .video import VideoError
 
-    config = configuration.parse(module.Config, argv[1:], prog=f"stmae {argv[0]}", description=description.capitalize() + ".")
+    config = configuration.parse(module.Config, argv, prog=f"stmae {command}", description=description.capitalize() + ".")
     try:
         module.run(config)
     except (
@@ -56,10 +66,10 @@ def main(argv=None):
     ) as error:
         if os.environ.get("STMAE_TRACEBACK"):
             raise
-        print(f"stmae {argv[0]}: {error}", file=sys.stderr)
+        print(f"stmae {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stmae {argv[0]}: interrupted", file=sys.stderr)
+        print(f"stmae {command}: interrupted", file=sys.stderr)
         return 130
     return 0
 

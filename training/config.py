@@ -1,4 +1,5 @@
-"""What a run is made of, as dataclasses: every field is a line in a preset or configuration file and an option on the command line.
+"""What a run is made of, as dataclasses: every field is a line in a preset or configuration file and an option on the command
+line.
 
 Order of precedence: the command line, then ``--config FILE``, then ``--preset NAME``, then the defaults below (the paper's).
 A path in a preset or configuration file is relative to that file.
@@ -25,8 +26,10 @@ class ClipConfig:
 
     stride: int = 4
     """every stride-th frame of the video"""
-    spacing: Literal["stride", "linspace"] = "stride"
-    """'stride': exactly that; 'linspace': evenly over T*stride frames, rounded down, as the paper's published code (4.2 apart, not 4)"""
+    spacing: Literal["stride", "linspace", "segments"] = "stride"
+    """'segments': one frame from each of T equal parts of the video, whatever the stride; 'stride': exactly that;
+    'linspace': evenly over T*stride frames, rounded down, as the paper's published code (4.2
+    apart, not 4)"""
     repeats: int = 4
     """clips taken from one opened video (repeated sampling)"""
     scale: tuple[float, float] = (0.5, 1.0)
@@ -105,6 +108,198 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass(kw_only=True)
+class FinetuneClipConfig(ClipConfig):
+    """Clips: how they are cut from a video and augmented."""
+
+    repeats: int = 2
+    """clips taken from one opened video (repeated sampling)"""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random resized crop: share of the frame's area"""
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """Further augmentation of labelled clips; defaults are the paper's."""
+
+    operations: int = 2
+    """RandAugment: operations per clip, each with probability one half; 0: none"""
+    magnitude: float = 7.0
+    """RandAugment: their strength, out of 10"""
+    magnitude_std: float = 0.5
+    """RandAugment: how much that varies"""
+    erasing: float = 0.25
+    """probability that a box becomes noise"""
+    mixup: float = 0.8
+    """mixing of two clips, parameter of the Beta distribution; 0: none"""
+    cutmix: float = 1.0
+    """a box from another clip, parameter of the Beta distribution; 0: none"""
+    label_smoothing: float = 0.1
+    """share of the target spread over all classes"""
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig:
+    """The classifier; the encoder's shape comes from the checkpoint."""
+
+    num_classes: int | None = None
+    """null: the highest label plus one"""
+    dropout: float = 0.3
+    """before the head"""
+    drop_path: float = 0.1
+    """stochastic depth of the last block, growing from 0 in the first"""
+    num_frames: int | None = None
+    """frames of a clip; null: as pre-trained. Positions are interpolated"""
+    image_size: int | tuple[int, int] | None = None
+    """frame height and width; null: as pre-trained. Positions are interpolated"""
+
+
+@dataclass(kw_only=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
+
+    batch: int = 256
+    """videos a step, over all processes and accumulated parts"""
+    epochs: float = 150
+    """effective epochs: passes over the videos times repeats"""
+    warmup_epochs: float = 10
+    """effective epochs of linear warm-up from 0"""
+    base_lr: float = 4.8e-3
+    """learning rate at base_batch clips; the rate used is base_lr * batch * repeats / base_batch: repeats count here"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's"""
+    clip_grad: float | None = 5.0
+    """largest gradient norm; null: no clipping"""
+
+
+@dataclass(kw_only=True)
+class ViewConfig:
+    """Views of a video in a test, their scores averaged."""
+
+    temporal: int = 1
+    """clips, spread evenly over the video"""
+    spatial: int = 1
+    """crops of each, along the longer side"""
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """The run: what is read, what is written."""
+
+    data: str
+    """labelled videos: a list file with a line 'path label' each, or a folder with a folder for each class"""
+    output: str
+    """folder of the run; the same command again continues what is there"""
+    checkpoint: str
+    """a pre-trained model.safetensors, or a classifier's"""
+    random_weights: bool = False
+    """take only the checkpoint's shape, to see what pre-training is worth"""
+    test_data: str | None = None
+    """labelled videos to test on before, after, and every run.evaluate_every steps"""
+    seed: int = 0
+    """of the head, the order, the crops and the mixing"""
+    layer_decay: float = 0.75
+    """each layer's learning rate is this times the next one's"""
+    average_decay: float = 0.0
+    """of a running average of the weights, which is then tested and saved in their place, such as 0.9999; 0: none"""
+    mask_ratio: float = 0.0
+    """masked fine-tuning: share of hidden patches at the start, falling to nothing on a cosine"""
+    clips: FinetuneClipConfig = field(default_factory=FinetuneClipConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    optimizer: FinetuneOptimizerConfig = field(default_factory=FinetuneOptimizerConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(kw_only=True)
+class TestConfig:
+    """The test: of what, on what."""
+
+    __test__ = False  # not pytest's
+
+    checkpoint: str
+    """a classifier: a run's folder, or a model.safetensors"""
+    data: str
+    """labelled videos: a list file with a line 'path label' each, or a folder with a folder for each class"""
+    output: str | None = None
+    """a JSON file for the results"""
+    stride: int | None = None
+    """every stride-th frame; null: as the classifier was trained, else 4"""
+    views: ViewConfig = field(default_factory=lambda: ViewConfig(temporal=7, spatial=3))
+    device: str = "auto"
+    """'auto': cuda where there is one, else cpu"""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+
+
+@dataclass(kw_only=True)
+class EncodingConfig:
+    """How videos are encoded."""
+
+    tokens: Literal["mean", "all"] = "mean"
+    """'mean': the normalised mean of a clip's tokens; 'all': every token, side by side, for small models"""
+    stride: int | None = None
+    """every stride-th frame; null: as the run was trained, else 4"""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    device: str = "auto"
+    """'auto': cuda where there is one, else cpu"""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+    workers: int | None = None
+    """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig(EncodingConfig):
+    """The features: of what, by which model, where to."""
+
+    checkpoint: str
+    """weights: a run's folder, or a model.safetensors, of an autoencoder or a classifier"""
+    data: str
+    """videos: a folder, searched recursively, or a list file"""
+    output: str
+    """FILE.safetensors (features, labels, paths) or FILE.npy (features; paths and labels in FILE.txt)"""
+
+
+@dataclass(kw_only=True)
+class ProbeConfig(EncodingConfig):
+    """The probe: of which model, on what."""
+
+    checkpoint: str
+    """weights: a run's folder, or a model.safetensors, of an autoencoder or a classifier"""
+    data: str
+    """labelled videos to learn from: a list file with 'path label' lines, or a folder with a folder for each class"""
+    test_data: str
+    """labelled videos to be judged on"""
+    random_weights: bool = False
+    """take only the checkpoint's shape, to see what training is worth"""
+    neighbours: int = 20
+    """that vote"""
+    output: str | None = None
+    """a JSON file for the results"""
+    seed: int = 0
+    """of random weights, and of the training videos on which the linear probe's weight decay is chosen"""
+
+
+@dataclass(kw_only=True)
+class CheckConfig:
+    """The check: of what, for which clips."""
+
+    data: str
+    """videos: a folder, searched recursively, or a list file"""
+    frames: int = 16
+    """of the clips that every video must give"""
+    stride: int = 4
+    """of the clips that every video must give"""
+    every_frame: bool = False
+    """decode all of every video instead of three clips"""
+    workers: int = 2
+    """processes that decode; 0: none"""
+    output: str | None = None
+    """a list file for the videos that can be used"""
+
+
 def parse(config_class, argv, *, prog, description):
     """The configuration that ``argv`` asks for. Prints what is wrong and exits, as argparse does, when it cannot be made."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -131,7 +326,7 @@ def parse(config_class, argv, *, prog, description):
         parsed = parser.parse_args(argv)
         for name in files:
             parsed.pop(name)
-        return config_class(**vars(parser.instantiate(parsed)))
+        return _build(config_class, parsed)
     except (ValueError, argparse.ArgumentError) as error:
         parser.error(str(error))
 
@@ -141,6 +336,15 @@ def from_preset(config_class, name, **settings):
     return parse(
         config_class, [f"--preset={name}", *(f"--{key}={value}" for key, value in settings.items())], prog="stmae", description=""
     )
+
+
+def _build(config_class, values):
+    """The dataclass from parsed values, its sections too."""
+    made = {}
+    for f in dataclasses.fields(config_class):
+        value = getattr(values, f.name)
+        made[f.name] = _build(type(f.default_factory()), value) if isinstance(value, jsonargparse.Namespace) else value
+    return config_class(**made)
 
 
 def presets():
@@ -181,6 +385,28 @@ def _set_defaults(parser, file):
 
 def _is_required(f):
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def check_common(config):
+    """What can be refused before anything is read. Raises ValueError."""
+    if getattr(config.model, "in_channels", 3) != 3:
+        raise ValueError(f"model.in_channels: expected 3 for decoded video, got {config.model.in_channels}")
+    for section, names in (
+        ("clips", ("stride", "repeats")),
+        ("optimizer", ("batch", "accumulate", "epochs")),
+        ("run", ("save_every", "log_every")),
+    ):
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if not value > 0:
+                raise ValueError(f"{section}.{name}: expected more than 0, got {value}")
+    if not 0 <= config.optimizer.warmup_epochs < config.optimizer.epochs:
+        raise ValueError(
+            f"optimizer.warmup_epochs: expected less than optimizer.epochs ({config.optimizer.epochs:g}), "
+            f"got {config.optimizer.warmup_epochs:g}"
+        )
+    if config.seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {config.seed}")
 
 
 def to_dict(config):

@@ -9,26 +9,34 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from .augment import random_clip_view, resized_crop, view_box
+from .augment import random_clip_view, random_erasing, resized_crop, view_box
+from .randaugment import rand_augment
 from .sampling import clip_span, random_clip, spaced_clips
 from .video import Video, VideoError
 
 SUBSTITUTES = 200  # samples tried in the place of a broken one before the run stops
 
 
-class PretrainClips(Dataset):
-    """Random clips of the videos ``entries`` with their masking noise; indexed by (epoch, video number).
+class RandomClips(Dataset):
+    """Random clips of the videos ``entries``, for training; indexed by (epoch, video number).
 
-    An item is a dict: ``clips`` uint8 [R, T, H, W, C], ``noise`` float32 [R, N], ``skipped`` a list of (path, reason) of the broken
-    videos that were passed over to find it.
+    An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``companion`` adds for each clip, and ``skipped``, a list of
+    (path, reason) of the broken videos that were passed over to find it.
 
-    clips: a ClipConfig; frames, size: of a clip, T and (H, W); sample_noise: called with generator=..., gives the masking noise [1, N] of one clip.
+    clips: a ClipConfig; frames, size: of a clip, T and (H, W).
     """
 
-    def __init__(self, entries, clips, *, frames, size, sample_noise, seed):
-        self.entries, self.clips, self.frames, self.size = entries, clips, frames, tuple(size)
-        self.sample_noise, self.seed = sample_noise, seed
+    def __init__(self, entries, clips, *, frames, size, seed):
+        self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
         self.broken = {}  # number -> VideoError: what this worker has already found, to spare a second try
+
+    def companion(self, rng, entry):
+        """{name: tensor [1, ...]} that belongs to a clip."""
+        raise NotImplementedError
+
+    def view(self, rng, frames):
+        """The augmented clip uint8 [T, H, W, C] of frames uint8 [T, H', W', C]."""
+        return random_clip_view(rng, frames, self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
 
     def __len__(self):
         return len(self.entries)
@@ -49,26 +57,62 @@ class PretrainClips(Dataset):
         raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {error}; see 'stmae data check'")
 
     def _read(self, epoch, number):
+        entry = self.entries[number]
         wanted, rngs = [], [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(self.clips.repeats)]
-        with Video(self.entries[number].path) as video:
+        with Video(entry.path) as video:
             for rng in rngs:
                 indices = random_clip(rng, len(video), self.frames, self.clips.stride, self.clips.spacing)
                 if indices is None:
                     raise too_short(video, self.frames, self.clips)
                 wanted.append(indices)
             pixels = video.frames(np.concatenate(wanted))  # one sorted pass for all repeats
-        clips, noise = [], []
+        clips, companions = [], []
         for rng, part in zip(rngs, np.split(pixels, len(rngs))):
-            clips.append(random_clip_view(rng, part, self.size, self.clips.scale, self.clips.aspect, self.clips.flip))
-            noise.append(self.sample_noise(generator=torch.Generator().manual_seed(int(rng.integers(2**63)))))
-        return {"clips": torch.stack(clips), "noise": torch.cat(noise)}
+            clips.append(self.view(rng, part))
+            companions.append(self.companion(rng, entry))
+        together = {name: torch.cat([companion[name] for companion in companions]) for name in companions[0]}
+        return {"clips": torch.stack(clips), **together}
+
+
+class PretrainClips(RandomClips):
+    """Adds each clip's masking noise, ``noise`` float32 [R, N].
+
+    sample_noise: called with generator=..., gives the noise [1, N] of one clip.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, seed, sample_noise):
+        super().__init__(entries, clips, frames=frames, size=size, seed=seed)
+        self.sample_noise = sample_noise
+
+    def companion(self, rng, entry):
+        return {"noise": self.sample_noise(generator=torch.Generator().manual_seed(int(rng.integers(2**63))))}
+
+
+class LabelledClips(RandomClips):
+    """Adds each clip's ``label`` int64 [R]; clips are augmented by ``randaugment`` and ``erasing`` too, where they are set.
+
+    augmentation: an AugmentationConfig.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, seed, augmentation):
+        super().__init__(entries, clips, frames=frames, size=size, seed=seed)
+        self.augmentation = augmentation
+
+    def view(self, rng, frames):
+        clip = super().view(rng, frames)
+        clip = rand_augment(rng, clip, self.augmentation.operations, self.augmentation.magnitude, self.augmentation.magnitude_std)
+        return random_erasing(rng, clip, self.augmentation.erasing)
+
+    def companion(self, rng, entry):
+        return {"label": torch.tensor([entry.label])}
 
 
 class ViewClips(Dataset):
     """Deterministic views for evaluation: ``temporal`` clips spread over the video times ``spatial`` crops along the longer side.
     A single clip lies at ``start``, from 0 (the video's start) to 1 (its end).
 
-    Item i is a dict: ``clips`` uint8 [temporal * spatial, T, H, W, C] (temporal outermost), ``label`` int, ``number`` i. A video that
+    Item i is a dict: ``clips`` uint8 [temporal * spatial, T, H, W, C] (temporal outermost), ``label`` int, ``number`` i.
+    A video that
     cannot be read raises VideoError: an evaluation never puts another in its place.
     """
 
@@ -97,11 +141,28 @@ def too_short(video, frames, clips):
     return VideoError(video.path, f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}")
 
 
+class ReadableViews(Dataset):
+    """The items of a ViewClips, with {"error": VideoError} in the place of one that cannot be read, so that a loader goes on."""
+
+    def __init__(self, views):
+        self.views = views
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, number):
+        try:
+            return self.views[number]
+        except VideoError as error:
+            return {"error": error}
+
+
 def collate(items):
-    """A batch of items, the clips of all videos in one dimension: ``clips`` [B*R, T, H, W, C], ``noise`` [B*R, N], ``skipped`` a list."""
+    """A batch of items, the clips of all videos in one dimension: ``clips`` [B*R, T, H, W, C], ``noise`` [B*R, N] or
+    ``label`` [B*R]; ``skipped``: a list."""
     skipped = [pair for item in items for pair in item["skipped"]]
-    batch = default_collate([{name: item[name] for name in ("clips", "noise")} for item in items])
-    return {"clips": batch["clips"].flatten(0, 1), "noise": batch["noise"].flatten(0, 1), "skipped": skipped}
+    batch = default_collate([{name: value for name, value in item.items() if name != "skipped"} for item in items])
+    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, "skipped": skipped}
 
 
 def as_video(clips):

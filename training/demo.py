@@ -1,4 +1,5 @@
-"""``stmae demo``: pre-trains the small model of the preset ``demo`` on the clips that ship with the package, and shows what it learnt."""
+"""``stmae demo``: pre-trains the small model of the preset ``demo`` on the clips that ship with the package, and shows what
+it learnt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ class Config:
 def run(config):
     settings = from_preset(PretrainConfig, "demo", output=config.output, seed=config.seed)
     counters = pretrain.run(settings)
-    if counters["held_out_after"] is None:
+    if not counters["done"]:
         return  # stopped by a signal, and saved
     pictures = Path(config.output) / "pictures"
     reconstruct.run(reconstruct.Config(checkpoint=config.output, video=settings.held_out, output=str(pictures)))
+    before, after = counters["before"]["held_out_loss"], counters["after"]["held_out_loss"]
     print(
-        f"On clips never trained on, the loss went from {counters['held_out_before']:.3f} to {counters['held_out_after']:.3f}; "
+        f"On clips never trained on, the loss went from {before:.3f} to {after:.3f}; "
         f"predicting each patch's mean would give 1.0. Pictures: {pictures}"
     )

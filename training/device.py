@@ -21,7 +21,8 @@ def choose_device(name):
 def choose_precision(name, device):
     """(dtype or None, why): the autocast dtype, None for float32.
 
-    bf16 has float32's range, where float16 is the most reported source of NaN in this method. On a CPU without bf16 instructions it
+    bf16 has float32's range, where float16 is the most reported source of NaN in this method. On a CPU without bf16
+    instructions it
     would be emulated and slower than float32, so 'auto' then means float32.
     """
     if name == "float32":

@@ -51,6 +51,28 @@ def find_videos(source):
     return entries
 
 
+def find_labelled_videos(source):
+    """As ``find_videos``, every one with a label: a list's own, or, in a folder, the number of the class folder the video
+    lies in.
+
+    Class folders are numbered in the order of their names. Raises ValueError where a label is missing.
+    """
+    source, entries = Path(source), find_videos(source)
+    if source.is_dir():
+        classes = [Path(entry.path).relative_to(source).parts[0] for entry in entries]
+        inside = [len(Path(entry.path).relative_to(source).parts) > 1 for entry in entries]
+        if not all(inside):
+            raise ValueError(f"{entries[inside.index(False)].path} lies in no class folder: expected {source}/CLASS/VIDEO")
+        numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
+        return [entry._replace(label=numbers[name]) for entry, name in zip(entries, classes)]
+    for entry in entries:
+        if entry.label < 0:
+            raise ValueError(
+                f"{source}: expected a label of 0 or more for {entry.path}, got {entry.label if entry.label != -1 else 'none'}"
+            )
+    return entries
+
+
 def _entry(line, source, number):
     comma = "," in line and line.rpartition(",")[2].strip().lstrip("-").isdigit()
     path, _, label = line.rpartition("," if comma else " ")

@@ -17,9 +17,7 @@ class Log:
     def __init__(self, folder, *, step, steps, tensorboard):
         self.folder, self.first, self.steps, self.terminal = folder, step, steps, sys.stderr.isatty()
         folder.rewind_log(step)
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.terminal, smoothing=0.05
-        )
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.terminal, smoothing=0.05)
         self.started = self.last_line = time.monotonic()
         self.writer = None
         if tensorboard:
@@ -38,7 +36,8 @@ class Log:
                 self.writer.add_scalar(name, value, step)
         if "loss" not in values:
             return
-        text = f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['clips_per_second']:.1f} clips/s, data wait {values['data_wait']:.0%}"
+        speed = f"{values['clips_per_second']:.1f} clips/s, data wait {values['data_wait']:.0%}"
+        text = f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed}"
         self.bar.set_postfix_str(text, refresh=False)
         if not self.terminal and (time.monotonic() - self.last_line >= LINE_EVERY or step == self.steps):
             self.last_line = time.monotonic()
@@ -59,6 +58,29 @@ class Log:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
+
+
+class Silence:
+    """The log of every process but the first: only what it found wrong is said."""
+
+    def __init__(self, folder, **options):
+        pass
+
+    def event(self, step, message, **facts):
+        if facts:
+            print(message, flush=True)
+
+    def say(self, message):
+        pass
+
+    def advance(self, step):
+        pass
+
+    def numbers(self, step, **values):
+        pass
+
+    def close(self):
+        pass
 
 
 def _short(value):

@@ -18,14 +18,37 @@ def weight_decay_groups(model, weight_decay, *, decay_tokens=True):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
+def layer_decay_groups(model, weight_decay, layer_decay):
+    """AdamW parameter groups for fine-tuning a VideoClassifier: the nearer to the input, the lower the learning rate.
+
+    Patches, positions and class token are layer 0, block i is layer i + 1, norm and head come last; a group's ``scale`` is
+    layer_decay ** (last layer - its layer). Biases, norms, positions and class token are not decayed (mae_st).
+    """
+    last = model.config.depth + 1
+    exempt = model.no_weight_decay()
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(("head.", "encoder.norm.")):
+            layer = last
+        else:
+            layer = 0
+        decay = 0.0 if parameter.ndim < 2 or name in exempt else weight_decay
+        group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "scale": layer_decay ** (last - layer)})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
 def adamw(groups, settings):
     """AdamW as the optimiser settings say; its learning rate is set at every step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=tuple(settings.betas), fused=True)
 
 
-def peak_learning_rate(settings):
-    """base_lr * batch / base_batch. In pre-training a batch counts videos: the repeats of one video are not counted."""
-    return settings.base_lr * settings.batch / settings.base_batch
+def peak_learning_rate(settings, batch):
+    """base_lr * batch / base_batch. What a ``batch`` counts differs: videos in pre-training, clips (with repeats) in
+    fine-tuning."""
+    return settings.base_lr * batch / settings.base_batch
 
 
 def total_steps(settings, num_videos, repeats):
@@ -33,9 +56,8 @@ def total_steps(settings, num_videos, repeats):
     return max(1, math.ceil(settings.epochs / repeats * num_videos / settings.batch - 1e-9))
 
 
-def learning_rate(step, steps, settings):
-    """At ``step`` of ``steps`` (0-based): linear from 0 over the warm-up, then half a cosine down to min_lr."""
-    peak = peak_learning_rate(settings)
+def learning_rate(step, steps, settings, peak):
+    """At ``step`` of ``steps`` (0-based): linear from 0 to ``peak`` over the warm-up, then half a cosine down to min_lr."""
     warmup = steps * settings.warmup_epochs / settings.epochs
     if step < warmup:
         return peak * step / warmup

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from stmae import checkpoint
 from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder
 
-from .config import ClipConfig
 from .dataset import ViewClips, as_video
 from .device import choose_device
 from .listing import find_videos
+from .run_folder import clips_of, weights_file
 from .video import VideoError
 
 GAP, LABEL = 4, 20  # pixels between pictures, and of the line of text above them
@@ -46,7 +45,7 @@ class Config:
 
 def run(config):
     """Write the pictures; returns their paths."""
-    model, stride = load(config.checkpoint, config.stride)
+    model, clip_settings = load(config.checkpoint, config.stride)
     device = choose_device(config.device)
     model.to(device)
     if not 0 <= config.clip <= 1:
@@ -56,9 +55,7 @@ def run(config):
         model.config.mask_strategy, 1, model.config.grid, ratio, generator=torch.Generator().manual_seed(config.seed)
     )
     entries = find_videos(config.video)
-    views = ViewClips(
-        entries, ClipConfig(stride=stride), frames=model.config.num_frames, size=model.config.image_size, start=config.clip
-    )
+    views = ViewClips(entries, clip_settings, frames=model.config.num_frames, size=model.config.image_size, start=config.clip)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -77,7 +74,8 @@ def run(config):
             print(
                 "In masked patches, "
                 + (
-                    "mean and contrast of each patch are taken from the original: the model predicts what is left when these are removed."
+                    "mean and contrast of each patch are taken from the original: the model predicts what is left "
+                    "when these are removed."
                     if pictures.patch_statistics == "original"
                     else "everything shown is predicted."
                 )
@@ -98,16 +96,13 @@ def run(config):
 
 
 def load(path, stride):
-    """The autoencoder at ``path`` (a run's folder or a file), and the stride it was trained with unless one is given."""
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+    """The autoencoder at ``path`` (a run's folder or a file), and the clips it was trained on, with another ``stride`` if
+    one is given."""
+    file = weights_file(path)
     model = checkpoint.load(file)
     if not isinstance(model, MaskedAutoencoder):
         raise ValueError(f"{file} holds a {type(model).__name__}, and only a masked autoencoder reconstructs")
-    settings = file.parent / "config.yaml"
-    if stride is None and settings.exists():
-        stride = (yaml.safe_load(settings.read_text(encoding="utf-8")).get("clips") or {}).get("stride")
-    return model.eval(), stride or 4
+    return model.eval(), clips_of(path, stride)
 
 
 def to_uint8(frames):

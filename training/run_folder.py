@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 
 from stmae import checkpoint
 
+from .config import ClipConfig
+
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
 
 
@@ -36,10 +38,15 @@ class RunFolderError(RuntimeError):
 
 
 class RunFolder:
-    """Creates ``path`` where it is missing. Raises RunFolderError when nothing can be written there."""
+    """Creates ``path`` where it is missing. Raises RunFolderError when nothing can be written there.
 
-    def __init__(self, path):
+    read_only: for the processes of a run that only read its state.
+    """
+
+    def __init__(self, path, *, read_only=False):
         self.path = Path(path).absolute()
+        if read_only:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing
@@ -63,7 +70,8 @@ class RunFolder:
         return self.path / f"state-{step:08d}.safetensors"
 
     def save_state(self, step, tensors, info):
-        """Write state ``step``: tensors by name, and ``info``, plain values. Raises RunFolderError; older states are then untouched."""
+        """Write state ``step``: tensors by name, and ``info``, plain values. Raises RunFolderError; older states are
+        then untouched."""
         metadata = {"stmae_state": json.dumps(info)}
         self._write(self.state_path(step), lambda file: save_file(tensors, file, metadata))
         for old in self.states()[KEPT_STATES:]:
@@ -81,7 +89,8 @@ class RunFolder:
         for step in self.states():
             try:
                 with safe_open(self.state_path(step), framework="pt") as file:
-                    return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["stmae_state"])
+                    info = json.loads(file.metadata()["stmae_state"])
+                    return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 (not a dict)
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                 report(f"checkpoint {self.state_path(step).name} is damaged ({error}); looking for an older one")
         if self.states():
@@ -100,7 +109,8 @@ class RunFolder:
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
             if differing:
                 raise RunFolderError(
-                    f"{self.path} holds a run with other settings ({'; '.join(differing)}): choose another --output, or repeat its command"
+                    f"{self.path} holds a run with other settings ({'; '.join(differing)}): choose another --output, "
+                    "or repeat its command"
                 )
         text = yaml.safe_dump(settings, sort_keys=False)
         self._write(file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -157,6 +167,35 @@ class RunFolder:
         """What there is to continue from, for the end of an error message."""
         states = self.states()
         return f" (the checkpoint of step {states[0]} is whole: the same command continues from it)" if states else ""
+
+
+def open_run(path, settings, processes):
+    """The RunFolder at ``path``, claimed by the first process for the run with these ``settings``; the others only read."""
+    if processes.first:
+        folder = RunFolder(path)
+        folder.claim(settings)
+    processes.wait()
+    return folder if processes.first else RunFolder(path, read_only=True)
+
+
+def weights_file(path):
+    """The weights at ``path``, a run's folder or a file."""
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def clips_of(checkpoint_path, stride=None):
+    """The ClipConfig that the weights at ``checkpoint_path`` were trained with, as the config.yaml beside them says, else
+    the default.
+
+    Only what tells which frames make a clip; ``stride`` overrides.
+    """
+    settings = weights_file(checkpoint_path).parent / "config.yaml"
+    clips = {}
+    if settings.exists():
+        clips = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("clips") or {}
+    chosen = {name: clips[name] for name in ("stride", "spacing") if name in clips}
+    return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
 
 
 def _flat(settings):

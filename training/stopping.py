@@ -25,7 +25,8 @@ class StopRequest:
 
 
 def ignore_stop_signals(worker=None):
-    """For data workers: Ctrl-C and a scheduler's SIGTERM reach the whole process group, and the main process must finish its step.
+    """For data workers: Ctrl-C and a scheduler's SIGTERM reach the whole process group, and the main process must finish
+    its step.
 
     A worker still ends with its parent, however that ends.
     """

@@ -15,9 +15,8 @@ import av
 import av.error
 import numpy as np
 
-EXTENSIONS = frozenset(
-    [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".ogg", ".mxf", ".gif"]
-)
+_MPEG = ".mp4 .m4v .mov .3gp .3g2 .mpg .mpeg .m2v .vob .ts .mts .m2ts"
+EXTENSIONS = frozenset(f"{_MPEG} .mkv .webm .avi .flv .f4v .wmv .asf .ogv .ogg .mxf .gif".split())
 
 BACK_OFF_SECONDS = (0.0, 1.0, 4.0, 16.0)  # how far before the target a repeated seek aims; then from the start
 
@@ -113,13 +112,15 @@ class Video:
         self.rate = (len(self) - 1) / span if span > 0 else self._average_rate
 
     def _is_doubtful(self):
-        """AVI has no presentation time stamps: those of reordered frames are guessed. A seek in an MPEG program stream can land inside a
+        """AVI has no presentation time stamps: those of reordered frames are guessed. A seek in an MPEG program
+        stream can land inside a
         packet, and the frames after it then carry their neighbours' time stamps."""
         name = self._container.format.name
         return name == "mpeg" or (name == "avi" and self._stream.codec_context.has_b_frames)
 
     def _count(self):
-        """Without time stamps to trust (raw streams, MPEG program streams, some AVI) frames are counted from the start by decoding: slow,
+        """Without time stamps to trust (raw streams, MPEG program streams, some AVI) frames are counted from the
+        start by decoding: slow,
         and right."""
         self._stamps = None
         self._open()

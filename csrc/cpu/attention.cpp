@@ -20,6 +20,10 @@ struct Float32 {  // bfloat16 inputs are widened while packing
   STMAE_INLINE operand read(const unit* b) { return load(b); }
   STMAE_INLINE operand broadcast(const unit* a) { return set(*a); }
   STMAE_INLINE vec multiply_add(operand a, operand b, vec c) { return fma(a, b, c); }
+  STMAE_INLINE void store_two(float* p, vec a, vec b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
   template <typename T>
   STMAE_INLINE vec along(const T* row, int units) {  // the first units of a row
     return units >= kLanes ? load(row) : load(row, units);
@@ -51,6 +55,7 @@ struct Bfloat16Pairs {
   STMAE_INLINE vec multiply_add(operand a, operand b, vec c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
   }
+  STMAE_INLINE void store_two(bf16* p, vec a, vec b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v))); }
   STMAE_INLINE vec along(const bf16* row, int units) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(units >= kLanes ? 0xffff : first(units), row))};
   }
@@ -73,10 +78,7 @@ constexpr int kRows = 6;
 constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;
 constexpr int kKeyTile = kVectors * kLanes;
 constexpr int kRowTile = 2 * kRows;                                // what every kernel's rows divide
-#ifndef KB
-#define KB 384
-#endif
-constexpr int kKeyBlock = KB;                                     // forward: keys per step of the online softmax
+constexpr int kKeyBlock = 384;                                     // forward: keys per step of the online softmax
 constexpr int kScoreStride = kKeyBlock + 16;                       // not a power of two: rows in different cache sets
 constexpr int kGradKeyBlock = 192;                                 // backward: keys whose gradients stay in cache
 constexpr int kGradStride = kGradKeyBlock + 32;
@@ -98,13 +100,6 @@ void product(const typename E::unit* a, int64_t row, const typename E::unit* b, 
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[r][v] = zero();
   }
-  if (accumulate) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] = load(c + r * c_stride + v * kLanes);
-    }
-  }
 #pragma GCC unroll 1
   for (int s = 0; s < steps; ++s) {
     typename E::operand columns[V];
@@ -118,6 +113,13 @@ void product(const typename E::unit* a, int64_t row, const typename E::unit* b, 
     }
     a += kStep;
     b += b_stride;
+  }
+  if (accumulate) {  // after the loop: short chains of additions keep rounding errors small
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v] + load(c + r * c_stride + v * kLanes);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -209,6 +211,7 @@ template <typename E, typename T>
 void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t padded_rows, int D, typename E::unit* copy) {
   const int units = D / E::kPack;
   for (int64_t r = 0; r < padded_rows; ++r) {
+    prefetch(source + (r + kAhead) * stride, D * sizeof(T));
     for (int u = 0; u < units; u += kLanes) {
       const int count = std::min(kLanes, units - u);
       const vec part = r < rows ? E::along(source + r * stride + u * E::kPack, count) : zero();
@@ -259,7 +262,14 @@ void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, 
     auto* weights = reinterpret_cast<typename E::element*>(row);  // no wider than a score, so never ahead of the reads
     const vec minus_base = set(-base[r]);
     vec sum = zero();
-    for (int j = 0; j < whole; j += kLanes) {
+    int j = 0;
+    for (; j + kLanes < whole; j += 2 * kLanes) {
+      const vec weight = exp2<E::kDegree>(fma(load(row + j), slope, minus_base));
+      const vec next = exp2<E::kDegree>(fma(load(row + j + kLanes), slope, minus_base));
+      sum = sum + (weight + next);
+      E::store_two(weights + j, weight, next);
+    }
+    if (j < whole) {
       const vec weight = exp2<E::kDegree>(fma(load(row + j), slope, minus_base));
       sum = sum + weight;
       store(weights + j, weight);
@@ -406,6 +416,7 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
       for (int64_t i = 0; i < a.Nq; ++i) {
         lse.data()[i] = a.lse[head * a.Nq + i] * 1.44269504f;
         const T* out = a.out.at(b, h) + i * a.out.token;
+        prefetch(out + kAhead * a.out.token, D * sizeof(T));
         vec dot = zero();
         for (int d = 0; d < D; d += kLanes) {
           const int n = std::min(kLanes, D - d);
@@ -518,10 +529,7 @@ class Scratch {
   std::unique_ptr<void, Free> memory_;
 };
 
-#ifndef QB
-#define QB 12
-#endif
-constexpr int kQueryBlock = QB;  // forward: queries at a time, an item of parallel work
+constexpr int kQueryBlock = 12;  // forward: queries at a time, an item of parallel work
 
 // [B, N, H, D] with any strides, in elements, but a dense last dimension.
 template <typename T>

@@ -60,24 +60,30 @@ struct Bfloat16 {  // without instructions for it: units are floats that were ro
 #endif
 
 // tile[r][lane] = sum over steps s of a[r][s] * panel[s][lane]; a's row r begins at rows[r], and its next unit lies kStep on.
+// Sums run over kRun steps, then over runs: a long sum in one float32 would err more than plain PyTorch's blocked one.
 template <typename Product, typename Element, int kStep, int kTileRows, int kVectors>
 static void multiply(const Element* const* rows, const float* panel, int64_t steps, float* tile) {
   const Element* row[kTileRows];
-  vec sums[kTileRows][kVectors];
-  for (int r = 0; r < kTileRows; ++r) {
-    row[r] = rows[r];
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    vec b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + s * kPanel + v * kLanes);
+  for (int r = 0; r < kTileRows; ++r) row[r] = rows[r];
+  for (int64_t run = 0; run < steps; run += kRun) {
+    vec sums[kTileRows][kVectors];
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
+    for (int64_t s = run; s < std::min(steps, run + kRun); ++s) {
+      vec b[kVectors];
+      for (int v = 0; v < kVectors; ++v) b[v] = load(panel + s * kPanel + v * kLanes);
+      for (int r = 0; r < kTileRows; ++r) {
+        const vec a = Product::broadcast(row[r] + s * kStep);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Product::multiply_add(a, b[v], sums[r][v]);
+      }
+    }
     for (int r = 0; r < kTileRows; ++r) {
-      const vec a = Product::broadcast(row[r] + s * kStep);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = Product::multiply_add(a, b[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = tile + r * kPanel + v * kLanes;
+        store(to, run == 0 ? sums[r][v] : load(to) + sums[r][v]);
+      }
     }
   }
-  for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(tile + r * kPanel + v * kLanes, sums[r][v]);
 }
 
 template <typename Product, int kStep, typename Element>
@@ -95,10 +101,12 @@ static void multiply_tile(const Element* const* rows, const float* panel, int64_
   }
 }
 
+STMAE_INLINE int64_t token_of(const Patchify& p, int64_t index) { return p.keep[index / p.K * p.keep_batch + index % p.K * p.keep_token]; }
+
 // Patch `index` of the batch as normalised floats [P]; `row` has room for two patches.
 template <typename T>
 static void read_patch(const Patchify& p, int64_t index, float* row) {
-  const int64_t b = index / p.K, token = p.keep[b * p.keep_batch + index % p.K * p.keep_token];
+  const int64_t b = index / p.K, token = token_of(p, index);
   if constexpr (std::is_same_v<T, float>) {
     read_colour_first(p.patches, b, token, row);
   } else {
@@ -172,15 +180,21 @@ static void forward_tiles(const Patchify& p, int64_t begin, int64_t end) {
     const element* rows[kRows];  // past the last one, the last again: computed and dropped
     for (int64_t r = 0; r < kRows; ++r) rows[r] = weight + std::min(d + r, D - 1) * p.weight_row;
     multiply_tile<Product, Product::kPack>(rows, p.panels + panel * steps * kPanel, steps, count, tile);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const int64_t index = p.first + first + lane, b = index / p.K;
-      Out* out = static_cast<Out*>(p.out) + index * D + d;
-      const Out* at = position ? position + p.keep[b * p.keep_batch + index % p.K * p.keep_token] * D + d : nullptr;
-      for (int64_t r = 0; r < outputs; ++r) {
-        float x = tile[r * kPanel + lane];
-        if (bias) x += bias[d + r];
-        if (at) x += at[r];
-        out[r] = x;
+    int64_t tokens[kPanel];
+    for (int64_t lane = 0; lane < count; ++lane) tokens[lane] = token_of(p, p.first + first + lane);
+    for (int64_t lane = 0; lane < count; lane += kLanes) {
+      for (int64_t r = 0; r < outputs; r += kLanes) {
+        vec columns[kLanes];
+        for (int i = 0; i < kLanes; ++i) columns[i] = load(tile + (r + i) * kPanel + lane);
+        transpose(columns);
+        each_vector(std::min<int64_t>(kLanes, outputs - r), [&](int64_t, auto lanes) STMAE_INLINE_BODY {
+          const vec shift = bias ? load(bias + d + r, lanes) : zero();
+          for (int i = 0; i < std::min<int64_t>(kLanes, count - lane); ++i) {
+            vec x = columns[i] + shift;
+            if (position) x = x + load(position + tokens[lane + i] * D + d + r, lanes);
+            store(static_cast<Out*>(p.out) + (p.first + first + lane + i) * D + d + r, x, lanes);
+          }
+        });
       }
     }
   }
@@ -200,9 +214,12 @@ static void patchify_tiles(const Patchify& p, int64_t begin, int64_t end) {
 template <int kWidth>
 static void cut(const float* units, int64_t n, float* to, int64_t stride) {
   for (int64_t i = 0; i < n; i += kWidth, to += stride) {
-    const int64_t width = std::min<int64_t>(kWidth, n - i);
-    std::memcpy(to, units + i, width * sizeof(float));
-    std::memset(to + width, 0, (kWidth - width) * sizeof(float));
+    if (i + kWidth <= n) {
+      std::memcpy(to, units + i, kWidth * sizeof(float));
+    } else {
+      std::memcpy(to, units + i, (n - i) * sizeof(float));
+      std::memset(to + n - i, 0, (kWidth - (n - i)) * sizeof(float));
+    }
   }
 }
 
@@ -336,7 +353,8 @@ static void patchify_grad_position(const Patchify& p, const void** rows, int64_t
 namespace stmae {
 
 constexpr int64_t kPanel = 48;    // lanes of a panel, three of the widest vectors
-constexpr int64_t kRows = 8;      // rows that a task multiplies with a panel
+constexpr int64_t kRows = 16;     // rows that a task multiplies with a panel
+constexpr int64_t kRun = 128;     // steps that are summed in a register
 constexpr int64_t kGroup = 16;    // patches that are transposed into a panel together, the lanes of the widest vector
 constexpr int64_t kPart = 960;    // patches that are gathered before they are multiplied, so that they take some megabytes
 
@@ -442,16 +460,10 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
   p.grad_weight = grad_weight.mutable_data_ptr();
   p.grad_bias = grad_bias.mutable_data_ptr();
   p.grad_position = grad_position.mutable_data_ptr();
-  if (bias) torch::stable::parallel_for(0, p.D, 64, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_grad_bias, p, begin, end); });
-  if (position) {
-    const int64_t parts = pieces(p.N, std::max<int64_t>(1, 16384 / (p.D + 1)));
-    std::unique_ptr<const void*[]> rows(new const void*[parts * p.B]);
-    for_pieces(p.N, parts, [&](int64_t part, int64_t begin, int64_t end) {
-      STMAE_DISPATCH(patchify_grad_position, p, rows.get() + part * p.B, begin, end);
-    });
-  }
   if (p.total == 0) {
     torch::stable::zero_(grad_weight);
+    if (bias) torch::stable::zero_(grad_bias);
+    if (position) torch::stable::zero_(grad_position);
     return {grad_weight, grad_bias, grad_position};
   }
   const int64_t most = std::min(p.total, kPart), parts = pieces(most, 8), scratch = std::max(4 * p.P, p.D) + kGroup;
@@ -462,6 +474,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
   if (!p.weight_float && p.total > kPart) sum.reset(new float[p.D * p.P]);
   p.panels = panels.get();
   p.packed_grad = packed_grad.get();
+  std::unique_ptr<const void*[]> clips(new const void*[parts * p.B]);
   p.weight_sum = p.weight_float ? grad_weight.mutable_data_ptr<float>() : sum.get();
   int64_t elements = 1;
   STMAE_DISPATCH(patchify_units, p, &elements);
@@ -469,6 +482,11 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
     p.count = std::min(kPart, p.total - p.first);
     for_pieces((p.count + elements - 1) / elements, parts, [&](int64_t part, int64_t begin, int64_t end) {
       STMAE_DISPATCH(patchify_backward_pack, p, patch_rows.get() + part * scratch, begin, end);
+      if (p.first > 0) return;  // the other two gradients need no panels: here, they cost no threads of their own
+      const auto share = [&](int64_t count) { return count * part / parts; };
+      const auto next_share = [&](int64_t count) { return count * (part + 1) / parts; };
+      if (bias) STMAE_DISPATCH(patchify_grad_bias, p, share(p.D), next_share(p.D));
+      if (position) STMAE_DISPATCH(patchify_grad_position, p, clips.get() + part * p.B, share(p.N), next_share(p.N));
     });
     const int64_t tasks = (p.P + kPanel - 1) / kPanel * ((p.D + kRows - 1) / kRows);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_backward_tiles, p, begin, end); });

@@ -7,50 +7,48 @@
 
 namespace stmae::STMAE_ISA {
 
-// The patch's pixels as floats, normalised if they are bytes.
+// The patch's pixels as floats, normalised if they are bytes. Returns their sum.
 template <typename T>
-static void read_target(const PatchLoss& l, int64_t b, int64_t token, float* target) {
-  if constexpr (std::is_same_v<T, float>) {
-    read_colour_last(l.patches, b, token, target);
-  } else {
-    T* raw = reinterpret_cast<T*>(target + l.P);
-    read_colour_last(l.patches, b, token, raw);
-    each_vector(l.P, [&](int64_t i, auto lanes) STMAE_INLINE_BODY {
-      vec x = load(raw + i, lanes);
-      if constexpr (std::is_same_v<T, uint8_t>) x = fma(x, load(l.scale + i, lanes), load(l.shift + i, lanes));
-      store(target + i, x, lanes);
-    });
-  }
+static float read_target(const PatchLoss& l, int64_t index, float* target) {
+  const int64_t b = index / l.M, token = l.token(index);
+  T* raw = reinterpret_cast<T*>(target + (std::is_same_v<T, float> ? 0 : l.P));
+  read_colour_last(l.patches, b, token, raw);
+  if (index + 1 < l.count) prefetch_patch<T>(l.patches, (index + 1) / l.M, l.token(index + 1));
+  Chains sums = empty_chains();
+  each_vector_of_chains(l.P, [&](int64_t i, auto lanes, int chain) STMAE_INLINE_BODY {
+    vec x = load(raw + i, lanes);
+    if constexpr (std::is_same_v<T, uint8_t>) x = take(fma(x, load(l.scale + i, lanes), load(l.shift + i, lanes)), lanes);
+    if constexpr (!std::is_same_v<T, float>) store(target + i, x, lanes);
+    sums.chain[chain] = sums.chain[chain] + x;
+  });
+  return sum(sums);
 }
 
 template <typename T, typename Pred>
 static void loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t end) {
   const int64_t P = l.P;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / l.M, m = i % l.M;
-    const Pred* pred = static_cast<const Pred*>(l.pred) + b * l.pred_batch + m * l.pred_token;
-    read_target<T>(l, b, l.masked[b * l.masked_batch + m * l.masked_token], target);
-    float mean = 0.f, rstd = 1.f;
+    const Pred* pred = static_cast<const Pred*>(l.pred) + i / l.M * l.pred_batch + i % l.M * l.pred_token;
+    float mean = read_target<T>(l, i, target) / P, rstd = 1.f;
     if (l.normalize) {
-      vec total = zero();
-      each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY { total = total + load(target + d, lanes); });
-      mean = sum(total) / P;
       // Deviations from a mean that is off by its rounding: what they sum to corrects the mean, and the variance.
-      vec off = zero(), squares = zero();
-      each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
+      Chains off = empty_chains(), squares = empty_chains();
+      each_vector_of_chains(P, [&](int64_t d, auto lanes, int chain) STMAE_INLINE_BODY {
         const vec x = take(load(target + d, lanes) - set(mean), lanes);
-        off = off + x;
-        squares = fma(x, x, squares);
+        off.chain[chain] = off.chain[chain] + x;
+        squares.chain[chain] = fma(x, x, squares.chain[chain]);
       });
       const float rest = sum(off);
       mean += rest / P;
       rstd = 1.f / std::sqrt(std::max(0.f, sum(squares) - rest * rest / P) / (P - 1) + 1e-6f);
+    } else {
+      mean = 0.f;
     }
-    vec error = zero();
-    each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
+    Chains error = empty_chains();
+    each_vector_of_chains(P, [&](int64_t d, auto lanes, int chain) STMAE_INLINE_BODY {
       const vec x = (load(target + d, lanes) - set(mean)) * set(rstd);
       const vec e = take(load(pred + d, lanes) - x, lanes);
-      error = fma(e, e, error);
+      error.chain[chain] = fma(e, e, error.chain[chain]);
     });
     l.loss[i] = sum(error) / P;
     l.patch_mean[i] = mean;
@@ -64,7 +62,7 @@ static void loss_backward_range(const PatchLoss& l, float* target, int64_t begin
     const int64_t b = i / l.M, m = i % l.M;
     const Pred* pred = static_cast<const Pred*>(l.pred) + b * l.pred_batch + m * l.pred_token;
     Pred* grad_pred = static_cast<Pred*>(l.grad_pred) + i * l.P;
-    read_target<T>(l, b, l.masked[b * l.masked_batch + m * l.masked_token], target);
+    read_target<T>(l, i, target);
     const vec mean = set(l.patch_mean[i]), rstd = set(l.patch_rstd[i]);
     const vec factor = set(2.f / l.P * l.grad_loss[b * l.grad_batch + m * l.grad_token]);
     each_vector(l.P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
@@ -112,7 +110,7 @@ namespace stmae {
 struct PatchLoss {
   const void* pred;       // [B, M, P]
   const int64_t* masked;  // [B, M]
-  int64_t M, P, pred_batch, pred_token, masked_batch, masked_token;
+  int64_t count, M, P, pred_batch, pred_token, masked_batch, masked_token;
   bool pred_float, normalize;
   Patches patches;
   const float *scale, *shift;             // [P], each channel's repeated
@@ -120,6 +118,8 @@ struct PatchLoss {
   const float* grad_loss;                 // [B, M], null in the forward
   int64_t grad_batch, grad_token;
   void* grad_pred;                        // [B, M, P], null in the forward
+
+  int64_t token(int64_t index) const { return masked[index / M * masked_batch + index % M * masked_token]; }
 };
 
 }  // namespace stmae
@@ -149,6 +149,7 @@ PatchLoss describe(const Tensor& pred, const Tensor& video, const Tensor& masked
   PatchLoss l{};
   l.pred = pred.const_data_ptr();
   l.masked = masked.const_data_ptr<int64_t>();
+  l.count = pred.size(0) * pred.size(1);
   l.M = pred.size(1);
   l.P = pred.size(2);
   l.pred_batch = pred.stride(0);
@@ -164,11 +165,12 @@ PatchLoss describe(const Tensor& pred, const Tensor& video, const Tensor& masked
   return l;
 }
 
-void run(const PatchLoss& l, int64_t B) {
-  const int64_t count = B * l.M, parts = pieces(count, std::max<int64_t>(1, 16384 / l.P));
+void run(const PatchLoss& l) {
+  if (l.count == 0) return;
+  const int64_t parts = pieces(l.count, std::max<int64_t>(1, 16384 / l.P));
   const int64_t scratch = (2 * l.P + 31) / 16 * 16;  // the target, and the same as the video stores it
   std::unique_ptr<float[]> target(new float[parts * scratch]);
-  for_pieces(count, parts, [&](int64_t part, int64_t begin, int64_t end) {
+  for_pieces(l.count, parts, [&](int64_t part, int64_t begin, int64_t end) {
     STMAE_DISPATCH(patch_loss_range, l, target.get() + part * scratch, begin, end);
   });
 }
@@ -185,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& 
   l.loss = loss.mutable_data_ptr<float>();
   l.patch_mean = patch_mean.mutable_data_ptr<float>();
   l.patch_rstd = patch_rstd.mutable_data_ptr<float>();
-  if (B * M > 0) run(l, B);
+  run(l);
   return {loss, patch_mean, patch_rstd};
 }
 
@@ -202,7 +204,7 @@ Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Te
   l.grad_batch = grad_loss.stride(0);
   l.grad_token = grad_loss.stride(1);
   l.grad_pred = grad_pred.mutable_data_ptr();
-  if (B * M > 0) run(l, B);
+  run(l);
   return grad_pred;
 }
 

@@ -107,6 +107,7 @@ static void restore_backward_rows(const RestoreBackward& r, float* mask_part, in
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../token_ids.h"
 
@@ -168,13 +169,14 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_ou
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) STMAE_DISPATCH(restore_backward_rows, r, parts.get() + i * D, i * block, std::min(N, (i + 1) * block));
   });
+  std::vector<double> sum(D, 0.);
+  for (int64_t i = 0; i < blocks; ++i)
+    for (int64_t d = 0; d < D; ++d) sum[d] += parts[i * D + d];
   for (int64_t d = 0; d < D; ++d) {
-    double sum = 0;
-    for (int64_t i = 0; i < blocks; ++i) sum += parts[i * D + d];
     if (r.out_float) {
-      grad_mask_token.mutable_data_ptr<float>()[d] = static_cast<float>(sum);
+      grad_mask_token.mutable_data_ptr<float>()[d] = static_cast<float>(sum[d]);
     } else {
-      grad_mask_token.mutable_data_ptr<c10::BFloat16>()[d] = static_cast<float>(sum);
+      grad_mask_token.mutable_data_ptr<c10::BFloat16>()[d] = static_cast<float>(sum[d]);
     }
   }
   return {grad_tokens, grad_mask_token, grad_position};

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import column_sum, product
+from .linear import column_sum, product, weight_gradient
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -36,9 +36,20 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     return out.view(*x.shape[:-1], fc2_weight.shape[0])
 
 
+# Rows that go through the MLP at a time: enough for the products' full speed, few enough that the activation between them
+# stays in the cache and no second tensor of the hidden layer's size is ever allocated.
+ROWS = 2048
+
+
 def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    hidden = product(x, fc1_weight.to(x.dtype), fc1_bias.to(x.dtype))
-    return product(_gelu(hidden), fc2_weight.to(x.dtype), fc2_bias.to(x.dtype)), hidden
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (p.to(x.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    hidden = product(x, fc1_weight, fc1_bias)
+    if x.shape[0] <= ROWS:
+        return product(_gelu(hidden), fc2_weight, fc2_bias), hidden
+    out = x.new_empty(x.shape[0], fc2_weight.shape[0])
+    for hidden_rows, out_rows in zip(hidden.split(ROWS), out.split(ROWS)):
+        out_rows.copy_(product(_gelu(hidden_rows), fc2_weight, fc2_bias))
+    return out, hidden
 
 
 def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -46,15 +57,21 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 
 
 def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    dtype = x.dtype
-    grad_activation = product(grad_out, fc2_weight.to(dtype).t())
-    activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden, grad_activation)
-    del grad_activation
-    grad_fc2_weight = product(grad_out.t(), activation.t()).to(fc2_weight.dtype)
-    del activation
-    grad_x = product(grad_hidden, fc1_weight.to(dtype).t())
-    grad_fc1_weight = product(grad_hidden.t(), x.t()).to(fc1_weight.dtype)
-    return grad_x, grad_fc1_weight, grad_fc1_bias.to(fc1_bias.dtype), grad_fc2_weight, column_sum(grad_out).to(fc2_bias.dtype)
+    fc1_transposed, fc2_transposed = fc1_weight.to(x.dtype).t(), fc2_weight.to(x.dtype).t()
+    grad_x = torch.empty_like(x)
+    grads = None
+    for g, x_rows, hidden_rows, grad_x_rows in zip(*(t.split(ROWS) for t in (grad_out, x, hidden, grad_x))):
+        activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_transposed))
+        grad_fc2_weight = weight_gradient(g, activation)
+        del activation
+        grad_x_rows.copy_(product(grad_hidden, fc1_transposed))
+        pieces = weight_gradient(grad_hidden, x_rows), grad_fc1_bias, grad_fc2_weight, column_sum(g)
+        if grads is None:
+            grads = [piece.to(p.dtype) for piece, p in zip(pieces, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))]
+        else:
+            for total, piece in zip(grads, pieces):
+                total += piece
+    return grad_x, *grads
 
 
 def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):

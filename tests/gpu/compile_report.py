@@ -1,0 +1,167 @@
+"""Compiles every shipped configuration of every kernel for every target; prints, or checks in, what the compilers made of them.
+
+    python tests/gpu/compile_report.py            compare with figures.json, print what differs
+    python tests/gpu/compile_report.py --update   write figures.json
+
+No GPU is needed. Triton's cache makes the second run quick.
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # what a GPU process would get from Triton 3.9, whatever the default becomes
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import torch
+import triton
+from gpu import compiler
+
+from stmae.kernels import attention, gather_tokens, masked_patchify, patch_loss, random_masking, restore_tokens
+
+FIGURES = Path(__file__).parent / "figures.json"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+MEAN, STD = [0.45] * 3, [0.225] * 3
+
+
+def meta(*shape, dtype=BF16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _random_masking(N):
+    random_masking.random_masking(meta(4, N, dtype=F32), N // 10)
+
+
+def _tokens(dtype, D):
+    ids = meta(4, 157, dtype=torch.int64)
+    x, tokens, position, mask_token = (meta(*s, dtype=dtype) for s in ((4, 1569, D), (4, 157, D), (1569, D), (D,)))
+    gather_tokens.gather_tokens(x, ids)
+    gather_tokens.gather_tokens_backward(tokens, ids, 1569)
+    restore_tokens.restore_tokens(tokens, ids, mask_token, position)
+    restore_tokens.restore_tokens_backward(x, ids, dtype)
+
+
+def _video(channels_last):
+    if channels_last:
+        return meta(4, 16, 224, 224, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    return meta(4, 3, 16, 224, 224, dtype=torch.uint8)
+
+
+def _patchify(dtype, channels_last, patch, D):
+    N = 16 // patch[0] * (224 // patch[1]) * (224 // patch[2])
+    video, keep = _video(channels_last), meta(4, N // 10, dtype=torch.int64)
+    weight, bias, position = meta(D, 3, *patch, dtype=dtype), meta(D, dtype=dtype), meta(N, D, dtype=F32)
+    out = masked_patchify.masked_patchify(video, keep, weight, bias, position, MEAN, STD)
+    masked_patchify.masked_patchify_backward(out, video, keep, weight, bias, position, MEAN, STD)
+
+
+def _patch_loss(dtype, channels_last, patch):
+    frames = list(range(0, 16, 2))
+    N = 8 // patch[0] * (224 // patch[1]) * (224 // patch[2])
+    masked = meta(4, N - N // 10, dtype=torch.int64)
+    pred, video = meta(*masked.shape, 3 * patch[0] * patch[1] * patch[2], dtype=dtype), _video(channels_last)
+    loss, mean, rstd = patch_loss.patch_loss(pred, video, masked, list(patch), frames, True, MEAN, STD)
+    patch_loss.patch_loss_backward(loss, pred, video, masked, mean, rstd, list(patch), frames, MEAN, STD)
+
+
+def _attention(dtype, D):
+    # A length that every tile divides well enough, so that all of them are offered.
+    qkv = meta(4, 1568, 3, 8, D, dtype=dtype)
+    out, lse = attention.packed_attention(qkv, D**-0.5)
+    attention.packed_attention_backward(out, qkv, out, lse, D**-0.5)
+
+
+# case -> (launches, float32 products in tf32). The shapes are the published models'; ViT-H is the one with patches of 14.
+CASES = {
+    "1568 tokens": (lambda: _random_masking(1568), False),
+    "5000 tokens": (lambda: _random_masking(5000), False),
+    "512 bf16": (lambda: _tokens(BF16, 512), False),
+    "768 f32": (lambda: _tokens(F32, 768), False),
+    "channels-last bf16": (lambda: _patchify(BF16, True, (2, 16, 16), 768), False),
+    "planar bf16": (lambda: _patchify(BF16, False, (2, 16, 16), 768), False),
+    "channels-last f16": (lambda: _patchify(F16, True, (2, 16, 16), 768), False),
+    "channels-last f32": (lambda: _patchify(F32, True, (2, 16, 16), 768), False),
+    "channels-last tf32": (lambda: _patchify(F32, True, (2, 16, 16), 768), True),
+    "patch 14 bf16": (lambda: _patchify(BF16, True, (2, 14, 14), 1280), False),
+    "loss channels-last bf16": (lambda: _patch_loss(BF16, True, (1, 16, 16)), False),
+    "loss planar bf16": (lambda: _patch_loss(BF16, False, (1, 16, 16)), False),
+    "loss two frames f32": (lambda: _patch_loss(F32, True, (2, 16, 16)), False),
+    "loss patch 14 bf16": (lambda: _patch_loss(BF16, True, (1, 14, 14)), False),
+    **{f"head {D} bf16": (lambda D=D: _attention(BF16, D), False) for D in (32, 64, 80, 96, 128)},
+    "head 64 f16": (lambda: _attention(F16, 64), False),
+    **{f"head {D} f32": (lambda D=D: _attention(F32, D), False) for D in (64, 80, 128)},
+    "head 64 tf32": (lambda: _attention(F32, 64), True),
+}
+
+
+def compile_case(job):
+    """One case for one target: {"kernel | case | tiles | target": figures}. The first of a kernel's configurations has "default"."""
+    case, target = job
+    call, tf32 = CASES[case]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    result, seen = {}, collections.Counter()
+    try:
+        with compiler.compiling(target) as compiled:
+            call()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for name, kernel, tiles, grid in compiled:
+        if not (0 < grid[0] < 2**31 and all(0 < x < 2**16 for x in grid[1:])):
+            raise AssertionError(f"{name}, {case}: a grid of {grid} cannot be launched")
+        key = f"{name} | {case} | {' '.join(f'{k[6:]}={v}' for k, v in tiles.items())} | {target}"
+        if key not in result:
+            seen[name] += 1
+            result[key] = compiler.figures(kernel, target) | {"default": seen[name] == 1}
+    return result
+
+
+def compile_all(cases=None, targets=tuple(compiler.TARGETS)):
+    jobs = [(case, target) for case in cases or CASES for target in targets]
+    table = {}
+    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count())) as pool:
+        for part in pool.imap_unordered(compile_case, jobs):
+            table |= part
+    return dict(sorted(table.items()))
+
+
+def difference(old, new):
+    """What changed, kernel by kernel, as lines for people."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if key not in new:
+            lines.append(f"- {key}: no longer compiled")
+        elif key not in old:
+            lines.append(f"+ {key}: {new[key]}")
+        else:
+            changed = [f"{k} {old[key].get(k)} -> {v}" for k, v in new[key].items() if old[key].get(k) != v]
+            if changed:
+                lines.append(f"  {key}: {', '.join(changed)}")
+    return lines
+
+
+def write(table, path=FIGURES):
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
+    path.write_text(f'{{\n"triton": {json.dumps(triton.__version__)},\n"kernels": {{\n{lines}\n}}\n}}\n')
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write figures.json")
+    parser.add_argument("--out", type=Path, help="write the table here, too")
+    arguments = parser.parse_args()
+    new = compile_all()
+    if arguments.out:
+        write(new, arguments.out)
+    if arguments.update:
+        write(new)
+    else:
+        lines = difference(json.loads(FIGURES.read_text())["kernels"], new)
+        print("\n".join(lines) or f"all {len(new)} kernels as in {FIGURES.name}")
+        sys.exit(bool(lines))

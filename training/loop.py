@@ -1,0 +1,280 @@
+"""The training loop that pre-training and fine-tuning share: from the first step, or the last whole checkpoint, to the end.
+
+It reads from top to bottom. What a task does with a batch, and how it judges the model, come in as two functions.
+"""
+
+import functools
+import math
+import time
+from contextlib import closing, nullcontext
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from .dataset import collate
+from .device import choose_precision, choose_workers, describe
+from .log import Log, Silence
+from .optimizer import adamw, learning_rate, total_steps
+from .order import Order
+from .stopping import StopRequest, ignore_stop_signals
+
+SKIPS_IN_A_ROW = 20  # steps without a finite gradient after which it is no accident
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and from where it can."""
+
+
+def train(
+    config, processes, device, folder, *, model, groups, dataset, peak, loss_of, evaluate, repeats, tokens, average_decay=0.0
+):
+    """Trains ``model`` in place, or continues the run in ``folder``. Returns its counters; their "done" says whether it
+    came to the end.
+
+    config: with sections ``optimizer`` and ``run``, and a ``seed``.
+    groups: AdamW's parameter groups; a group's "scale" (default 1) multiplies its learning rate.
+    dataset: indexed by (epoch, video number), for ``collate``; every item holds ``repeats`` clips of ``tokens`` tokens.
+    peak: the highest learning rate.
+    loss_of: (model to call, batch on the device, epoch in [0, epochs)) -> scalar loss.
+    evaluate: (model, autocast, say) -> numbers by name, at the start, every run.evaluate_every steps, and at the end; or None.
+    average_decay: of the running average of the weights, 0 for none; evaluated and saved in place of the weights where
+    there is one.
+    """
+    settings = config.optimizer
+    say = print if processes.first else lambda *words: None
+    dtype, precision = choose_precision(config.run.precision, device)
+    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
+    steps = total_steps(settings, len(dataset), repeats)
+    optimizer = adamw(groups, settings)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()} if average_decay else {}
+
+    # All that a run remembers besides tensors. Order, crops and masks follow from seed and step, so no random state is among it.
+    counters = {
+        "step": 0,
+        "videos": len(dataset),
+        "skipped_steps": 0,
+        "skips_in_a_row": 0,
+        "before": None,
+        "after": None,
+        "done": False,
+    }
+    state = folder.load_state(say)
+    if state is not None:
+        counters.update(restore(state, model, optimizer, average, device))
+        if counters["videos"] != len(dataset):
+            say(
+                f"note: {config.data} now lists {len(dataset)} videos, not {counters['videos']}: their order changes from here on"
+            )
+            counters["videos"] = len(dataset)
+    first_step = counters["step"]
+    if counters["done"]:
+        say(f"{folder.path}: complete, {first_step} of {steps} steps done")
+        return counters
+
+    order = Order(
+        len(dataset),
+        settings.batch,
+        seed=config.seed,
+        num_steps=steps,
+        first_step=first_step,
+        accumulate=settings.accumulate,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    workers = choose_workers(config.run.workers, device)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    where = describe(device) if processes.world_size == 1 else f"{processes.world_size} processes, {describe(device)} each"
+    say(f"{size:.1f} M parameters on {where}, {precision}, {workers} data workers")
+    say(
+        f"{steps} steps of {settings.batch} videos x {repeats} clips = {settings.epochs:g} effective epochs; "
+        f"learning rate {peak:.3g} at its highest"
+    )
+    if first_step:
+        say(f"continuing from step {first_step}")
+    if processes.first:
+        folder.record_start(device=where, precision=precision, workers=workers, step=first_step, steps=steps)
+
+    def judge(step):
+        numbers = None
+        if evaluate is not None and processes.first:
+            with averaged(model, average):
+                numbers = evaluate(model, autocast, log.say)
+            log.numbers(step, **numbers)
+        return numbers
+
+    def save():
+        if processes.first:
+            folder.save_state(counters["step"], tensors_of(model, optimizer, average), counters)
+            with averaged(model, average):
+                folder.save_model(model)
+
+    wrapped = processes.wrap(model, device)
+    forward = torch.compile(wrapped) if config.run.compile else wrapped
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    log = (Log if processes.first else Silence)(folder, step=first_step, steps=steps, tensorboard=config.run.tensorboard)
+    with closing(log), StopRequest() as stop:
+        if counters["before"] is None:
+            counters["before"] = judge(first_step)
+
+        broken = {}  # path -> reason
+        stopping = False
+        window = new_window()
+        batches = iter(loader)
+        model.train()
+        while counters["step"] < steps and not stopping:
+            lr = learning_rate(counters["step"], steps, settings, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("scale", 1.0)
+            # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
+            torch.manual_seed(step_seed(config.seed, counters["step"], processes.rank))
+
+            loss = 0.0
+            for part in range(settings.accumulate):
+                asked = time.perf_counter()
+                batch = next(batches)
+                window["wait"] += time.perf_counter() - asked
+                window["clips"] += len(batch["clips"]) * processes.world_size
+                for path, reason in batch.pop("skipped"):
+                    if path not in broken:
+                        broken[path] = reason
+                        log.event(counters["step"], f"skipped video {path}: {reason}", path=path, reason=reason)
+                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+                with processes.unsynchronised(wrapped, last=part == settings.accumulate - 1):
+                    with autocast():
+                        part_loss = loss_of(forward, batch, counters["step"] / steps * settings.epochs) / settings.accumulate
+                    part_loss.backward()
+                loss += part_loss.detach()
+
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf)
+            # Every process must come to the same decisions: to step, to skip, to stop.
+            loss, norm, asked_to_stop = processes.mean(loss, norm, float(bool(stop)), device=device)
+            stopping = asked_to_stop > 0
+            counters["step"] += 1
+            step = counters["step"]
+            if math.isfinite(loss) and math.isfinite(norm):
+                optimizer.step()
+                counters["skips_in_a_row"] = 0
+                window["losses"].append(loss)
+                window["norms"].append(norm)
+                if average:
+                    update_average(average, model, average_decay)
+            else:
+                counters["skipped_steps"] += 1
+                counters["skips_in_a_row"] += 1
+                log.event(step, f"step {step} skipped: loss {loss}, gradient norm {norm}")
+                if counters["skips_in_a_row"] >= SKIPS_IN_A_ROW:
+                    raise TrainingError(
+                        f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: stopped at step {step}. Try a lower "
+                        f"optimizer.base_lr, a longer warm-up or run.precision float32{folder.standing()}"
+                    )
+            optimizer.zero_grad(set_to_none=True)
+
+            log.advance(step)
+            if step % config.run.log_every == 0 or step == steps:
+                broken = processes.union(broken)
+                epoch = step * settings.batch * repeats / len(dataset)
+                shared = {"lr": lr, "epoch": epoch, "skipped_steps": counters["skipped_steps"], "skipped_videos": len(broken)}
+                log.numbers(step, **summary(window, tokens, device), **shared)
+                window = new_window()
+            if step < steps and not stopping:
+                if config.run.evaluate_every and step % config.run.evaluate_every == 0:
+                    judge(step)
+                    model.train()
+                if step % config.run.save_every == 0:
+                    save()
+
+        if counters["step"] < steps:
+            save()
+            signal = stop.signal or "a signal to another process"
+            log.say(f"{signal}: stopped after step {counters['step']} of {steps} and saved; the same command continues")
+            return counters
+        counters["after"] = judge(steps)
+        counters["done"] = True
+        save()
+
+    if broken or counters["skipped_steps"]:
+        say(f"skipped: {len(broken)} videos that could not be used, {counters['skipped_steps']} steps without a finite gradient")
+    say(f"weights: {folder.model_path}")
+    return counters
+
+
+def step_seed(seed, step, rank):
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def tensors_of(model, optimizer, average):
+    """Everything to continue from, by name, on the CPU: ``model.NAME``, ``optimizer.KEY.NAME`` and ``average.NAME``."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors.update({f"average.{name}": value for name, value in average.items()})
+    for name, parameter in model.named_parameters():
+        tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()})
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def restore(state, model, optimizer, average, device):
+    """Put a state of ``tensors_of`` back; returns its counters."""
+    tensors, counters = state
+    model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        if name.startswith("average."):
+            average[name.removeprefix("average.")].copy_(value)
+        if name.startswith("optimizer."):
+            _, key, parameter = name.split(".", 2)
+            optimizer.state[parameters[parameter]][key] = value.to(device)
+    return counters
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    for name, value in model.state_dict().items():
+        average[name].lerp_(value, 1 - decay)
+
+
+class averaged:
+    """Context in which the model has its averaged weights, where there are any."""
+
+    def __init__(self, model, average):
+        self.model, self.average = model, average
+
+    def __enter__(self):
+        if self.average:
+            self.own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.model.load_state_dict(self.average)
+
+    def __exit__(self, *exception):
+        if self.average:
+            self.model.load_state_dict(self.own)
+
+
+def new_window():
+    """What the next line of the log will sum up."""
+    return {"start": time.perf_counter(), "wait": 0.0, "clips": 0, "losses": [], "norms": []}
+
+
+def summary(window, tokens, device):
+    """The numbers of the steps since the last line of the log."""
+    seconds = time.perf_counter() - window["start"]
+    count = len(window["losses"])
+    clips_per_second = window["clips"] / seconds
+    values = {
+        "loss": sum(window["losses"]) / count if count else math.nan,
+        "gradient_norm": sum(window["norms"]) / count if count else math.nan,
+        "clips_per_second": clips_per_second,
+        "tokens_per_second": clips_per_second * tokens,
+        "data_wait": window["wait"] / seconds,
+    }
+    if device.type == "cuda":
+        values["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return values
