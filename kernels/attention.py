@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import backend, configs, dot_precision, launch
+from . import launching
+from .launching import configs, dot_precision, launch
 
 # A head dim that is no power of two is taken in two pieces, D0 the largest power of two in it and D1 what remains (80 = 64 + 16,
 # 96 = 64 + 32), each an operand of its own: the products then do no work for padding, where one padded to 128 would waste 38 % at 80.
@@ -467,7 +468,7 @@ def _forward_configs(queries, keys, D, float32):
     if float32:
         choices = [(4, 1, _tiles(32, 32))]
     elif D <= 96:
-        choices = [(8, 3, _tiles(128, 64)), (4, 3, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
+        choices = [(8, 3, _tiles(128, 64)), (4, 2, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
     else:
         choices = [(8, 3, _tiles(128, 64)), (8, 3, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
     return _pick(choices, queries, keys)
@@ -476,11 +477,9 @@ def _forward_configs(queries, keys, D, float32):
 def _backward_configs(queries, keys, D, float32, own):
     """own: the side a program keeps in registers; it walks over the other. The largest tiles that no target spills with."""
     if float32:
-        choices = [(4 if D <= 64 or backend() == "hip" else 8, 1, 32, 32)]
-    elif backend() == "hip":
+        choices = [(4 if D <= 64 or launching.backend() == "hip" else 8, 1, 32, 32)]
+    elif launching.backend() == "hip":
         choices = [(4, 2, 64, 32), (4, 2, 32, 16)]
-    elif D <= 64:
-        choices = [(8, 2, 128, 64), (4, 2, 64, 32), (4, 2, 32, 16)]
     elif D <= 96:
         choices = [(8, 2, 128, 32), (4, 2, 64, 32), (4, 2, 32, 16)]
     else:

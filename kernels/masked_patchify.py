@@ -226,15 +226,12 @@ def _normalisation(mean, std):
     return tuple(x for m, s in zip(mean, std) for x in (1 / (255 * s), -m / s))
 
 
-def _forward_tiles(rows, D, float32):
+def _forward_tiles(float32):
     if float32:
-        return configs((4, 2, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=32)), (8, 2, dict(BLOCK_M=128, BLOCK_D=64, BLOCK_K=32)))
+        return configs((4, 2, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=16)))
     # A batch of a few clips does not fill a device with large tiles, a large batch is faster with them: which is which
     # depends on the device, so it is timed there.
-    small = (4, 3, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=64))
-    wide = (4, 3, dict(BLOCK_M=64, BLOCK_D=128, BLOCK_K=64))
-    large = (8, 3, dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=64))
-    return configs(small, wide, large) if rows < 2048 else configs(wide, large)
+    return configs((4, 3, dict(BLOCK_M=64, BLOCK_D=64, BLOCK_K=64)), (8, 3, dict(BLOCK_M=128, BLOCK_D=128, BLOCK_K=32)))
 
 
 def masked_patchify(video, keep, weight, bias, position, mean, std):
@@ -269,7 +266,7 @@ def masked_patchify(video, keep, weight, bias, position, mean, std):
         *keep.stride(),
         *((0, 0) if position is None else position.stride()),
         _normalisation(mean, std),
-        configs=_forward_tiles(rows, D, weight.dtype == torch.float32),
+        configs=_forward_tiles(weight.dtype == torch.float32),
         key=("rows", "D", "Q"),
         **constants,
     )
@@ -297,7 +294,7 @@ def masked_patchify_backward(grad_out, video, keep, weight, bias, position, mean
 
     rows, Q = B * K, weight[0].numel()
     float32 = weight.dtype == torch.float32
-    tiles = dict(BLOCK_D=64, BLOCK_Q=64, BLOCK_K=32) if float32 else dict(BLOCK_D=128, BLOCK_Q=128, BLOCK_K=64)
+    tiles = dict(BLOCK_D=64, BLOCK_Q=64, BLOCK_K=32) if float32 else dict(BLOCK_D=128, BLOCK_Q=128, BLOCK_K=32)
     programs = triton.cdiv(D, tiles["BLOCK_D"]) * triton.cdiv(Q, tiles["BLOCK_Q"])
     parts, rows_per_part = _parts(rows, programs, tiles["BLOCK_K"])
     partial = weight.new_empty(parts, D * Q, dtype=torch.float32 if parts > 1 else weight.dtype)
@@ -335,7 +332,7 @@ def masked_patchify_backward(grad_out, video, keep, weight, bias, position, mean
         grad_bias = sum_rows(grad_out.reshape(rows, D), bias.dtype)
     if position is not None:
         tile = columns_tile(D, largest=256)
-        block = max(1, 1024 // tile)
+        block = max(1, 2048 // tile)
         grid = (triton.cdiv(D, tile), triton.cdiv(N, block))
         inverse = inverse_ids(keep, N)
         launch(

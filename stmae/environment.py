@@ -18,10 +18,20 @@ def show_config(file=None):
     import torch
 
     import stmae
+    from stmae.kernels import attention_backends
 
     from .ops import library
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    device = "cuda" if cuda else "cpu"
+    if device == "cpu":
+        chosen = "auto takes the C++ kernels"
+    else:
+        chosen = "auto takes {} ({})".format(*attention_backends.choose(device_type=device))
+    others = {
+        impl: attention_backends.unusable(impl, device_type=device, dtype=torch.bfloat16) or "available"
+        for impl in attention_backends.IMPLEMENTATIONS[1:]
+    }
     rows = {
         "stmae": f"{stmae.__version__} ({stmae.__path__[0]})",
         "extension": library._C.__file__,
@@ -29,7 +39,9 @@ def show_config(file=None):
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or torch.version.hip or 'none'})",
         "cpu": f"{library.cpu_capability()} (best here {library.best_cpu_capability()}), {torch.get_num_threads()} threads",
         "gpu": ", ".join(cuda) or "none",
+        "attention": chosen,
+        **{f"  {impl}": state for impl, state in others.items()},
         **{name: _version(name) for name in ("triton", "xformers", "flash-attn", "av", "safetensors")},
     }
     for name, value in rows.items():
-        print(f"{name:12}{value}", file=file or sys.stdout)
+        print(f"{name:14}{value}", file=file or sys.stdout)

@@ -117,9 +117,6 @@ def test_lse(capability):
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=2e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- layouts
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_inputs(dtype, capability):
     """Every layout gives the bits of the contiguous one: views of a packed projection, [B, H, N, D] transposed, wide rows,
@@ -169,9 +166,6 @@ def test_packed_is_the_same_as_separate(scale, dtype, capability, nan_filled):
     torch.testing.assert_close(out, reference.packed_attention(qkv, scale=scale), rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------------- threads
-
-
 @pytest.mark.parametrize("B, H, N", [(1, 1, 700), (1, 3, 400), (2, 20, 60)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(B, H, N, dtype, threads):
@@ -182,9 +176,6 @@ def test_any_number_of_threads_gives_the_same_bits(B, H, N, dtype, threads):
         threads(count)
         for name, e, o in zip(("out", "grad_q", "grad_k", "grad_v"), expected, results(ops.attention, q, k, v, grad_out)):
             assert torch.equal(e, o), f"{name} with {count} threads"
-
-
-# --------------------------------------------------------------------------------------------------------- odd numbers
 
 
 def test_nan_and_infinity_spread_as_in_the_formula(capability):
@@ -209,9 +200,6 @@ def test_keys_with_weight_zero(capability):
     torch.testing.assert_close(out[:, :3], reference.attention(q[:, :3], k[:, 450:], v[:, 450:]), rtol=1e-5, atol=1e-6)
     assert out[0, 3].isnan().all()
     assert ops.attention(q, k[:, :450], v[:, :450]).isnan().all()
-
-
-# ------------------------------------------------------------------------------------------------------------- PyTorch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -275,9 +263,6 @@ def test_no_queries():
     out = ops.attention(torch.randn(2, 0, 3, 8), k, v)
     out.sum().backward()
     assert out.shape == (2, 0, 3, 8) and not k.grad.any() and not v.grad.any()
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
 
 good = torch.zeros(2, 5, 3, 16)
 

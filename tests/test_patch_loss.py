@@ -96,7 +96,10 @@ def test_mean_and_std_per_channel(layout, normalize, capability):
     check(*_with(clip, (2, 16, 16)), patch_size=(2, 16, 16), normalize=normalize, **RGB)
 
 
-@pytest.mark.parametrize("frames", [torch.linspace(0, 15, 8).long().tolist(), list(range(0, 16, 2)), [7, 3, 3, 0], [15, 0]], ids=str)
+LINSPACE, EVERY_OTHER = torch.linspace(0, 15, 8).long().tolist(), list(range(0, 16, 2))
+
+
+@pytest.mark.parametrize("frames", [LINSPACE, EVERY_OTHER, [7, 3, 3, 0], [15, 0]], ids=str)
 def test_frames(frames):
     clip = video(1, 3, 16, 16, 32)
     check(*_with(clip, (1, 8, 8), frames), patch_size=(1, 8, 8), frames=frames)
@@ -107,8 +110,8 @@ def test_the_target_ends_at_frame_15_or_14():
     """mae_st's linspace and SlowFast's ::2 differ in the last frame alone: no loss may confuse them."""
     clip, pred = video(1, 3, 16, 16, 16), torch.zeros(1, 8, 768)
     ids, size = torch.arange(8).unsqueeze(0), (1, 16, 16)
-    linspace, every_other = torch.linspace(0, 15, 8).long().tolist(), list(range(0, 16, 2))
-    losses = [ops.patch_loss(pred, clip, ids, patch_size=size, frames=f, normalize=False, reduction="none") for f in (linspace, every_other)]
+    options = dict(patch_size=size, normalize=False, reduction="none")
+    losses = [ops.patch_loss(pred, clip, ids, frames=frames, **options) for frames in (LINSPACE, EVERY_OTHER)]
     assert torch.equal(losses[0][:, 0], losses[1][:, 0]) and not torch.equal(losses[0][:, 7], losses[1][:, 7])
 
 

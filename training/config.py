@@ -343,7 +343,9 @@ def _build(config_class, values):
     made = {}
     for f in dataclasses.fields(config_class):
         value = getattr(values, f.name)
-        made[f.name] = _build(type(f.default_factory()), value) if isinstance(value, jsonargparse.Namespace) else value
+        if isinstance(value, jsonargparse.Namespace):
+            value = _build(type(f.default_factory()), value)
+        made[f.name] = tuple(value) if isinstance(value, list) else value
     return config_class(**made)
 
 

@@ -1,15 +1,14 @@
 // Exact softmax attention and its gradient with no N x N matrix in memory (Dao et al. 2022, algorithm 1; Dao 2023).
 //
-// Everything is a product C[rows, columns] += A[rows, steps] B[steps, columns], done by one micro-kernel (`product`) that
-// holds a tile of C in registers, broadcasts A's elements and reads B's rows as vectors. So B is packed once per head:
+// Everything is a product C[rows, columns] += A[rows, steps] B[steps, columns], done by one micro-kernel (`product`)
+// that holds a tile of C in registers, broadcasts A's elements and reads B's rows as vectors. So B is packed once per
+// head:
 //   by columns  [key tile][D][kKeyTile]   K for the scores Q K^T, V for grad_out V^T
 //   by rows     [keys][D padded]          V for P V, K for grad_q, Q and grad_out for grad_k and grad_v
 // With bfloat16 dot products an element is a pair: two neighbours along the steps, in the 32 bits of one lane.
 
 #ifdef STMAE_ISA
 namespace stmae::STMAE_ISA {
-
-// ------------------------------------------------------------------------------------- what the products are made of
 
 struct Float32 {  // bfloat16 inputs are widened while packing
   using element = float;
@@ -55,14 +54,17 @@ struct Bfloat16Pairs {
   STMAE_INLINE vec multiply_add(operand a, operand b, vec c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
   }
-  STMAE_INLINE void store_two(bf16* p, vec a, vec b) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v))); }
+  STMAE_INLINE void store_two(bf16* p, vec a, vec b) {
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+  }
   STMAE_INLINE vec along(const bf16* row, int units) {
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(units >= kLanes ? 0xffff : first(units), row))};
   }
   STMAE_INLINE vec across(const bf16* row, const bf16* next, int units) {  // unit d is (row[d], next[d])
     const __mmask16 mask = units >= kLanes ? 0xffff : first(units);
     __m512i both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
-    if (next) both = _mm512_or_si512(both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16));
+    if (next)
+      both = _mm512_or_si512(both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16));
     return {_mm512_castsi512_ps(both)};
   }
 };
@@ -77,10 +79,9 @@ struct Multiply<bf16> {
 constexpr int kRows = 6;
 constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;
 constexpr int kKeyTile = kVectors * kLanes;
-constexpr int kRowTile = 2 * kRows;                                // what every kernel's rows divide
-constexpr int kKeyBlock = 384;                                     // forward: keys per step of the online softmax
-constexpr int kScoreStride = kKeyBlock + 16;                       // not a power of two: rows in different cache sets
-constexpr int kGradKeyBlock = 192;                                 // backward: keys whose gradients stay in cache
+constexpr int kRowTile = 2 * kRows;           // what every kernel's rows divide
+constexpr int kKeyBlock = 384;                // forward: keys per step of the online softmax
+constexpr int kScoreStride = kKeyBlock + 16;  // not a power of two: rows in different cache sets
 constexpr int kGradStride = kGradKeyBlock + 32;
 static_assert(kKeyBlock % kKeyTile == 0 && kGradKeyBlock % kKeyTile == 0 && kGradKeyBlock % kRowTile == 0);
 
@@ -131,13 +132,15 @@ void product(const typename E::unit* a, int64_t row, const typename E::unit* b, 
 template <typename E, int R, int V, int kRow, int kStep>
 void product_rows(int rows, const typename E::unit* a, const typename E::unit* b, int64_t b_stride, int steps, float* c,
                   int64_t c_stride, bool accumulate) {
-  for (int r = 0; r < rows; r += R) product<E, R, V, kRow, kStep>(a + r * kRow, kRow, b, b_stride, steps, c + r * c_stride, c_stride, accumulate);
+  for (int r = 0; r < rows; r += R)
+    product<E, R, V, kRow, kStep>(a + r * kRow, kRow, b, b_stride, steps, c + r * c_stride, c_stride, accumulate);
 }
 
-// C[rows, vectors] (+)= A B for any number of rows and vectors; C's rows up to the next multiple of kRowTile are written, too.
+// C[rows, vectors] (+)= A B for any number of rows and vectors; C's rows up to the next multiple of kRowTile are
+// written, too.
 template <typename E, int kRow, int kStep>
-void products(int rows, int vectors, const typename E::unit* a, const typename E::unit* b, int64_t stride, int steps, float* c,
-              bool accumulate) {
+void products(int rows, int vectors, const typename E::unit* a, const typename E::unit* b, int64_t stride, int steps,
+              float* c, bool accumulate) {
 #if STMAE_ISA_LEVEL >= 2
   switch (vectors) {
     case 1: return product_rows<E, 12, 1, kRow, kStep>(rows, a, b, stride, steps, c, stride, accumulate);
@@ -152,14 +155,17 @@ void products(int rows, int vectors, const typename E::unit* a, const typename E
   }
 #else
   int v = 0;
-  for (; v + 2 <= vectors; v += 2) product_rows<E, 6, 2, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, stride, accumulate);
-  if (v < vectors) product_rows<E, 6, 1, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, stride, accumulate);
+  for (; v + 2 <= vectors; v += 2)
+    product_rows<E, 6, 2, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, stride, accumulate);
+  if (v < vectors)
+    product_rows<E, 6, 1, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, stride, accumulate);
 #endif
 }
 
 // C[kRows, columns] = A[kRows, D] B[D, columns] for one key tile, B packed by columns; columns up to the vector's end.
 template <typename E>
-void score_tile(const typename E::unit* a, int64_t row, const typename E::unit* b, int steps, int columns, float* c, int64_t c_stride) {
+void score_tile(const typename E::unit* a, int64_t row, const typename E::unit* b, int steps, int columns, float* c,
+                int64_t c_stride) {
   switch ((columns + kLanes - 1) / kLanes) {
     case 1: return product<E, kRows, 1, 0, 1>(a, row, b, kKeyTile, steps, c, c_stride, false);
     case 2: return product<E, kRows, 2, 0, 1>(a, row, b, kKeyTile, steps, c, c_stride, false);
@@ -170,11 +176,10 @@ void score_tile(const typename E::unit* a, int64_t row, const typename E::unit* 
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------ packing
-
 constexpr int kAhead = 16;  // rows between the one read and the one prefetched
 
-// [rows, D] of T -> [rows / kPack][round_up(D, kLanes)] units, a unit down the rows; an odd last row is paired with zeros.
+// [rows, D] of T -> [rows / kPack][round_up(D, kLanes)] units, a unit down the rows; an odd last row is paired with
+// zeros.
 template <typename E, typename T>
 void pack_rows(const T* source, int64_t stride, int64_t rows, int D, typename E::unit* packed) {
   const int padded = round_up(D, kLanes);
@@ -182,7 +187,8 @@ void pack_rows(const T* source, int64_t stride, int64_t rows, int D, typename E:
     const T* row = source + r * stride;
     const T* next = r + 1 < rows ? row + stride : nullptr;
     for (int i = 0; i < E::kPack; ++i) prefetch(row + (kAhead + i) * stride, D * sizeof(T));
-    for (int d = 0; d < D; d += kLanes) store(reinterpret_cast<float*>(packed + d), E::across(row + d, next ? next + d : nullptr, D - d));
+    for (int d = 0; d < D; d += kLanes)
+      store(reinterpret_cast<float*>(packed + d), E::across(row + d, next ? next + d : nullptr, D - d));
     packed += padded;
   }
 }
@@ -198,7 +204,8 @@ void pack_columns(const T* source, int64_t stride, int64_t rows, int D, typename
       if (u == 0) {
         for (int i = 0; i < kLanes; ++i) prefetch(source + (r + i + kLanes) * stride, D * sizeof(T));
       }
-      for (int i = 0; i < kLanes; ++i) block[i] = r + i < rows ? E::along(source + (r + i) * stride + u * E::kPack, units - u) : zero();
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = r + i < rows ? E::along(source + (r + i) * stride + u * E::kPack, units - u) : zero();
       transpose(block);
       const int count = std::min(kLanes, units - u);
       for (int i = 0; i < count; ++i) store(reinterpret_cast<float*>(column + (u + i) * kKeyTile), block[i]);
@@ -219,8 +226,6 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t padded_row
     }
   }
 }
-
-// ------------------------------------------------------------------------------------------------------------ forward
 
 // What one tile of queries has gathered from the keys seen so far.
 struct Softmax {
@@ -249,7 +254,8 @@ void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, 
     float* row = scores + r * kScoreStride;
     for (int j = keys; j < padded; ++j) row[j] = row[0];  // keys that are not there must not be the highest
     const float before = softmax.highest[r];
-    const float highest = std::max(before, to_log2 * (to_log2 < 0 ? extreme<true>(row, padded) : extreme<false>(row, padded)));
+    const float highest =
+        std::max(before, to_log2 * (to_log2 < 0 ? extreme<true>(row, padded) : extreme<false>(row, padded)));
     softmax.highest[r] = highest;
     // With nothing but -inf so far, any finite base gives the weights 0.
     base[r] = highest == -std::numeric_limits<float>::infinity() ? 0.f : highest;
@@ -287,7 +293,8 @@ void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, 
   if (!sums) return;
   for (int r = 0; r < rows; ++r) {
     if (rescale[r] == 1.f) continue;
-    for (int d = 0; d < sum_stride; d += kLanes) store(sums + r * sum_stride + d, load(sums + r * sum_stride + d) * set(rescale[r]));
+    for (int d = 0; d < sum_stride; d += kLanes)
+      store(sums + r * sum_stride + d, load(sums + r * sum_stride + d) * set(rescale[r]));
   }
 }
 
@@ -299,7 +306,8 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
   const int D = a.D, units = D / E::kPack, padded = round_up(D, kLanes), vectors = padded / kLanes;
   const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
   const float to_log2 = static_cast<float>(a.scale * 1.4426950408889634);
-  Scratch<unit> keys(round_up(a.Nk, kKeyTile) * units), values((a.Nk + E::kPack - 1) / E::kPack * padded), queries(kQueryBlock * units);
+  Scratch<unit> keys(round_up(a.Nk, kKeyTile) * units), values((a.Nk + E::kPack - 1) / E::kPack * padded),
+      queries(kQueryBlock * units);
   Scratch<float> scores(kQueryBlock * kScoreStride), sums(kQueryBlock * padded);
   int64_t packed_head = -1;
   for (int64_t item = first_tile; item < last_tile; ++item) {
@@ -313,7 +321,8 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
     const int rows = static_cast<int>(std::min<int64_t>(kQueryBlock, a.Nq - first_query));
     copy_rows<E>(a.q.at(b, h) + first_query * a.q.token, a.q.token, rows, round_up(rows, kRows), D, queries.data());
     if (item + 1 < last_tile && first_query + kQueryBlock < a.Nq) {
-      for (int r = 0; r < kQueryBlock; ++r) prefetch(a.q.at(b, h) + (first_query + kQueryBlock + r) * a.q.token, D * sizeof(T));
+      for (int r = 0; r < kQueryBlock; ++r)
+        prefetch(a.q.at(b, h) + (first_query + kQueryBlock + r) * a.q.token, D * sizeof(T));
     }
     Softmax softmax;
     for (float& x : softmax.highest) x = -std::numeric_limits<float>::infinity();
@@ -322,17 +331,19 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
       const int count = static_cast<int>(std::min<int64_t>(kKeyBlock, a.Nk - key));
       for (int j = 0; j < count; j += kKeyTile) {
         for (int r = 0; r < rows; r += kRows)
-          score_tile<E>(queries.data() + r * units, units, keys.data() + (key + j) * units, units, std::min(kKeyTile, count - j),
-                        scores.data() + r * kScoreStride + j, kScoreStride);
+          score_tile<E>(queries.data() + r * units, units, keys.data() + (key + j) * units, units,
+                        std::min(kKeyTile, count - j), scores.data() + r * kScoreStride + j, kScoreStride);
       }
       soften<E>(scores.data(), rows, count, to_log2, softmax, key ? sums.data() : nullptr, padded);
-      products<E, kScoreStride, 1>(rows, vectors, reinterpret_cast<const unit*>(scores.data()), values.data() + key / E::kPack * padded,
-                                   padded, (count + E::kPack - 1) / E::kPack, sums.data(), key > 0);
+      products<E, kScoreStride, 1>(rows, vectors, reinterpret_cast<const unit*>(scores.data()),
+                                   values.data() + key / E::kPack * padded, padded, (count + E::kPack - 1) / E::kPack,
+                                   sums.data(), key > 0);
     }
     for (int r = 0; r < rows; ++r) {
       const float total = sum(load(softmax.total + r * kLanes)), highest = softmax.highest[r];
       // All scores -inf: 0 / 0, as the formula says.
-      const float inverse = highest == -std::numeric_limits<float>::infinity() ? std::numeric_limits<float>::quiet_NaN() : 1.f / total;
+      const float inverse =
+          highest == -std::numeric_limits<float>::infinity() ? std::numeric_limits<float>::quiet_NaN() : 1.f / total;
       T* out = a.out.at(b, h) + (first_query + r) * a.out.token;
       for (int d = 0; d < D; d += kLanes) {
         const vec result = load(sums.data() + r * padded + d) * set(inverse);
@@ -343,13 +354,11 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------- backward
-
 // One tile of scores s = q.k and of w = grad_out.v, both [kRows][kKeyTile], to what the products of the gradients read:
 // P = exp(scale s - lse) and dS = P (w - delta), each with units down the queries, and dS with units along the keys.
 template <typename E>
-void grad_tile(const float* s, const float* w, const float* lse, const float* delta, float to_log2, int columns, typename E::unit* p_down,
-               typename E::unit* ds_down, typename E::element* ds_along) {
+void grad_tile(const float* s, const float* w, const float* lse, const float* delta, float to_log2, int columns,
+               typename E::unit* p_down, typename E::unit* ds_down, typename E::element* ds_along) {
   for (int r = 0; r < kRows; r += E::kPack) {
     for (int j = 0; j < columns; j += kLanes) {
       vec p[E::kPack], ds[E::kPack];
@@ -363,14 +372,16 @@ void grad_tile(const float* s, const float* w, const float* lse, const float* de
       }
 #if STMAE_ISA_LEVEL >= 3
       if constexpr (E::kPack == 2) {
-        const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
-                                             17, 1, 16, 0);
+        const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         const __m512i both_p = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p[1].v, p[0].v));
         const __m512i both_ds = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(ds[1].v, ds[0].v));
         _mm512_storeu_si512(p_down + r / 2 * kGradStride + j, _mm512_permutexvar_epi16(zip, both_p));
         _mm512_storeu_si512(ds_down + r / 2 * kGradStride + j, _mm512_permutexvar_epi16(zip, both_ds));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_along + r * kGradStride + j), _mm512_castsi512_si256(both_ds));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_along + (r + 1) * kGradStride + j), _mm512_extracti64x4_epi64(both_ds, 1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_along + r * kGradStride + j),
+                            _mm512_castsi512_si256(both_ds));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_along + (r + 1) * kGradStride + j),
+                            _mm512_extracti64x4_epi64(both_ds, 1));
       }
 #endif
     }
@@ -387,7 +398,8 @@ void store_rows(const float* source, int padded, int64_t rows, int D, float scal
   }
 }
 
-// Items [first, last): an item is one head, or one of `splits` ranges of its keys; grad_q is then summed by attention_sum.
+// Items [first, last): an item is one head, or one of `splits` ranges of its keys; grad_q is then summed by
+// attention_sum.
 template <typename T>
 void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_item) {
   using E = typename Multiply<T>::type;
@@ -397,12 +409,15 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
   const int64_t padded_queries = round_up(a.Nq, kRowTile), query_steps = padded_queries / E::kPack;
   const int64_t key_blocks = (a.Nk + kGradKeyBlock - 1) / kGradKeyBlock;
   const float to_log2 = static_cast<float>(a.scale * 1.4426950408889634);
-  Scratch<unit> q_along(padded_queries * units), q_down(query_steps * padded), g_along(padded_queries * units), g_down(query_steps * padded);
+  Scratch<unit> q_along(padded_queries * units), q_down(query_steps * padded), g_along(padded_queries * units),
+      g_down(query_steps * padded);
   Scratch<float> lse(padded_queries), delta(padded_queries), grad_q(padded_queries * padded);
-  Scratch<unit> k_columns(kGradKeyBlock * units), v_columns(kGradKeyBlock * units), k_down(kGradKeyBlock / E::kPack * padded);
+  Scratch<unit> k_columns(kGradKeyBlock * units), v_columns(kGradKeyBlock * units),
+      k_down(kGradKeyBlock / E::kPack * padded);
   Scratch<float> grad_k(kGradKeyBlock * padded), grad_v(kGradKeyBlock * padded);
   Scratch<float> s(kRows * kKeyTile), w(kRows * kKeyTile);
-  Scratch<unit> p_down(kBlock / E::kPack * kGradStride), ds_down(kBlock / E::kPack * kGradStride), ds_pairs(kBlock / E::kPack * kGradStride);
+  Scratch<unit> p_down(kBlock / E::kPack * kGradStride), ds_down(kBlock / E::kPack * kGradStride),
+      ds_pairs(kBlock / E::kPack * kGradStride);
   unit* ds_along = E::kPack == 1 ? ds_down.data() : ds_pairs.data();
   int64_t packed_head = -1;
   for (int64_t item = first_item; item < last_item; ++item) {
@@ -445,21 +460,27 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
         for (int j = 0; j < count; j += kKeyTile) {
           const int columns = std::min(kKeyTile, count - j);
           for (int r = 0; r < rows; r += kRows) {
-            score_tile<E>(q_along.data() + (query + r) * units, units, k_columns.data() + j * units, units, columns, s.data(), kKeyTile);
-            score_tile<E>(g_along.data() + (query + r) * units, units, v_columns.data() + j * units, units, columns, w.data(), kKeyTile);
-            for (int i = columns; i % kLanes; ++i) {  // keys that are not there: K's rows are 0, so that a finite weight does no harm
+            score_tile<E>(q_along.data() + (query + r) * units, units, k_columns.data() + j * units, units, columns,
+                          s.data(), kKeyTile);
+            score_tile<E>(g_along.data() + (query + r) * units, units, v_columns.data() + j * units, units, columns,
+                          w.data(), kKeyTile);
+            // Keys that are not there: their rows of K are 0, so that any finite weight does no harm.
+            for (int i = columns; i % kLanes; ++i) {
               for (int n = 0; n < kRows; ++n) s.data()[n * kKeyTile + i] = s.data()[n * kKeyTile];
             }
             grad_tile<E>(s.data(), w.data(), lse.data() + query + r, delta.data() + query + r, to_log2, columns,
-                         p_down.data() + r / E::kPack * kGradStride + j, ds_down.data() + r / E::kPack * kGradStride + j,
+                         p_down.data() + r / E::kPack * kGradStride + j,
+                         ds_down.data() + r / E::kPack * kGradStride + j,
                          reinterpret_cast<typename E::element*>(ds_along) + r * kGradStride + j);
           }
         }
         const int steps = (rows + E::kPack - 1) / E::kPack;
-        products<E, 1, kGradStride>(count, vectors, p_down.data(), g_down.data() + query / E::kPack * padded, padded, steps, grad_v.data(), true);
-        products<E, 1, kGradStride>(count, vectors, ds_down.data(), q_down.data() + query / E::kPack * padded, padded, steps, grad_k.data(), true);
-        products<E, kGradStride / E::kPack, 1>(rows, vectors, ds_along, k_down.data(), padded, (count + E::kPack - 1) / E::kPack,
-                                               dq + query * padded, !first_block);
+        products<E, 1, kGradStride>(count, vectors, p_down.data(), g_down.data() + query / E::kPack * padded, padded,
+                                    steps, grad_v.data(), true);
+        products<E, 1, kGradStride>(count, vectors, ds_down.data(), q_down.data() + query / E::kPack * padded, padded,
+                                    steps, grad_k.data(), true);
+        products<E, kGradStride / E::kPack, 1>(rows, vectors, ds_along, k_down.data(), padded,
+                                               (count + E::kPack - 1) / E::kPack, dq + query * padded, !first_block);
       }
       first_block = false;
       store_rows(grad_k.data(), padded, count, D, a.scale, a.grad_k.at(b, h) + key * a.grad_k.token, a.grad_k.token);
@@ -488,7 +509,7 @@ void attention_sum(const Backward<T>& a, int64_t first_query, int64_t last_query
 
 }  // namespace stmae::STMAE_ISA
 
-#else  // -------------------------------------------------------------------------- compiled once: checks and registration
+#else  // compiled once: checks and registration
 
 #include <algorithm>
 #include <cmath>
@@ -517,7 +538,8 @@ using torch::stable::Tensor;
 template <typename U>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
+  explicit Scratch(int64_t count)
+      : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
     if (!memory_) throw std::bad_alloc();
   }
   U* data() { return static_cast<U*>(memory_.get()); }
@@ -529,7 +551,8 @@ class Scratch {
   std::unique_ptr<void, Free> memory_;
 };
 
-constexpr int kQueryBlock = 12;  // forward: queries at a time, an item of parallel work
+constexpr int kQueryBlock = 12;     // forward: queries at a time, an item of parallel work
+constexpr int kGradKeyBlock = 192;  // backward: keys at a time, whose gradients stay in cache meanwhile
 
 // [B, N, H, D] with any strides, in elements, but a dense last dimension.
 template <typename T>
@@ -573,8 +596,9 @@ namespace {
 
 constexpr int64_t kMostRows = 12;   // the multiple to which any instruction set pads rows of queries
 constexpr int64_t kMostLanes = 16;  // and a head's columns
-constexpr int64_t kEnoughItems = 32;  // a backward pass over fewer heads divides each by keys; not by threads, so that sums keep their order
-constexpr int64_t kKeysPerItem = 192;
+// A backward pass over fewer heads than this divides each by keys. The number of threads has no say in it, so that the
+// sums keep their order whatever that is.
+constexpr int64_t kEnoughItems = 32;
 
 template <typename T>
 Heads<T> heads(const Tensor& x, int64_t offset = 0) {
@@ -589,14 +613,16 @@ Heads<T> packed_heads(const Tensor& x, int i) {
 
 void check_rows(const char* op, const char* name, const Tensor& x, int64_t dim, ScalarType dtype) {
   STMAE_CHECK(x.dim() == dim, op, ": expected ", name, " with ", dim, " dimensions, got ", shape(x));
-  STMAE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": expected ", name, " float32 or bfloat16");
+  STMAE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": expected ", name,
+              " float32 or bfloat16");
   STMAE_CHECK(x.scalar_type() == dtype, op, ": expected ", name, " of the same dtype as the first input");
   STMAE_CHECK(x.numel() == 0 || x.stride(dim - 1) == 1 || x.size(dim - 1) == 1, op, ": expected ", name,
               " with a contiguous last dimension, got stride ", x.stride(dim - 1));
 }
 
 void check_head_dim(const char* op, int64_t D) {
-  STMAE_CHECK(D >= 8 && D <= 128 && D % 8 == 0, op, ": expected a head dim that is a multiple of 8 and at most 128, got ", D);
+  STMAE_CHECK(D >= 8 && D <= 128 && D % 8 == 0, op,
+              ": expected a head dim that is a multiple of 8 and at most 128, got ", D);
 }
 
 void check_shape(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> expected) {
@@ -616,27 +642,32 @@ void check_lse(const char* op, const Tensor& lse, int64_t B, int64_t H, int64_t 
 }
 
 // How many items make a parallel task worth its start: about 10^5 multiply-adds.
-int64_t grain(int64_t queries, int64_t keys, int64_t D) { return std::max<int64_t>(1, 100000 / std::max<int64_t>(1, queries * keys * D)); }
+int64_t grain(int64_t queries, int64_t keys, int64_t D) {
+  return std::max<int64_t>(1, 100000 / std::max<int64_t>(1, queries * keys * D));
+}
 
 template <typename T>
 void run_forward(const Forward<T>& a, int64_t B) {
   const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
-  torch::stable::parallel_for(0, B * a.H * tiles, grain(kQueryBlock, a.Nk, a.D),
-                              [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_forward<T>, a, first, last); });
+  torch::stable::parallel_for(0, B * a.H * tiles, grain(kQueryBlock, a.Nk, a.D), [&](int64_t first, int64_t last) {
+    STMAE_DISPATCH(attention_forward<T>, a, first, last);
+  });
 }
 
 template <typename T>
 void run_backward(Backward<T> a, int64_t B) {
   const int64_t all = B * a.H;
-  const int64_t blocks = (a.Nk + kKeysPerItem - 1) / kKeysPerItem;
+  const int64_t blocks = (a.Nk + kGradKeyBlock - 1) / kGradKeyBlock;
   if (all == 0 || a.Nk == 0) return;
   a.splits = std::clamp<int64_t>((kEnoughItems + all - 1) / all, 1, blocks);
   a.partial = nullptr;
-  a.partial_stride = ((a.Nq + kMostRows - 1) / kMostRows * kMostRows) * ((a.D + kMostLanes - 1) / kMostLanes * kMostLanes);
+  a.partial_stride =
+      ((a.Nq + kMostRows - 1) / kMostRows * kMostRows) * ((a.D + kMostLanes - 1) / kMostLanes * kMostLanes);
   Scratch<float> partial(a.splits > 1 ? all * a.splits * a.partial_stride : 0);
   if (a.splits > 1) a.partial = partial.data();
-  torch::stable::parallel_for(0, all * a.splits, grain(a.Nq, std::min(a.Nk, kKeysPerItem), a.D),
-                              [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
+  torch::stable::parallel_for(
+      0, all * a.splits, grain(a.Nq, std::min<int64_t>(a.Nk, kGradKeyBlock), a.D),
+      [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
   if (a.partial)
     torch::stable::parallel_for(0, all * a.Nq, grain(1, a.splits, a.D),
                                 [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_sum<T>, a, first, last); });
@@ -644,9 +675,10 @@ void run_backward(Backward<T> a, int64_t B) {
 
 template <typename T>
 void forward_as(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale) {
-  run_forward<T>({heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out), static_cast<float*>(lse.data_ptr()), q.size(2), q.size(1),
-                  k.size(1), static_cast<int>(q.size(3)), scale},
-                 q.size(0));
+  run_forward<T>(
+      {heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<T>(out), static_cast<float*>(lse.data_ptr()),
+       q.size(2), q.size(1), k.size(1), static_cast<int>(q.size(3)), scale},
+      q.size(0));
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
@@ -662,15 +694,18 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor out = torch::stable::new_empty(q, {B, N, H, D});
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Float);
   if (q.numel() == 0) return {out, lse};
-  if (q.scalar_type() == ScalarType::Float) forward_as<float>(q, k, v, out, lse, scale);
-  else forward_as<c10::BFloat16>(q, k, v, out, lse, scale);
+  if (q.scalar_type() == ScalarType::Float)
+    forward_as<float>(q, k, v, out, lse, scale);
+  else
+    forward_as<c10::BFloat16>(q, k, v, out, lse, scale);
   return {out, lse};
 }
 
 template <typename T>
 void packed_forward_as(const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
-  run_forward<T>({packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2), heads<T>(out),
-                  static_cast<float*>(lse.data_ptr()), qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale},
+  run_forward<T>({packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2),
+                  heads<T>(out), static_cast<float*>(lse.data_ptr()), qkv.size(3), qkv.size(1), qkv.size(1),
+                  static_cast<int>(qkv.size(4)), scale},
                  qkv.size(0));
 }
 
@@ -683,22 +718,26 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& qkv, double scale) {
   Tensor out = torch::stable::new_empty(qkv, {B, N, H, D});
   Tensor lse = torch::stable::new_empty(qkv, {B, H, N}, ScalarType::Float);
   if (qkv.numel() == 0) return {out, lse};
-  if (qkv.scalar_type() == ScalarType::Float) packed_forward_as<float>(qkv, out, lse, scale);
-  else packed_forward_as<c10::BFloat16>(qkv, out, lse, scale);
+  if (qkv.scalar_type() == ScalarType::Float)
+    packed_forward_as<float>(qkv, out, lse, scale);
+  else
+    packed_forward_as<c10::BFloat16>(qkv, out, lse, scale);
   return {out, lse};
 }
 
 template <typename T>
-void backward_as(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                 const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, double scale) {
-  run_backward<T>({heads<const T>(grad_out), heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<const T>(out),
-                   static_cast<const float*>(lse.data_ptr()), heads<T>(grad_q), heads<T>(grad_k), heads<T>(grad_v), q.size(2), q.size(1), k.size(1),
-                   static_cast<int>(q.size(3)), scale, 1, nullptr, 0},
-                  q.size(0));
+void backward_as(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const Tensor& lse, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, double scale) {
+  run_backward<T>(
+      {heads<const T>(grad_out), heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<const T>(out),
+       static_cast<const float*>(lse.data_ptr()), heads<T>(grad_q), heads<T>(grad_k), heads<T>(grad_v), q.size(2),
+       q.size(1), k.size(1), static_cast<int>(q.size(3)), scale, 1, nullptr, 0},
+      q.size(0));
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                                                      const Tensor& lse, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      double scale) {
   const char* op = "attention_backward";
   check_rows(op, "grad_out", grad_out, 4, q.scalar_type());
   check_rows(op, "q", q, 4, q.scalar_type());
@@ -715,20 +754,25 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
   Tensor grad_q = torch::stable::new_empty(q, {B, N, H, D});
   Tensor grad_k = torch::stable::new_empty(k, {B, k.size(1), H, D});
   Tensor grad_v = torch::stable::new_empty(v, {B, k.size(1), H, D});
-  if (q.scalar_type() == ScalarType::Float) backward_as<float>(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, scale);
-  else backward_as<c10::BFloat16>(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, scale);
+  if (q.scalar_type() == ScalarType::Float)
+    backward_as<float>(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, scale);
+  else
+    backward_as<c10::BFloat16>(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, scale);
   return {grad_q, grad_k, grad_v};
 }
 
 template <typename T>
-void packed_backward_as(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, const Tensor& grad_qkv, double scale) {
-  run_backward<T>({heads<const T>(grad_out), packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2),
-                   heads<const T>(out), static_cast<const float*>(lse.data_ptr()), packed_heads<T>(grad_qkv, 0), packed_heads<T>(grad_qkv, 1),
-                   packed_heads<T>(grad_qkv, 2), qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale, 1, nullptr, 0},
+void packed_backward_as(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                        const Tensor& grad_qkv, double scale) {
+  run_backward<T>({heads<const T>(grad_out), packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1),
+                   packed_heads<const T>(qkv, 2), heads<const T>(out), static_cast<const float*>(lse.data_ptr()),
+                   packed_heads<T>(grad_qkv, 0), packed_heads<T>(grad_qkv, 1), packed_heads<T>(grad_qkv, 2),
+                   qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale, 1, nullptr, 0},
                   qkv.size(0));
 }
 
-Tensor packed_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
+Tensor packed_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                                 double scale) {
   const char* op = "packed_attention_backward";
   check_rows(op, "grad_out", grad_out, 4, qkv.scalar_type());
   check_rows(op, "qkv", qkv, 5, qkv.scalar_type());
@@ -740,8 +784,10 @@ Tensor packed_attention_backward(const Tensor& grad_out, const Tensor& qkv, cons
   check_shape(op, "out", out, {B, N, H, D});
   check_lse(op, lse, B, H, N);
   Tensor grad_qkv = torch::stable::new_empty(qkv, {B, N, 3, H, D});
-  if (qkv.scalar_type() == ScalarType::Float) packed_backward_as<float>(grad_out, qkv, out, lse, grad_qkv, scale);
-  else packed_backward_as<c10::BFloat16>(grad_out, qkv, out, lse, grad_qkv, scale);
+  if (qkv.scalar_type() == ScalarType::Float)
+    packed_backward_as<float>(grad_out, qkv, out, lse, grad_qkv, scale);
+  else
+    packed_backward_as<c10::BFloat16>(grad_out, qkv, out, lse, grad_qkv, scale);
   return grad_qkv;
 }
 

@@ -3,7 +3,7 @@ import torch
 from . import checks, library
 
 
-def attention(q, k, v, *, scale=None):
+def attention(q, k, v, *, scale=None, impl="auto"):
     """Exact softmax attention, softmax(scale * q k^T) v per head, with no N x N matrix in memory, forward or backward.
 
     Args:
@@ -11,12 +11,13 @@ def attention(q, k, v, *, scale=None):
             projection are read in place. D a multiple of 8, at most 128.
         k, v: [B, Nk, H, D], q's dtype. Nk is N for self-attention.
         scale: what the scores are multiplied by; D ** -0.5 when None.
+        impl: "auto": the project's own kernels (on a GPU without Triton, SDPA). By name: "triton", "sdpa", "flash_attn", "xformers".
 
     Returns:
-        [B, N, H, D], contiguous, in q's dtype (or autocast's); sums and the softmax are float32.
+        [B, N, H, D] in q's dtype (or autocast's); sums and the softmax are float32. Contiguous from the project's own kernels.
 
     Raises:
-        ValueError: wrong shape, dtype, device or stride.
+        ValueError: wrong shape, dtype, device or stride, or an `impl` that cannot serve here.
 
     Source: Dao et al. 2022 (FlashAttention), algorithm 1, and Dao 2023 for the backward.
     """
@@ -33,18 +34,21 @@ def attention(q, k, v, *, scale=None):
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.rows(op, name, x)
     checks.same_device(op, q=q, k=k, v=v)
-    return _op(q, k, v, _scale(op, scale, D))[0]
+    scale = _scale(op, scale, D)
+    adapter = _adapter(impl, q.device.type, q.dtype)
+    return _op(q, k, v, scale)[0] if adapter is None else adapter(q, k, v, scale)
 
 
-def packed_attention(qkv, *, scale=None):
+def packed_attention(qkv, *, scale=None, impl="auto"):
     """`attention` on a packed projection: q, k, v = qkv.unbind(2), and one packed gradient instead of three copied together.
 
     Args:
         qkv: [B, N, 3, H, D] float32 or bfloat16, dense in the last dimension.
         scale: what the scores are multiplied by; D ** -0.5 when None.
+        impl: as for `attention`.
 
     Returns:
-        [B, N, H, D], contiguous, in qkv's dtype (or autocast's).
+        [B, N, H, D] in qkv's dtype (or autocast's).
 
     Raises:
         ValueError: wrong shape, dtype or stride.
@@ -55,7 +59,19 @@ def packed_attention(qkv, *, scale=None):
     checks.tensor(op, "qkv", qkv, "[B, N, 3, H, D]", (None, None, 3, None, None))
     checks.rows(op, "qkv", qkv)
     _head_dim(op, qkv.shape[4])
-    return _packed_op(qkv, _scale(op, scale, qkv.shape[4]))[0]
+    scale = _scale(op, scale, qkv.shape[4])
+    adapter = _adapter(impl, qkv.device.type, qkv.dtype)
+    return _packed_op(qkv, scale)[0] if adapter is None else adapter(*qkv.unbind(2), scale)
+
+
+def _adapter(impl, device, dtype):
+    """The function that stands in for the project's kernels; None for these."""
+    if impl == "auto" and device != "cuda":
+        return None
+    from stmae.kernels import attention_backends
+
+    chosen, _ = attention_backends.choose(impl, device_type=device, dtype=dtype)
+    return attention_backends.ADAPTERS.get(chosen)
 
 
 def _head_dim(op, D):

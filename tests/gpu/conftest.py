@@ -1,17 +1,22 @@
 import pytest
 import torch
 
-_ran = 0
+_outcomes = []
 
 
-def pytest_runtest_logreport(report):
-    global _ran
-    _ran += report.when == "call" and report.passed and "gpu" in report.keywords
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if item.get_closest_marker("gpu") and (call.when == "call" or report.skipped):
+        _outcomes.append(report.outcome)
+    return report
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    missing = "" if torch.cuda.is_available() else ": there is no GPU here; the kernels were interpreted and compiled, not run"
-    terminalreporter.write_sep("!" if not _ran else "=", f"{_ran} tests ran on a GPU{missing}", red=not _ran, green=bool(_ran))
+def pytest_terminal_summary(terminalreporter):
+    if _outcomes:
+        ran = len(_outcomes) - _outcomes.count("skipped")
+        missing = "" if torch.cuda.is_available() else ": there is no GPU here; the kernels were interpreted and compiled, not run"
+        terminalreporter.write_sep("=" if ran else "!", f"{ran} tests ran on a GPU{missing}", red=not ran, green=bool(ran))
 
 
 @pytest.fixture(scope="session")
