@@ -35,7 +35,7 @@ def ratio(slow, fast):
     return statistics.median(s / f for s, f in zip(slow, fast))
 
 
-def rounds_for(sides, *, seconds, least=5, most=101):
+def rounds_for(sides, *, seconds, least=3, most=101):
     """How many alternating rounds fit into `seconds`."""
     start = time.perf_counter()
     for side in sides.values():

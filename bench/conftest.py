@@ -31,7 +31,7 @@ def compare(benchmark, device, full):
 
     def run(*, ours, flops=None, bytes=None, target=None, seconds=None, **others):
         sides = {"ours": ours, **others}
-        rounds = rounds_for(sides, seconds=seconds or (6.0 if full else 1.5))
+        rounds = rounds_for(sides, seconds=seconds or (6.0 if full else 1.0))
         gc.collect()
         measured = alternate(sides, rounds=rounds, device=device)
         info = benchmark.extra_info

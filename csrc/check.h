@@ -34,4 +34,11 @@ inline std::string shape(const torch::stable::Tensor& tensor) {
   return text.str();
 }
 
+// Whether a kernel reads float32 (true) or bfloat16 (false); anything else is refused.
+inline bool is_float32(const char* op, torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  STMAE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": expected float32 or bfloat16, got another dtype");
+  return type == ScalarType::Float;
+}
+
 }  // namespace stmae

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "check.h"
+
 namespace stmae {
 
 enum class Pixel { uint8, bfloat16, float32 };
@@ -26,7 +28,8 @@ struct Patches {                               // of a video [B, C, T, H, W]; st
 inline Patches patches(const torch::stable::Tensor& video, int64_t u, int64_t p, int64_t q, const int64_t* frames) {
   using torch::headeronly::ScalarType;
   const ScalarType type = video.scalar_type();
-  return {video.const_data_ptr(), type == ScalarType::Byte ? Pixel::uint8 : type == ScalarType::Float ? Pixel::float32 : Pixel::bfloat16,
+  const Pixel pixel = type == ScalarType::Byte ? Pixel::uint8 : is_float32("video", type) ? Pixel::float32 : Pixel::bfloat16;
+  return {video.const_data_ptr(), pixel,
           video.size(1), video.stride(0), video.stride(1), video.stride(2), video.stride(3), video.stride(4),
           u, p, q, video.size(3) / p, video.size(4) / q, frames};
 }

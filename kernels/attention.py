@@ -7,11 +7,13 @@ import triton.language as tl
 from . import launching
 from .launching import configs, dot_precision, launch
 
-# A head dim that is no power of two is taken in two pieces, D0 the largest power of two in it and D1 what remains (80 = 64 + 16,
-# 96 = 64 + 32), each an operand of its own: the products then do no work for padding, where one padded to 128 would waste 38 % at 80.
-# D1 is 0 where D0 is all; what belongs to the second piece is then a copy of the first that no instruction uses.
+# A head dim that is no power of two is taken in two pieces, D0 the largest power of two in it and D1 what remains
+# (80 = 64 + 16, 96 = 64 + 32), each an operand of its own: the products then do no work for padding, where one padded to 128
+# would waste 38 % at 80. D1 is 0 where D0 is all; what belongs to the second piece is then a copy of the first that no
+# instruction uses.
 #
-# Below, an array of one head is a tuple (pointer, its rows, stride of a row, stride of a column); strides are those of [B, N, H, D].
+# Below, an array of one head is a tuple (pointer, its rows, stride of a row, stride of a column), and strides are those of
+# [B, N, H, D].
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -306,11 +308,53 @@ def _grad_q(
     whole = keys // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         acc0, acc1 = _grad_q_tile(
-            q, grad, m, q0, q1, grad0, grad1, k, v, start, scale * _LOG2E, lse, delta, acc0, acc1, D, D0, D1, CHUNK, PRECISION, BLOCK_N, False
+            q,
+            grad,
+            m,
+            q0,
+            q1,
+            grad0,
+            grad1,
+            k,
+            v,
+            start,
+            scale * _LOG2E,
+            lse,
+            delta,
+            acc0,
+            acc1,
+            D,
+            D0,
+            D1,
+            CHUNK,
+            PRECISION,
+            BLOCK_N,
+            False,
         )
     if whole < keys:
         acc0, acc1 = _grad_q_tile(
-            q, grad, m, q0, q1, grad0, grad1, k, v, whole, scale * _LOG2E, lse, delta, acc0, acc1, D, D0, D1, CHUNK, PRECISION, BLOCK_N, True
+            q,
+            grad,
+            m,
+            q0,
+            q1,
+            grad0,
+            grad1,
+            k,
+            v,
+            whole,
+            scale * _LOG2E,
+            lse,
+            delta,
+            acc0,
+            acc1,
+            D,
+            D0,
+            D1,
+            CHUNK,
+            PRECISION,
+            BLOCK_N,
+            True,
         )
     acc0 *= scale
     if D1 > 0:
@@ -466,7 +510,7 @@ def _tiles(M, N):
 
 def _forward_configs(queries, keys, D, float32):
     if float32:
-        choices = [(4, 1, _tiles(32, 32))]
+        choices = [(4, 2, _tiles(32, 32))]
     elif D <= 96:
         choices = [(8, 3, _tiles(128, 64)), (4, 2, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
     else:
@@ -484,18 +528,16 @@ def _backward_configs(queries, keys, D, float32, own):
         choices = [(8, 2, 128, 32), (4, 2, 64, 32), (4, 2, 32, 16)]
     else:
         choices = [(8, 2, 128, 32 if own == "BLOCK_M" else 16), (8, 2, 32, 32)]
-    return _pick(
-        [(warps, stages, _tiles(kept, walked) if own == "BLOCK_M" else _tiles(walked, kept)) for warps, stages, kept, walked in choices],
-        queries,
-        keys,
-    )
+    choices = [(warps, stages, _tiles(*((m, n) if own == "BLOCK_M" else (n, m)))) for warps, stages, m, n in choices]
+    return _pick(choices, queries, keys)
 
 
 def _constants(q):
     D = q.shape[3]
     float32 = q.dtype == torch.float32
     D0, D1 = _pieces(D, float32)
-    return dict(D=D, D0=D0, D1=D1, CHUNK=min(32, D0) if float32 else 0, PRECISION=dot_precision(q.dtype), key=("queries", "keys", "D"))
+    chunk = min(32, D0) if float32 else 0
+    return dict(D=D, D0=D0, D1=D1, CHUNK=chunk, PRECISION=dot_precision(q.dtype), key=("queries", "keys", "D"))
 
 
 def _forward(q, k, v, scale):
@@ -516,7 +558,7 @@ def _forward(q, k, v, scale):
             H,
             queries,
             keys,
-                q.stride(),
+            q.stride(),
             k.stride(),
             v.stride(),
             out.stride(),

@@ -19,14 +19,14 @@ def sdpa(q, k, v, scale):
 
 
 def flash_attn(q, k, v, scale):
-    """flash_attn.flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, ...) on [B, N, H, D], half precision only."""
+    """flash_attn.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, ...) on [B, N, H, D], half precision only."""
     import flash_attn as package
 
     return package.flash_attn_func(q, k, v, softmax_scale=scale)
 
 
 def xformers(q, k, v, scale):
-    """xformers.ops.memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, ...) on [B, N, H, D]."""
+    """xformers.ops.memory_efficient_attention(query, key, value, attn_bias, p, scale, *, op, ...) on [B, N, H, D]."""
     import xformers.ops as package
 
     return package.memory_efficient_attention(q, k, v, scale=scale)
@@ -51,8 +51,10 @@ def unusable(impl, *, device_type, dtype):
 
 
 def choose(impl="auto", *, device_type="cuda", dtype=torch.bfloat16):
-    """(implementation, reason) for a request. `auto` takes the project's own kernels where they run, then SDPA, and never a package
-    for being installed: those are for who asks for them by name, as their numerics and determinism are their own.
+    """(implementation, reason) for a request.
+
+    `auto` takes the project's own kernels where they run, then SDPA, and never a package for being installed: those are for
+    who asks for them by name, as their numerics and determinism are their own.
 
     Raises:
         ValueError: an unknown name, or an implementation asked for by name that cannot serve.

@@ -6,9 +6,7 @@ from .launching import columns_tile, launch, one
 
 
 @triton.jit
-def _gather_rows(
-    x_ptr, ids_ptr, out_ptr, N, M, D, x_b, x_n, x_d, ids_b, ids_m, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _gather_rows(x_ptr, ids_ptr, out_ptr, N, M, D, x_b, x_n, x_d, ids_b, ids_m, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[b, m] = x[b, ids[b, m]], zero where the id is outside [0, N). One program for a tile of rows and columns."""
     column_tiles = tl.cdiv(D, BLOCK_D)
     row_tiles = tl.cdiv(M, BLOCK_M)

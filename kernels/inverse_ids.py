@@ -48,6 +48,16 @@ def inverse_ids(ids, num_tokens, clear=None):
     if B and num_tokens:
         D = 0 if clear is None else clear.shape[2]
         launch(
-            _inverse_ids, (B,), ids, inverse, clear, num_tokens, K, D, *ids.stride(), clear is not None, configs=one(4, BLOCK=512, BLOCK_D=8)
+            _inverse_ids,
+            (B,),
+            ids,
+            inverse,
+            clear,
+            num_tokens,
+            K,
+            D,
+            *ids.stride(),
+            clear is not None,
+            configs=one(4, BLOCK=512, BLOCK_D=8),
         )
     return inverse

@@ -22,7 +22,7 @@ def one(num_warps, **tiles):
     return configs((num_warps, 3, tiles))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _configs(backend, options):
     # gfx942 has 64 KiB of shared memory for a program, where sm_80 and later have 99 KiB or more: two stages at most fit.
     most_stages = 2 if backend == "hip" else 8
@@ -54,7 +54,7 @@ def may_tune(tensor):
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tuner(kernel, configs, key):
     return triton.autotune(configs=list(configs), key=list(key), cache_results=True)(kernel)
 

@@ -44,7 +44,22 @@ def _patch_values(
 
 @triton.jit
 def _patch_origins(
-    row, rows, keep_ptr, K, N, TH, TW, keep_b, keep_k, video_b, video_t, video_h, video_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
+    row,
+    rows,
+    keep_ptr,
+    K,
+    N,
+    TH,
+    TW,
+    keep_b,
+    keep_k,
+    video_b,
+    video_t,
+    video_h,
+    video_w,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
 ):
     """Where the patch of row b * K + j begins in the video, its token, and whether it is a patch of the video at all."""
     b = (row // K).to(tl.int64)
@@ -195,9 +210,7 @@ def _grad_weight(
 
 
 @triton.jit
-def _grad_position(
-    grad_ptr, inverse_ptr, out_ptr, B, N, D, grad_b, grad_k, grad_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _grad_position(grad_ptr, inverse_ptr, out_ptr, B, N, D, grad_b, grad_k, grad_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[n] = sum over clips b that keep token n of grad[b, inverse[b, n]]. One program a tile of tokens, over the batch."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -298,10 +311,12 @@ def masked_patchify_backward(grad_out, video, keep, weight, bias, position, mean
     programs = triton.cdiv(D, tiles["BLOCK_D"]) * triton.cdiv(Q, tiles["BLOCK_Q"])
     parts, rows_per_part = _parts(rows, programs, tiles["BLOCK_K"])
     partial = weight.new_empty(parts, D * Q, dtype=torch.float32 if parts > 1 else weight.dtype)
+    # Rounded to the operands' dtype once, not by each of the programs that read it; the sums below take it as it is.
+    grad = grad_out.to(weight.dtype)
     launch(
         _grad_weight,
         (programs, parts),
-        grad_out,
+        grad,
         video,
         keep,
         partial,
@@ -313,7 +328,7 @@ def masked_patchify_backward(grad_out, video, keep, weight, bias, position, mean
         w,
         D,
         Q,
-        *grad_out.stride(),
+        *grad.stride(),
         *video.stride(),
         *keep.stride(),
         _normalisation(mean, std),
@@ -336,6 +351,15 @@ def masked_patchify_backward(grad_out, video, keep, weight, bias, position, mean
         grid = (triton.cdiv(D, tile), triton.cdiv(N, block))
         inverse = inverse_ids(keep, N)
         launch(
-            _grad_position, grid, grad_out, inverse, grad_position, B, N, D, *grad_out.stride(), configs=one(4, BLOCK_N=block, BLOCK_D=tile)
+            _grad_position,
+            grid,
+            grad_out,
+            inverse,
+            grad_position,
+            B,
+            N,
+            D,
+            *grad_out.stride(),
+            configs=one(4, BLOCK_N=block, BLOCK_D=tile),
         )
     return grad_weight, grad_bias, grad_position

@@ -76,7 +76,6 @@ def random_masking(noise, num_keep):  # [B, N] float32 -> [B, K], [B, N - K] int
     masked = torch.empty(B, N - num_keep, dtype=torch.int64, device=noise.device)
     if B and N:
         block = min(triton.next_power_of_2(N), _LARGEST_TILE)
-        launch(
-            _random_masking, (B,), noise, keep, masked, N, num_keep, *noise.stride(), block >= N, configs=one(8 if block >= 2048 else 4, BLOCK=block)
-        )
+        tiles = one(8 if block >= 2048 else 4, BLOCK=block)
+        launch(_random_masking, (B,), noise, keep, masked, N, num_keep, *noise.stride(), block >= N, configs=tiles)
     return keep, masked

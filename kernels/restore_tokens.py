@@ -106,7 +106,18 @@ def restore_tokens(tokens, keep, mask_token, position):  # [B, K, D], [B, K], [D
         strides = (*tokens.stride(), *mask_token.stride(), *position.stride())
         inverse = inverse_ids(keep, N)
         launch(
-            _restore_tokens, grid, tokens, inverse, mask_token, position, out, B, N, D, *strides, configs=one(4, BLOCK_N=rows, BLOCK_D=tile)
+            _restore_tokens,
+            grid,
+            tokens,
+            inverse,
+            mask_token,
+            position,
+            out,
+            B,
+            N,
+            D,
+            *strides,
+            configs=one(4, BLOCK_N=rows, BLOCK_D=tile),
         )
     return out
 
@@ -137,6 +148,6 @@ def restore_tokens_backward(grad_out, keep, tokens_dtype):  # [B, N, D], [B, K] 
         K,
         D,
         *grad_out.stride(),
-        configs=one(4, BLOCK_N=rows, BLOCK_D=tile),
+        configs=one(8, BLOCK_N=rows, BLOCK_D=tile),
     )
     return grad_tokens, sum_rows(partial, grad_out.dtype), grad_position

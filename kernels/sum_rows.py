@@ -9,7 +9,15 @@ _ROWS_IN_ONE_PASS = 256
 
 @triton.jit
 def _sum_rows(
-    x_ptr, out_ptr, rows, columns, rows_per_program, stride_row, stride_column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    x_ptr,
+    out_ptr,
+    rows,
+    columns,
+    rows_per_program,
+    stride_row,
+    stride_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     """out[s, c] = sum of x[r, c] over the rows r of part s, in float32; part s has `rows_per_program` rows."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)

@@ -5,12 +5,15 @@ import inspect
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from stmae.kernels import attention_backends as backends
 
 from stmae import reference
-from stmae.kernels import attention_backends as backends
+
+ROOT = Path(__file__).parents[1]
 
 # As published by the packages (flash-attn 2.8, xformers 0.0.33): what the adapters were written against.
 
@@ -56,7 +59,8 @@ def packages(monkeypatch):
 @pytest.fixture
 def no_packages(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("flash_attn", "xformers") else find(name, *a))
+    missing = ("flash_attn", "xformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
 
 
 @pytest.mark.parametrize("impl", backends.ADAPTERS)
@@ -107,5 +111,9 @@ def test_what_cannot_serve_is_refused(packages):
 
 
 def test_nothing_is_imported_before_it_is_used():
-    code = "import sys, stmae.kernels.attention_backends as b; b.choose('auto'); print({'triton', 'flash_attn', 'xformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "set()"
+    code = (
+        "import sys, stmae.kernels.attention_backends as b; b.choose('auto');"
+        "print({'triton', 'flash_attn', 'xformers'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "set()"

@@ -23,8 +23,9 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted(part):
     file, keyword = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", TESTS / "gpu" / file]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", TESTS / "gpu" / file, "-k", keyword],
+        [*command, "-k", keyword],
         cwd=TESTS.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

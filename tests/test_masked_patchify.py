@@ -189,7 +189,7 @@ CLIP = torch.zeros(2, 3, 2, 16, 16, dtype=torch.uint8)
         (dict(weight=torch.zeros(8, 3, 2, 8, 8).double()), r"masked_patchify: expected weight .*float64"),
         (dict(bias=torch.zeros(7)), r"masked_patchify: expected bias \[D\] .*here \[8\].*got \[7\]"),
         (dict(position=torch.zeros(5, 8)), r"masked_patchify: expected position \[N, D\] .*here \[4, 8\].*got \[5, 8\]"),
-        (dict(mean=[0.4, 0.5]), r"masked_patchify: expected mean one number or one per channel \(3\), got 2"),
+        (dict(mean=[0.4, 0.5]), r"masked_patchify: expected mean a finite number or one per channel \(3\), got \[0\."),
         (dict(std=[0.2, 0.2, -0.1]), r"masked_patchify: expected std above 0"),
     ],
 )

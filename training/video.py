@@ -19,8 +19,8 @@ from av.video.reformatter import VideoReformatter
 _MPEG = ".mp4 .m4v .mov .3gp .3g2 .mpg .mpeg .m2v .vob .ts .mts .m2ts"
 EXTENSIONS = frozenset(f"{_MPEG} .mkv .webm .avi .flv .f4v .wmv .asf .ogv .ogg .mxf .gif".split())
 
-# Converting a 320x180 frame takes 0.03 ms with one converter for the file and one thread, and 0.3 to 5 ms as ``frame.to_ndarray`` does
-# it, with a new converter and a thread for each core every time. Older PyAV has no choice of threads, and uses one.
+# Converting a 320x180 frame takes 0.03 ms with one converter for the file and one thread, and 0.3 to 5 ms as ``frame.to_ndarray``
+# does it, with a new converter and a thread for each core every time. Older PyAV has no choice of threads, and uses one.
 _ONE_THREAD = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
 
 BACK_OFF_SECONDS = (0.0, 1.0, 4.0, 16.0)  # how far before the target a repeated seek aims; then from the start
@@ -205,11 +205,7 @@ class Video:
 
     def _from(self, target):
         """Frames in order, beginning at or before ``target`` (a time stamp in the stream's units)."""
-        for seconds in # Converting a 320x180 frame takes 0.03 ms with one converter for the file and one thread, and 0.3 to 5 ms as ``frame.to_ndarray`` does
-# it, with a new converter and a thread for each core every time. Older PyAV has no choice of threads, and uses one.
-_ONE_THREAD = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
-
-BACK_OFF_SECONDS:
+        for seconds in BACK_OFF_SECONDS:
             aim = target - int(seconds / self._seconds)
             if aim < self._stamps[0] and seconds > 0:
                 break

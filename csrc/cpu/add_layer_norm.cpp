@@ -19,7 +19,12 @@ void add_layer_norm_row(const TX* x, const TB* branch, const float* weight, cons
     store(sum_out + full, load(x + full, rest) + load(branch + full, rest), rest);
     total = total + load(sum_out + full, rest);
   }
-  const float mean = sum(total) / width;
+  float mean = sum(total) / width;
+  vec rest_of_mean = zero();  // what the rounding of the first sum left; counts for rows far from zero
+  for (int64_t i = 0; i < full; i += kLanes) rest_of_mean = rest_of_mean + (load(sum_out + i) - set(mean));
+  float left = sum(rest_of_mean);
+  for (int64_t i = full; i < width; ++i) left += static_cast<float>(sum_out[i]) - mean;
+  mean += left / width;
   vec squares = zero();
   for (int64_t i = 0; i < full; i += kLanes) {
     const vec d = load(sum_out + i) - set(mean);
@@ -31,10 +36,12 @@ void add_layer_norm_row(const TX* x, const TB* branch, const float* weight, cons
     variance += d * d;
   }
   const float rstd = 1.f / std::sqrt(variance / width + eps);
-  const vec scale = set(rstd), shift = set(-mean * rstd);
-  for (int64_t i = 0; i < full; i += kLanes) store(out + i, fma(fma(load(sum_out + i), scale, shift), load(weight + i), load(bias + i)));
+  // The mean is subtracted before the scaling: folded into one rounded shift, it would leave mean * rstd * 2^-24 behind.
+  const vec scale = set(rstd), centre = set(mean);
+  for (int64_t i = 0; i < full; i += kLanes)
+    store(out + i, fma((load(sum_out + i) - centre) * scale, load(weight + i), load(bias + i)));
   if (rest) {
-    const vec normal = fma(load(sum_out + full, rest), scale, shift);
+    const vec normal = (load(sum_out + full, rest) - centre) * scale;
     store(out + full, fma(normal, load(weight + full, rest), load(bias + full, rest)), rest);
   }
   *mean_out = mean;
@@ -45,10 +52,10 @@ void add_layer_norm_row(const TX* x, const TB* branch, const float* weight, cons
 template <typename TX, typename TB, typename TO>
 void add_layer_norm_backward_row(const TX* grad_sum, const TO* grad_out, const TX* x, const float* weight, float mean, float rstd,
                                  int64_t width, TX* grad_x, TB* grad_branch, float* grad_weight, float* grad_bias) {
-  const vec scale = set(rstd), shift = set(-mean * rstd);
+  const vec scale = set(rstd), centre = set(mean);
   vec total = zero(), dot = zero();
   auto gather = [&](int64_t i, int n) {
-    const vec upstream = load(grad_out + i, n), normal = fma(load(x + i, n), scale, shift), g = upstream * load(weight + i, n);
+    const vec upstream = load(grad_out + i, n), normal = (load(x + i, n) - centre) * scale, g = upstream * load(weight + i, n);
     total = total + g;
     dot = fma(g, normal, dot);
     store(grad_weight + i, fma(upstream, normal, load(grad_weight + i, n)), n);
@@ -59,7 +66,7 @@ void add_layer_norm_backward_row(const TX* grad_sum, const TO* grad_out, const T
   if (i < width) gather(i, static_cast<int>(width - i));
   const vec c1 = set(sum(total) / width), c2 = set(sum(dot) / width);
   auto scatter = [&](int64_t i, int n) {
-    const vec normal = fma(load(x + i, n), scale, shift), g = load(grad_out + i, n) * load(weight + i, n);
+    const vec normal = (load(x + i, n) - centre) * scale, g = load(grad_out + i, n) * load(weight + i, n);
     vec grad = (g - c1 - normal * c2) * scale;
     if (grad_sum) grad = grad + load(grad_sum + i, n);
     store(grad_x + i, grad, n);
@@ -117,6 +124,7 @@ using torch::stable::Tensor;
 template <typename Action>
 void with_types(ScalarType x, ScalarType branch, ScalarType out, const Action& action) {
   auto pick = [](ScalarType type, const auto& next) {
+    STMAE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "add_layer_norm: expected float32 or bfloat16, got another dtype");
     if (type == ScalarType::BFloat16)
       next(static_cast<c10::BFloat16*>(nullptr));
     else
@@ -127,6 +135,9 @@ void with_types(ScalarType x, ScalarType branch, ScalarType out, const Action& a
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight, const Tensor& bias,
                                                           double eps, ScalarType dtype) {
+  STMAE_CHECK(x.is_contiguous() && branch.is_contiguous() && weight.is_contiguous() && bias.is_contiguous() &&
+                  weight.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float,
+              "add_layer_norm: expected contiguous tensors and float32 weight and bias");
   const int64_t width = x.size(x.dim() - 1), rows = width ? x.numel() / width : 0;
   Tensor sum = torch::stable::empty_like(x);
   Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);

@@ -229,8 +229,8 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t padded_row
 
 // What one tile of queries has gathered from the keys seen so far.
 struct Softmax {
-  float highest[kQueryBlock];         // of log2(e) scale q.k
-  float total[kQueryBlock * kLanes];  // of 2^(log2(e) scale q.k - highest), a partial sum per lane
+  float highest[kQueryBlock];         // of q.k, with the sign of the scale: scores are subtracted before they are scaled,
+  float total[kQueryBlock * kLanes];  // since a rounded product, at 1e10, is off by thousands; sum of weights per lane
 };
 
 template <bool kLowest>
@@ -254,35 +254,35 @@ void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, 
     float* row = scores + r * kScoreStride;
     for (int j = keys; j < padded; ++j) row[j] = row[0];  // keys that are not there must not be the highest
     const float before = softmax.highest[r];
-    const float highest =
-        std::max(before, to_log2 * (to_log2 < 0 ? extreme<true>(row, padded) : extreme<false>(row, padded)));
+    const float highest = std::max(before, to_log2 < 0 ? -extreme<true>(row, padded) : extreme<false>(row, padded));
     softmax.highest[r] = highest;
     // With nothing but -inf so far, any finite base gives the weights 0.
-    base[r] = highest == -std::numeric_limits<float>::infinity() ? 0.f : highest;
-    rescale[r] = before - base[r];
+    const float finite = highest == -std::numeric_limits<float>::infinity() ? 0.f : highest;
+    base[r] = to_log2 < 0 ? -finite : finite;
+    rescale[r] = before == -std::numeric_limits<float>::infinity() ? before : (before - finite) * std::abs(to_log2);
   }
   for (int r = 0; r < rows; r += kLanes) store(rescale + r, exp2<6>(load(rescale + r)));
   const vec slope = set(to_log2);
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kScoreStride;
     auto* weights = reinterpret_cast<typename E::element*>(row);  // no wider than a score, so never ahead of the reads
-    const vec minus_base = set(-base[r]);
+    const vec highest = set(base[r]);
     vec sum = zero();
     int j = 0;
     for (; j + kLanes < whole; j += 2 * kLanes) {
-      const vec weight = exp2<E::kDegree>(fma(load(row + j), slope, minus_base));
-      const vec next = exp2<E::kDegree>(fma(load(row + j + kLanes), slope, minus_base));
+      const vec weight = exp2<E::kDegree>((load(row + j) - highest) * slope);
+      const vec next = exp2<E::kDegree>((load(row + j + kLanes) - highest) * slope);
       sum = sum + (weight + next);
       E::store_two(weights + j, weight, next);
     }
     if (j < whole) {
-      const vec weight = exp2<E::kDegree>(fma(load(row + j), slope, minus_base));
+      const vec weight = exp2<E::kDegree>((load(row + j) - highest) * slope);
       sum = sum + weight;
       store(weights + j, weight);
     }
     if (whole < keys) {
       float lanes[kLanes];
-      store(lanes, exp2<E::kDegree>(fma(load(row + whole), slope, minus_base)));
+      store(lanes, exp2<E::kDegree>((load(row + whole) - highest) * slope));
       const vec weight = load(lanes, keys - whole);
       sum = sum + weight;
       store(weights + whole, weight);
@@ -349,13 +349,15 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
         const vec result = load(sums.data() + r * padded + d) * set(inverse);
         D - d >= kLanes ? store(out + d, result) : store(out + d, result, D - d);
       }
-      a.lse[head * a.Nq + first_query + r] = static_cast<float>(highest * 0.6931471805599453 + std::log(total));
+      a.lse[head * a.Nq + first_query + r] =
+          static_cast<float>(static_cast<double>(highest) * std::abs(to_log2) * 0.6931471805599453 + std::log(total));
     }
   }
 }
 
 // One tile of scores s = q.k and of w = grad_out.v, both [kRows][kKeyTile], to what the products of the gradients read:
-// P = exp(scale s - lse) and dS = P (w - delta), each with units down the queries, and dS with units along the keys.
+// P = exp(scale s - lse), lse in units of s (Softmax says why), and dS = P (w - delta), each with units down the queries,
+// and dS with units along the keys.
 template <typename E>
 void grad_tile(const float* s, const float* w, const float* lse, const float* delta, float to_log2, int columns,
                typename E::unit* p_down, typename E::unit* ds_down, typename E::element* ds_along) {
@@ -363,7 +365,7 @@ void grad_tile(const float* s, const float* w, const float* lse, const float* de
     for (int j = 0; j < columns; j += kLanes) {
       vec p[E::kPack], ds[E::kPack];
       for (int i = 0; i < E::kPack; ++i) {
-        p[i] = exp2<E::kDegree>(fma(load(s + (r + i) * kKeyTile + j), set(to_log2), set(-lse[r + i])));
+        p[i] = exp2<E::kDegree>((load(s + (r + i) * kKeyTile + j) - set(lse[r + i])) * set(to_log2));
         ds[i] = p[i] * (load(w + (r + i) * kKeyTile + j) - set(delta[r + i]));
       }
       if constexpr (E::kPack == 1) {
@@ -408,7 +410,8 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
   const int D = a.D, units = D / E::kPack, padded = round_up(D, kLanes), vectors = padded / kLanes;
   const int64_t padded_queries = round_up(a.Nq, kRowTile), query_steps = padded_queries / E::kPack;
   const int64_t key_blocks = (a.Nk + kGradKeyBlock - 1) / kGradKeyBlock;
-  const float to_log2 = static_cast<float>(a.scale * 1.4426950408889634);
+  // A scale of 0 as a very small one: the log-sum-exp is divided by it.
+  const float to_log2 = a.scale == 0 ? 1e-30f : static_cast<float>(a.scale * 1.4426950408889634);
   Scratch<unit> q_along(padded_queries * units), q_down(query_steps * padded), g_along(padded_queries * units),
       g_down(query_steps * padded);
   Scratch<float> lse(padded_queries), delta(padded_queries), grad_q(padded_queries * padded);
@@ -429,7 +432,7 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
       pack_rows<E>(a.q.at(b, h), a.q.token, a.Nq, D, q_down.data());
       pack_rows<E>(grad_out, a.grad_out.token, a.Nq, D, g_down.data());
       for (int64_t i = 0; i < a.Nq; ++i) {
-        lse.data()[i] = a.lse[head * a.Nq + i] * 1.44269504f;
+        lse.data()[i] = static_cast<float>(a.lse[head * a.Nq + i] * 1.4426950408889634 / to_log2);
         const T* out = a.out.at(b, h) + i * a.out.token;
         prefetch(out + kAhead * a.out.token, D * sizeof(T));
         vec dot = zero();
@@ -440,7 +443,7 @@ void attention_backward(const Backward<T>& a, int64_t first_item, int64_t last_i
         delta.data()[i] = sum(dot);
       }
       for (int64_t i = a.Nq; i < padded_queries; ++i) {  // queries that are not there weigh nothing
-        lse.data()[i] = std::numeric_limits<float>::infinity();
+        lse.data()[i] = std::copysign(std::numeric_limits<float>::infinity(), to_log2);
         delta.data()[i] = 0.f;
       }
       packed_head = head;

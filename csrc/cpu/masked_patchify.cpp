@@ -403,7 +403,7 @@ Patchify describe(const Tensor& video, const Tensor& keep, const Tensor& weight,
   p.N = video.size(2) / p.patches.u * p.patches.h * p.patches.w;
   p.D = weight.size(0);
   p.P = p.patches.values();
-  p.weight_float = weight.scalar_type() == ScalarType::Float;
+  p.weight_float = is_float32("masked_patchify", weight.scalar_type());
   p.total = p.B * p.K;
   return p;
 }
@@ -414,7 +414,7 @@ Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& we
   Patchify p = describe(video, keep, weight, normalization);
   token_slots("masked_patchify", "keep", keep, p.N);
   Tensor out = torch::stable::new_empty(position ? *position : weight, {p.B, p.K, p.D});
-  p.out_float = out.scalar_type() == ScalarType::Float;
+  p.out_float = is_float32("masked_patchify", out.scalar_type());
   p.out = out.mutable_data_ptr();
   p.weight = weight.const_data_ptr();
   p.weight_row = p.P;
@@ -454,7 +454,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   Tensor grad_bias = torch::stable::new_empty(weight, {bias ? p.D : 0});
   Tensor grad_position = position ? torch::stable::new_empty(*position, {p.N, p.D}) : torch::stable::new_empty(weight, {0});
-  p.out_float = grad_out.scalar_type() == ScalarType::Float;
+  p.out_float = is_float32("masked_patchify", grad_out.scalar_type());
   p.grad_out = grad_out.const_data_ptr();
   p.slots = slots.get();
   p.grad_weight = grad_weight.mutable_data_ptr();

@@ -91,6 +91,8 @@ using torch::stable::Tensor;
 
 template <typename Action>
 void with_type(const Tensor& x, const Action& action) {
+  STMAE_CHECK(x.is_contiguous() && (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Float),
+              "mlp: expected contiguous float32 or bfloat16, got another dtype or layout");
   if (x.scalar_type() == ScalarType::BFloat16)
     action(static_cast<c10::BFloat16*>(nullptr));
   else

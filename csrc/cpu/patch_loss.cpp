@@ -156,7 +156,7 @@ PatchLoss describe(const Tensor& pred, const Tensor& video, const Tensor& masked
   l.pred_token = pred.stride(1);
   l.masked_batch = masked.stride(0);
   l.masked_token = masked.stride(1);
-  l.pred_float = pred.scalar_type() == ScalarType::Float;
+  l.pred_float = is_float32("patch_loss", pred.scalar_type());
   l.patches = patches(video, patch_size[0], patch_size[1], patch_size[2], frames.data());
   l.scale = values.scale.data();
   l.shift = values.shift.data();

@@ -146,7 +146,7 @@ Tensor restore_tokens(const Tensor& tokens, const Tensor& keep, const Tensor& ma
   Tensor out = torch::stable::new_empty(position, {B, N, D});
   const Restore r{tokens.const_data_ptr(), mask_token.const_data_ptr(), position.const_data_ptr(), slots.get(), out.mutable_data_ptr(),
                   B, N, D, tokens.stride(0), tokens.stride(1),
-                  tokens.scalar_type() == ScalarType::Float, out.scalar_type() == ScalarType::Float};
+                  is_float32("restore_tokens", tokens.scalar_type()), is_float32("restore_tokens", out.scalar_type())};
   const int64_t grain = std::max<int64_t>(1, 16384 / (B * D + 1));
   torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(restore_rows, r, begin, end); });
   return out;
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_ou
   Tensor grad_position = torch::stable::new_empty(grad_out, {N, D});
   const RestoreBackward r{grad_out.const_data_ptr(), slots.get(), grad_tokens.mutable_data_ptr(), grad_position.mutable_data_ptr(),
                           B, N, K, D, grad_out.stride(0), grad_out.stride(1),
-                          tokens_dtype == ScalarType::Float, grad_out.scalar_type() == ScalarType::Float};
+                          is_float32("restore_tokens", tokens_dtype), is_float32("restore_tokens", grad_out.scalar_type())};
   // The mask token's gradient sums over nearly all tokens: over the batch, over the tokens of a block, over blocks. Blocks
   // depend on the shape alone, so the result is the same at any number of threads.
   const int64_t block = 32, blocks = (N + block - 1) / block;

@@ -31,12 +31,13 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-6):
     for name, parameter in (("weight", weight), ("bias", bias)):
         checks.tensor(op, name, parameter, "[D]", (x.shape[-1],))
     checks.same_device(op, x=x, branch=branch, weight=weight, bias=bias)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if branch is None or device != "cpu":
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"{op}: expected eps a number of at least 0, got {eps!r}")
+    dtype = checks.autocast_dtype(op, x) or x.dtype
+    if branch is None or x.device.type != "cpu":
         x = x if branch is None else x + branch.to(x.dtype)
         return x, F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(dtype)
-    return _op(x.contiguous(), branch.contiguous(), weight.float(), bias.float(), eps, dtype)[:2]
+    return _op(x.contiguous(), branch.contiguous(), weight.float().contiguous(), bias.float().contiguous(), eps, dtype)[:2]
 
 
 def _fake(x, branch, weight, bias, eps, dtype):

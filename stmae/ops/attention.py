@@ -23,7 +23,7 @@ def attention(q, k, v, *, scale=None, impl="auto"):
     """
     op = "attention"
     if isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
-        q, k, v = checks.autocast(q, k, v)
+        q, k, v = checks.autocast(op, q, k, v)
     checks.tensor(op, "q", q, "[B, N, H, D]", (None,) * 4)
     B, N, H, D = q.shape
     checks.tensor(op, "k", k, "[B, Nk, H, D]", (B, None, H, D), (q.dtype,))
@@ -55,7 +55,7 @@ def packed_attention(qkv, *, scale=None, impl="auto"):
     """
     op = "packed_attention"
     if isinstance(qkv, torch.Tensor):
-        (qkv,) = checks.autocast(qkv)
+        (qkv,) = checks.autocast(op, qkv)
     checks.tensor(op, "qkv", qkv, "[B, N, 3, H, D]", (None, None, 3, None, None))
     checks.rows(op, "qkv", qkv)
     _head_dim(op, qkv.shape[4])

@@ -1,5 +1,7 @@
 """What the ops check before they compute, and what they say when it does not hold."""
 
+import math
+import operator
 import os
 
 import torch
@@ -17,7 +19,7 @@ def tensor(op, name, x, expected, shape, dtypes=None):
     """x must be a tensor of this shape (None: any size) and one of these dtypes (None: what this device's kernels take)."""
     if isinstance(x, torch.Tensor):
         dtypes = floating(x) if dtypes is None else dtypes
-        fits = x.dim() == len(shape) and all(want is None or size == want for size, want in zip(x.shape, shape))
+        fits = x.layout == torch.strided and x.dim() == len(shape) and all(want is None or size == want for size, want in zip(x.shape, shape))
         if fits and x.dtype in dtypes:
             return
     kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes) if dtypes else "float32 or bfloat16"
@@ -51,21 +53,37 @@ def dense_rows(x):
 
 
 def channels(op, name, value, count):
-    """mean or std: one number, or one per channel, as a list of `count` floats."""
-    values = [float(value)] * count if isinstance(value, (int, float)) else [float(x) for x in value]
+    """mean or std: one number, or one per channel, as a list of `count` finite floats."""
+    try:
+        values = [float(value)] if not isinstance(value, str) and not hasattr(value, "__len__") else [float(x) for x in value]
+    except (TypeError, ValueError):
+        values = []
     if len(values) == 1:
         values = values * count
-    if len(values) != count:
-        raise ValueError(f"{op}: expected {name} one number or one per channel ({count}), got {len(values)}")
+    if len(values) != count or not all(math.isfinite(x) for x in values):
+        raise ValueError(f"{op}: expected {name} a finite number or one per channel ({count}), got {value!r}")
     if name == "std" and any(x <= 0 for x in values):
-        raise ValueError(f"{op}: expected std above 0, got {value}")
+        raise ValueError(f"{op}: expected std above 0, got {value!r}")
     return values
+
+
+def whole_numbers(op, name, values, count=None):
+    """A sequence of `count` ints (None: any number), as a list."""
+    try:
+        result = [operator.index(x) for x in values]
+    except TypeError:
+        result = None
+    if result is None or count not in (None, len(result)):
+        raise ValueError(f"{op}: expected {name} to be {count or ''} whole numbers, got {values!r}".replace("  ", " "))
+    return result
 
 
 def video(op, x):
     if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: expected a video that needs no gradient (it gets none), got requires_grad=True; detach it")
     tensor(op, "video", x, "[B, C, T, H, W]", (None,) * 5, (torch.uint8, torch.float32, torch.bfloat16))
+    if x.shape[1] == 0:
+        raise ValueError(f"{op}: expected video with at least one channel, got {describe(x)}")
 
 
 def ids(op, name, x, batch, limit):
@@ -80,12 +98,22 @@ def ids(op, name, x, batch, limit):
             raise ValueError(f"{op}: expected {name} in [0, {limit}) without repeats in a row, got {describe(x)} that has others")
 
 
-def autocast(*tensors):
-    """Floating tensors in autocast's dtype where autocast is on for their device."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
+def autocast_dtype(op, x):
+    """The dtype that autocast asks for on x's device; None where autocast is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
     dtype = torch.get_autocast_dtype(device)
+    if dtype not in floating(x):
+        raise ValueError(f"{op}: expected autocast to bfloat16 on {device}, got {str(dtype).removeprefix('torch.')}")
+    return dtype
+
+
+def autocast(op, *tensors):
+    """Floating tensors in autocast's dtype where autocast is on for their device."""
+    dtype = autocast_dtype(op, tensors[0])
+    if dtype is None:
+        return tensors
     return tuple(x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors)
 
 
@@ -107,3 +135,8 @@ def linear_layer(op, x, weight, bias, prefix=""):
     if bias is not None:
         tensor(op, f"{prefix}bias", bias, "[N]", (weight.shape[0],))
     same_device(op, **{"x": x, f"{prefix}weight": weight, f"{prefix}bias": bias})
+
+
+def matrix(x):
+    """[..., K] as [M, K]; with K = 0, where torch cannot infer M, too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -79,10 +79,10 @@ def linear(x, weight, bias=None):
         ValueError: wrong shape, dtype or device.
     """
     checks.linear_layer("linear", x, weight, bias)
-    (x,) = checks.autocast(x)
+    (x,) = checks.autocast("linear", x)
     if x.device.type != "cpu":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    out = _op(x.reshape(-1, x.shape[-1]), weight, bias)
+    out = _op(checks.matrix(x), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -96,12 +96,12 @@ def _fake(x, weight, bias):
 
 def _backward_cpu(grad_out, x, weight, bias):
     grad_x = product(grad_out, weight.to(grad_out.dtype).t())
-    grad_weight = weight_gradient(grad_out, x).to(weight.dtype)
+    grad_weight = weight_gradient(grad_out, x).to(weight.dtype).contiguous()
     return grad_x, grad_weight, grad_out.new_empty(0) if bias is None else column_sum(grad_out).to(bias.dtype)
 
 
 def _backward_fake(grad_out, x, weight, bias):
-    return torch.empty_like(x), torch.empty_like(weight), grad_out.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_out.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output):

@@ -40,7 +40,7 @@ def masked_patchify(video, keep, weight, bias, position, *, mean=0.45, std=0.225
         checks.tensor(op, "position", position, "[N, D]", (N, D))
     checks.same_device(op, video=video, keep=keep, weight=weight, bias=bias, position=position)
     mean, std = checks.channels(op, "mean", mean, C), checks.channels(op, "std", std, C)
-    weight, bias = checks.autocast(weight, bias)
+    weight, bias = checks.autocast(op, weight, bias)
     if position is not None:
         dtype = torch.promote_types(weight.dtype, position.dtype)
         if dtype not in (weight.dtype, torch.float32):

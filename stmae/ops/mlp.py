@@ -28,11 +28,11 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     checks.tensor("mlp", "fc1_bias", fc1_bias, "[F]", (fc1_weight.shape[0],))
     checks.tensor("mlp", "fc2_bias", fc2_bias, "[D]", (fc2_weight.shape[0],))
     checks.same_device("mlp", x=x, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    (x,) = checks.autocast(x)
+    (x,) = checks.autocast("mlp", x)
     if x.device.type != "cpu":
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (p.to(x.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
         return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    out, _ = _op(x.reshape(-1, x.shape[-1]), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    out, _ = _op(checks.matrix(x), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return out.view(*x.shape[:-1], fc2_weight.shape[0])
 
 
@@ -58,7 +58,7 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 
 def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     fc1_transposed, fc2_transposed = fc1_weight.to(x.dtype).t(), fc2_weight.to(x.dtype).t()
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty(x.shape)
     grads = None
     for g, x_rows, hidden_rows, grad_x_rows in zip(*(t.split(ROWS) for t in (grad_out, x, hidden, grad_x))):
         activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_transposed))
@@ -67,7 +67,7 @@ def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bia
         grad_x_rows.copy_(product(grad_hidden, fc1_transposed))
         pieces = weight_gradient(grad_hidden, x_rows), grad_fc1_bias, grad_fc2_weight, column_sum(g)
         if grads is None:
-            grads = [piece.to(p.dtype) for piece, p in zip(pieces, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))]
+            grads = [piece.to(p.dtype).contiguous() for piece, p in zip(pieces, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))]
         else:
             for total, piece in zip(grads, pieces):
                 total += piece
@@ -75,7 +75,7 @@ def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bia
 
 
 def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    return tuple(torch.empty_like(tensor) for tensor in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
 
 
 def _setup_context(ctx, inputs, output):

@@ -31,10 +31,8 @@ def patch_loss(
     op = "patch_loss"
     checks.video(op, video)
     B, C, T, H, W = video.shape
-    patch_size = [int(x) for x in patch_size]
-    if len(patch_size) != 3:
-        raise ValueError(f"{op}: expected patch_size (frames, rows, columns), got {tuple(patch_size)}")
-    frames = list(range(T)) if frames is None else [int(i) for i in frames]
+    patch_size = checks.whole_numbers(op, "patch_size", patch_size, 3)
+    frames = list(range(T)) if frames is None else checks.whole_numbers(op, "frames", frames)
     if any(not 0 <= i < T for i in frames):
         raise ValueError(f"{op}: expected frames in [0, {T}), got {frames}")
     N = checks.grid_tokens(op, (len(frames), H, W), patch_size)

@@ -1,3 +1,5 @@
+import operator
+
 import torch
 
 from . import checks, library
@@ -21,8 +23,12 @@ def random_masking(noise, num_keep):
         RuntimeError: NaN in noise.
     """
     checks.tensor("random_masking", "noise", noise, "[B, N]", (None, None), (torch.float32,))
-    if isinstance(num_keep, bool) or not isinstance(num_keep, (int, torch.SymInt)):
+    if isinstance(num_keep, bool) or not (hasattr(num_keep, "__index__") or isinstance(num_keep, torch.SymInt)):
         raise ValueError(f"random_masking: expected num_keep an int, got {checks.describe(num_keep)}")
+    if not isinstance(num_keep, torch.SymInt):
+        num_keep = operator.index(num_keep)  # NumPy's integers, too
+    if noise.shape[1] < 2:
+        raise ValueError(f"random_masking: expected noise of at least 2 tokens a row, got {checks.describe(noise)}")
     if not 0 < num_keep < noise.shape[1]:
         raise ValueError(
             f"random_masking: expected num_keep in [1, {noise.shape[1] - 1}] for {noise.shape[1]} tokens, got {num_keep} "

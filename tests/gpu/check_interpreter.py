@@ -1,4 +1,4 @@
-"""The patched interpreter against torch, and the sanitiser and the counters against kernels that do wrong. Run like check_interpreted.py."""
+"""The patched interpreter against torch, the sanitiser against kernels that do wrong. Run like check_interpreted.py."""
 
 from gpu import interpreted
 
@@ -15,8 +15,9 @@ def special(dtype):
     """Random numbers of every size, and those that rounding treats in a way of their own."""
     torch.manual_seed(0)
     x = torch.randn(1024) * 2.0 ** torch.randint(-30, 30, (1024,))
-    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x00000001, 0x80000000], dtype=torch.int64)
-    x[:8] = bits.to(torch.int32).view(torch.float32)  # ties down and up, just above, overflow, infinity, NaN, subnormal, -0
+    # Ties down and up, just above one, overflow, infinity, NaN, subnormal, -0.
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x00000001, 0x80000000]
+    x[:8] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
     return x.to(dtype)
 
 

@@ -1,7 +1,7 @@
 """Compiles what a launcher would launch, for a GPU that is not there, and reads the figures out of the machine code.
 
-A launcher runs as it is, on meta tensors: no memory, but shapes, strides, dtypes and the alignment of addresses, which is all that
-Triton's binder looks at. Only the last step of a launch is left out. Needs a process without TRITON_INTERPRET.
+A launcher runs as it is, on meta tensors: no memory, but shapes, strides, dtypes and the alignment of addresses, which is all
+that Triton's binder looks at. Only the last step of a launch is left out. Needs a process without TRITON_INTERPRET.
 """
 
 import collections
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 import triton
+from stmae.kernels import launching
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-from stmae.kernels import launching
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,6 +36,8 @@ LIMITS = {
 }
 # Of one gfx942 compute unit, from AMD's CDNA 3 ISA guide: bytes of LDS; per SIMD of four, 512 vector registers a lane.
 LDS = 64 * 1024
+# Tensor-core instructions: of a warp, of a warp group (sm_90), on tensor memory (sm_100).
+TENSOR_CORES = {"HMMA": "HMMA", "HGMMA": "HGMMA", "UTCMMA": "UTC[A-Z]*MMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -132,7 +133,7 @@ def _nvidia(kernel, target):
         "shared": shared,
         "warps": warps,
         "blocks_per_sm": blocks_per_sm(target, registers, warps, shared),
-        "mma": {name: count(pattern) for name, pattern in (("HMMA", "HMMA"), ("HGMMA", "HGMMA"), ("UTCMMA", "UTC[A-Z]*MMA")) if count(pattern)},
+        "mma": {name: count(pattern) for name, pattern in TENSOR_CORES.items() if count(pattern)},
         "loads": width("LDG|LDGSTS"),
         "stores": width("STG"),
         "atomics": count("RED|REDG|ATOM|ATOMG"),
@@ -160,8 +161,11 @@ def _amd(kernel):
 
     vector = field("vgpr_count") + field("agpr_count")
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    loads = count(r"(?:global|buffer)_load"), count(r"(?:global|buffer)_load_dwordx[34]"), count(r"(?:global|buffer)_load_dwordx2")
-    stores = count(r"(?:global|buffer)_store"), count(r"(?:global|buffer)_store_dwordx[34]"), count(r"(?:global|buffer)_store_dwordx2")
+
+    def width(name):
+        wide, half, every = (count(rf"(?:global|buffer)_{name}{size}") for size in ("_dwordx[34]", "_dwordx2", ""))
+        return [wide, half, every - wide - half]
+
     waves = min(8, 512 // max(8, math.ceil(vector / 8) * 8))  # of a SIMD
     return {
         "registers": vector,
@@ -170,8 +174,8 @@ def _amd(kernel):
         "warps": warps,
         "blocks_per_sm": min(waves * 4 // warps, LDS // max(shared, 1)),
         "mma": {"MFMA": count("v_mfma")} if count("v_mfma") else {},
-        "loads": [loads[1], loads[2], loads[0] - loads[1] - loads[2]],
-        "stores": [stores[1], stores[2], stores[0] - stores[1] - stores[2]],
+        "loads": width("load"),
+        "stores": width("store"),
         "atomics": count(r"(?:global|buffer|flat)_atomic"),
         "instructions": count(r"[sv]_|global_|buffer_|ds_"),
     }

@@ -15,7 +15,7 @@ def pytest_runtest_makereport(item, call):
 def pytest_terminal_summary(terminalreporter):
     if _outcomes:
         ran = len(_outcomes) - _outcomes.count("skipped")
-        missing = "" if torch.cuda.is_available() else ": there is no GPU here; the kernels were interpreted and compiled, not run"
+        missing = "" if torch.cuda.is_available() else ": none is here; the kernels were interpreted and compiled, not run"
         terminalreporter.write_sep("=" if ran else "!", f"{ran} tests ran on a GPU{missing}", red=not ran, green=bool(ran))
 
 

@@ -1,14 +1,14 @@
 """Triton's interpreter, made to compute as the hardware does, with a memory sanitiser and counters of traffic and work.
 
-Needs TRITON_INTERPRET=1 before triton is imported, hence a process of its own. What is patched is private to Triton: the self-test
-(test_interpreter.py) compares it with torch, value by value, and fails when another version of Triton needs another patch.
+Needs TRITON_INTERPRET=1 before triton is imported, hence a process of its own. What is patched is private to Triton: the
+self-test (check_interpreter.py) compares it with torch, value by value, and fails when another Triton needs another patch.
 """
 
 import contextlib
 import os
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("gpu.interpreted: set TRITON_INTERPRET=1 before triton is imported; a process either interprets or compiles")
+    raise RuntimeError("gpu.interpreted: expected TRITON_INTERPRET=1 in the environment before triton is imported")
 
 import numpy as np
 import triton.language as tl
@@ -53,7 +53,9 @@ def install():
     def cast_impl(self, source, to):
         if _is_bf16(source):
             wide = _widened(source)
-            return wide if to.scalar == tl.float32 else source if to.scalar == tl.bfloat16 else original["cast_impl"](self, wide, to)
+            if to.scalar == tl.bfloat16:
+                return source
+            return wide if to.scalar == tl.float32 else original["cast_impl"](self, wide, to)
         if to.scalar == tl.bfloat16:
             return _rounded(source if source.dtype.scalar == tl.float32 else original["cast_impl"](self, source, tl.float32))
         return original["cast_impl"](self, source, to)

@@ -1,4 +1,4 @@
-"""The suite on real hardware, through the dispatcher and the compiled kernels: `pytest -m gpu`. Skipped, loudly, without a GPU."""
+"""The suite on real hardware, through the dispatcher and the compiled kernels: `pytest -m gpu`. Skipped, loudly, without."""
 
 import contextlib
 
@@ -79,5 +79,6 @@ def test_opcheck(device, op):
     else:
         video = video_of("planar", torch.uint8, (2, 1, 2, 16, 16), device)
         keep, _ = masks(2, 8, 3, device)
-        arguments = (video, keep, random(8, 1, 1, 8, 8, device=device), random(8, device=device), random(8, 8, device=device), [0.5], [0.2])
+        parameters = (random(*shape, device=device) for shape in ((8, 1, 1, 8, 8), (8,), (8, 8)))
+        arguments = (video, keep, *parameters, [0.5], [0.2])
         torch.library.opcheck(torch.ops.stmae.masked_patchify.default, arguments)
