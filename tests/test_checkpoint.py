@@ -494,3 +494,12 @@ def test_misunderstandings_are_explained():
 def test_what_mae_st_cannot_express_is_not_exported(changes, message):
     with pytest.raises(ValueError, match=message):
         to_mae_st(autoencoder(**changes))
+
+
+@pytest.mark.parametrize(
+    "about", ["{", "[]", "{}", '{"format": "x", "kind": "y"}', '{"format": 1, "kind": "MaskedAutoencoder", "config": null}']
+)
+def test_a_damaged_configuration_is_a_checkpoint_error(tmp_path, about):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors", {"stmae": about})
+    with pytest.raises(stmae.checkpoint.CheckpointError, match="model.safetensors"):
+        stmae.checkpoint.load(tmp_path / "model.safetensors")

@@ -20,7 +20,8 @@ def test_float16_autocast_is_refused_on_a_cpu():
         ),
     }
     for op, call in calls.items():
-        with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=f"{op}: expected autocast to bfloat16.*float16"):
+        message = f"{op}: expected autocast to bfloat16.*float16"
+        with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=message):
             call()
 
 

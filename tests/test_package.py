@@ -79,8 +79,13 @@ def test_wheel_and_editable_install(checkout, environment, tmp_path):
 
 def test_without_torch_the_build_asks_for_it():
     """setup.py names torch as a requirement of the build only where none is installed."""
-    code = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py')"
-    code = f"import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a); {code}"
+    code = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py")
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "pip install torch" in done.stderr
 

@@ -161,7 +161,7 @@ def test_residual_without_branch_or_with_one_output_unused():
         ("linear", 0, torch.zeros(3, 8, dtype=torch.int32), r"linear: expected x .* got \[3, 8\] int32 on cpu"),
         ("linear", 1, torch.zeros(4, 9), r"linear: expected weight \[N, K\] .* got \[4, 9\]"),
         ("linear", 2, torch.zeros(5), r"linear: expected bias \[N\] .* got \[5\]"),
-        ("linear", 1, torch.zeros(8, 8, device="meta"), r"linear: expected all tensors on one device, got x on cpu, weight on meta"),
+        ("linear", 1, torch.zeros(8, 8, device="meta"), r"linear: expected all tensors on one device, got x on cpu, weight on"),
         ("mlp", 3, torch.zeros(8, 9), r"mlp: expected fc2_weight \[D, F\] .* got \[8, 9\]"),
         ("mlp", 2, None, r"mlp: expected fc1_bias \[F\] .* got NoneType None"),
         ("add_layer_norm", 1, torch.zeros(3, 9), r"add_layer_norm: expected branch .* got \[3, 9\]"),

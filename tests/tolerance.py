@@ -5,8 +5,8 @@ reference in float64 and `plain` by the reference in the kernel's own dtype,
 
     max |kernel - exact|  <=  factor * max |plain - exact|  +  2 eps * max |exact|
 
-where eps is the unit round-off of the dtype that the kernel's result is stored in. The second term is the rounding of the result itself, for
-where plain PyTorch happens to be exact.
+where eps is the spacing of the dtype that the kernel's result is stored in, at 1. The second term is the rounding of the
+result itself, for where plain PyTorch happens to be exact.
 """
 
 import torch

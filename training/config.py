@@ -14,6 +14,7 @@ from typing import Literal
 import jsonargparse
 import yaml
 
+from stmae.masking import num_keep
 from stmae.models import MaskedAutoencoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -364,7 +365,7 @@ def read_settings(file):
     """Settings of a YAML or JSON file as {"section.field": value}, its relative paths made absolute."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the settings in {file}: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected 'field: value' lines, got {type(tree).__name__}")
@@ -409,6 +410,14 @@ def check_common(config):
         )
     if config.seed < 0:
         raise ValueError(f"seed: expected 0 or more, got {config.seed}")
+    for name in ("scale", "aspect"):
+        value = getattr(config.clips, name, None)
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"clips.{name}: expected two numbers above 0, the smaller first, got {list(value)}")
+    if isinstance(config.run.workers, int) and config.run.workers < 0:
+        raise ValueError(f"run.workers: expected 0 or more, got {config.run.workers}")
+    if hasattr(config.model, "mask_strategy"):
+        num_keep(config.model.mask_strategy, config.model.grid, config.model.mask_ratio)  # a ratio that keeps nothing is an error
 
 
 def to_dict(config):

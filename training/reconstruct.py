@@ -1,5 +1,6 @@
 """``stmae reconstruct``: what a pre-trained model makes of a video, as pictures: original | masked | reconstruction."""
 
+import collections
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def run(config):
     model, clip_settings = load(config.checkpoint, config.stride)
     device = choose_device(config.device)
     model.to(device)
+    if config.stride is not None and config.stride < 1:
+        raise ValueError(f"stride: expected 1 or more, got {config.stride}")
+    if config.seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {config.seed}")
     if not 0 <= config.clip <= 1:
         raise ValueError(f"clip: expected a place from 0 to 1, got {config.clip}")
     ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
@@ -57,8 +62,11 @@ def run(config):
     entries = find_videos(config.video)
     views = ViewClips(entries, clip_settings, frames=model.config.num_frames, size=model.config.image_size, start=config.clip)
     output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {output}")
     output.mkdir(parents=True, exist_ok=True)
 
+    stems = collections.Counter(Path(entry.path).stem for entry in entries)
     written, said = [], False
     for number, entry in enumerate(entries):
         try:
@@ -85,6 +93,8 @@ def run(config):
         rows = [to_uint8(getattr(pictures, name)[0]) for name in ROWS]
         labels = ("original", f"{ratio:.0%} masked", f"reconstruction ({note})")
         name = Path(entry.path).stem
+        if stems[name] > 1:  # videos of one name in several folders
+            name = f"{name}-{number}"
         png, gif = output / f"{name}.png", output / f"{name}.gif"
         grid(rows, labels).save(png)
         animate(rows, labels, gif)

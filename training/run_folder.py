@@ -49,8 +49,9 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing
-                stale.unlink()
+            for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing; nobody else's file
+                if re.fullmatch(r"\.(model|state-\d+|config)\.\w+\.[0-9a-f]{8}\.tmp", stale.name):
+                    stale.unlink()
             probe = self.path / ".writable.tmp"
             probe.write_bytes(b"stmae")
             probe.unlink()

@@ -118,14 +118,22 @@ def load(path: str | os.PathLike, **overrides) -> VideoModel:
             f"cannot read {os.fspath(path)}: it carries no stmae configuration; for weights of another code base "
             "use stmae.checkpoint.from_mae_st or from_slowfast"
         )
-    about = json.loads(metadata["stmae"])
-    if about["format"] > _FORMAT or about["kind"] not in _KINDS:
+    try:
+        about = json.loads(metadata["stmae"])
+        newer = about["format"] > _FORMAT or about["kind"] not in _KINDS
+        model_class, config_class = (None, None) if newer else _KINDS[about["kind"]]
+        config = None if newer else config_class.from_dict(about["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: its stmae configuration is damaged: {error}") from error
+    if newer:
         raise CheckpointError(
             f"cannot read {os.fspath(path)}: it holds a {about['kind']} in format {about['format']}, and this "
             f"stmae reads {', '.join(_KINDS)} up to format {_FORMAT}; install a newer stmae"
         )
-    model_class, config_class = _KINDS[about["kind"]]
-    model = build(model_class, config_class.from_dict(about["config"]), state, os.fspath(path)).eval()
+    integers = [name for name, value in state.items() if not value.is_floating_point()]
+    if integers:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: expected floating-point weights, got others: {integers}")
+    model = build(model_class, config, state, os.fspath(path)).eval()
     return resize(model, **overrides) if overrides else model
 
 

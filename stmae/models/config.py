@@ -35,12 +35,15 @@ class EncoderConfig:
         num_frames: ``T``, frames in a clip.
         patch_size: patch height and width; one number for both, or (ph, pw). Kept as (ph, pw).
         tubelet_size: frames in a patch.
-        width, depth, num_heads, mlp_ratio: of the transformer.
+        width: of the transformer.
+        depth: blocks of the transformer.
+        num_heads: attention heads in a block.
+        mlp_ratio: width of a block's hidden layer, over ``width``.
         qkv_bias: whether the query, key and value projections have biases.
         class_token: whether a class token is put before the patch tokens.
         separable_position: position embeddings ``space[h * w] + time[t]`` instead of one per token.
-        mean, std: what uint8 frames are normalised with, ``(x / 255 - mean) / std``; one number or one per
-            channel.
+        mean: what uint8 frames are normalised with, ``(x / 255 - mean) / std``; one number or one per channel.
+        std: as ``mean``.
         layer_norm_eps: of every LayerNorm.
     """
 
@@ -138,9 +141,9 @@ class MaskedAutoencoderConfig(EncoderConfig):
     """The masked autoencoder. The defaults are the paper's ViT-B on 16x224x224 clips.
 
     Args:
-        decoder_width, decoder_depth, decoder_num_heads: of the decoder; its MLP ratio and biases are the
-            encoder's. The number of heads is not visible in the weights: mae_st has 16 (head dim 32),
-            SlowFast width / 64.
+        decoder_width: of the decoder; its MLP ratio and biases are the encoder's.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: not visible in the weights: mae_st has 16 (head dim 32), SlowFast width / 64.
         decoder_separable_position: None: as the encoder's.
         decoder_class_token: ``own``: the encoder's class token is dropped and the decoder has a new one
             (mae_st); ``encoder``: it is passed through the decoder (SlowFast). Without ``class_token`` it

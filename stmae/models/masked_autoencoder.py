@@ -167,6 +167,8 @@ class MaskedAutoencoder(VideoModel):
             noise = sample_noise(
                 config.mask_strategy, batch, config.grid, ratio, generator=generator, device=device
             )
+        elif not isinstance(noise, torch.Tensor):
+            raise ValueError(f"MaskedAutoencoder: expected noise a tensor, got {type(noise).__name__}")
         elif tuple(noise.shape) != (batch, config.num_tokens):
             raise ValueError(
                 f"MaskedAutoencoder: expected noise [{batch}, {config.num_tokens}] (B, N), "

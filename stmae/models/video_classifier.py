@@ -46,6 +46,8 @@ class VideoClassifier(VideoModel):
         ``keep``), before the norm.
         """
         self._check_video(video)
+        if keep is not None and keep.numel() == 0 and len(video):
+            raise ValueError(f"VideoClassifier: expected keep with at least one token a clip, got {list(keep.shape)}")
         x, branch = self.encoder(video, self._all_tokens(video) if keep is None else keep, self._ops)
         tokens = x + branch
         if self.config.class_token:

@@ -14,8 +14,8 @@ def add_layer_norm(x, branch, weight, bias, *, eps=1e-6):
         eps: added to the variance.
 
     Returns:
-        sum in x's dtype (x itself without a branch) and out in x's dtype, or autocast's: what the next product takes. Statistics are
-        float32.
+        sum in x's dtype (x itself without a branch), and out in x's dtype, or autocast's: what the next product takes.
+        Statistics are float32.
 
     Raises:
         ValueError: wrong shape, dtype or device.

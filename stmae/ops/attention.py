@@ -11,7 +11,8 @@ def attention(q, k, v, *, scale=None, impl="auto"):
             projection are read in place. D a multiple of 8, at most 128.
         k, v: [B, Nk, H, D], q's dtype. Nk is N for self-attention.
         scale: what the scores are multiplied by; D ** -0.5 when None.
-        impl: "auto": the project's own kernels (on a GPU without Triton, SDPA). By name: "triton", "sdpa", "flash_attn", "xformers".
+        impl: "auto": the project's own kernels (on a GPU without Triton, SDPA). By name: "triton", "sdpa", "flash_attn",
+            "xformers".
 
     Returns:
         [B, N, H, D] in q's dtype (or autocast's); sums and the softmax are float32. Contiguous from the project's own kernels.

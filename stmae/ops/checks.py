@@ -19,8 +19,8 @@ def tensor(op, name, x, expected, shape, dtypes=None):
     """x must be a tensor of this shape (None: any size) and one of these dtypes (None: what this device's kernels take)."""
     if isinstance(x, torch.Tensor):
         dtypes = floating(x) if dtypes is None else dtypes
-        fits = x.layout == torch.strided and x.dim() == len(shape) and all(want is None or size == want for size, want in zip(x.shape, shape))
-        if fits and x.dtype in dtypes:
+        fits = x.dim() == len(shape) and all(want is None or size == want for size, want in zip(x.shape, shape))
+        if fits and x.layout == torch.strided and x.dtype in dtypes:
             return
     kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes) if dtypes else "float32 or bfloat16"
     wanted = ", ".join("*" if want is None else str(want) for want in shape)

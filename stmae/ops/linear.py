@@ -13,13 +13,13 @@ _backend = os.environ.get("STMAE_LINEAR", "auto")
 def set_linear_backend(name):
     """Which library multiplies float32 matrices on CPUs: "onednn", "torch" (its default, often MKL), or "auto".
 
-    MKL does not use AVX-512 on AMD's processors. From family 26 on (Zen 5), whose AVX-512 units have their full width, oneDNN's
-    products are 1.8 to 2.6 times faster, and "auto" takes it for all three products of a layer. In the AVX-512 families before, it is
-    1.1 to 1.4 times faster for the forward and the gradient of the input, and slower for the weight's, which stays with MKL. The
-    choice is by processor, not by a timing, so that a run resumed on the same kind of processor repeats its bits. The initial value is
-    that of STMAE_LINEAR in the environment.
+    MKL does not use AVX-512 on AMD's processors. From family 26 on (Zen 5), whose AVX-512 units have their full width,
+    oneDNN's products are 1.8 to 2.6 times faster, and "auto" takes it for all three products of a layer. In the AVX-512
+    families before, it is 1.1 to 1.4 times faster for the forward and the gradient of the input, and slower for the
+    weight's, which stays with MKL. The choice is by processor, not by a timing, so that a run resumed on the same kind of
+    processor repeats its bits. The initial value is that of STMAE_LINEAR in the environment.
     """
-    global _backend
+    global _backend  # noqa: PLW0603
     if name not in ("auto", "onednn", "torch"):
         raise ValueError(f"set_linear_backend: expected 'auto', 'onednn' or 'torch', got {name!r}")
     _backend = name
@@ -65,7 +65,7 @@ def weight_gradient(grad_out, x):
 def linear(x, weight, bias=None):
     """x @ weight.T + bias, as `torch.nn.functional.linear`; on CPUs with the faster matrix library and a fused bias gradient.
 
-    Parameters stay in their own dtype: under autocast a CPU product casts them as it runs, and nothing cast is kept for the backward.
+    Parameters stay in their own dtype: under autocast a CPU product casts them as it runs, and nothing cast is kept.
 
     Args:
         x: [..., K] float32 or bfloat16.
@@ -101,7 +101,8 @@ def _backward_cpu(grad_out, x, weight, bias):
 
 
 def _backward_fake(grad_out, x, weight, bias):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_out.new_empty(0) if bias is None else torch.empty_like(bias)
+    grad_bias = grad_out.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
 
 
 def _setup_context(ctx, inputs, output):

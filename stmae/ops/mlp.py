@@ -6,7 +6,9 @@ from .linear import column_sum, product, weight_gradient
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    """The transformer's MLP, fc2(gelu(fc1(x))) with the exact GELU; on CPUs one op that keeps only the hidden layer before its GELU.
+    """The transformer's MLP, fc2(gelu(fc1(x))) with the exact GELU.
+
+    On CPUs it is one op that keeps only the hidden layer before its GELU.
 
     The backward recomputes the activation in the same pass that multiplies its derivative in and sums the bias gradient.
 

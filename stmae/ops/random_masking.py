@@ -34,6 +34,8 @@ def random_masking(noise, num_keep):
             f"random_masking: expected num_keep in [1, {noise.shape[1] - 1}] for {noise.shape[1]} tokens, got {num_keep} "
             f"(which keeps {'nothing' if num_keep <= 0 else 'everything'})"
         )
+    if checks.DEBUG and noise.device.type != "cpu" and not torch.compiler.is_compiling() and noise.isnan().any():
+        raise ValueError("random_masking: expected noise without NaN, got NaN")
     return _op(noise.detach(), num_keep)
 
 
