@@ -6,7 +6,7 @@ autocast and fused AdamW are the caller's.
 
 import torch.nn.functional as F
 
-from stmae.reference import (
+from stmae.reference import (  # noqa: F401  what a strong user would write just so
     add_layer_norm,
     gather_tokens,
     linear,
@@ -16,19 +16,6 @@ from stmae.reference import (
     random_masking,
     restore_tokens,
 )
-
-__all__ = [
-    "add_layer_norm",
-    "attention",
-    "gather_tokens",
-    "linear",
-    "masked_patchify",
-    "mlp",
-    "packed_attention",
-    "patch_loss",
-    "random_masking",
-    "restore_tokens",
-]
 
 
 def attention(q, k, v, *, scale=None):
