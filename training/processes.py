@@ -3,11 +3,11 @@
     torchrun --nproc_per_node 8 -m stmae.training pretrain --preset paper-large --data ... --output ...
 
 A batch counts videos over all processes, so the same command computes the same on any number of them. The output folder must
-be seen by
-all of them.
+be seen by all of them.
 """
 
 import contextlib
+import gc
 import os
 
 import torch
@@ -46,6 +46,10 @@ class Processes:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             yield
+            # Leave together, and with nothing of the group alive: a gloo thread that still lets go of a Python object while the
+            # interpreter ends aborts the process. DistributedDataParallel is freed by the collector alone, for it holds cycles.
+            gc.collect()
+            dist.barrier()
         finally:
             dist.destroy_process_group()
 
