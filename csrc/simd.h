@@ -55,7 +55,7 @@ STMAE_INLINE vec scale_by_power(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) {  // per lane: x < 0 ? yes : no
   return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), yes.v)};
 }
-STMAE_INLINE vec times_power_of_two(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n whole
+STMAE_INLINE vec times_power_of_two(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^floor(n)
 STMAE_INLINE void interleave(vec& a, vec& b) {  // a0 b0 a1 b1 ... across both: the first half in a, the second in b
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -232,29 +232,31 @@ STMAE_INLINE void transpose(vec (&rows)[kLanes]) {
   }
 }
 
-// 2^x for x <= 127; below kLowestExponent it is 2^kLowestExponent. The polynomial is the minimax one of its degree on
-// [-1/2, 1/2]: relative error 2e-9 (the rounding of float32 dominates) at degree 6, 3e-6 at degree 4. NaN stays NaN.
-template <int kDegree>
+// 2^x for x <= 127; below kLowestExponent it is 2^kLowestExponent. The minimax polynomial on [-1/2, 1/2]: relative error 2e-9,
+// so that the rounding of float32 dominates. NaN stays NaN.
 STMAE_INLINE vec exp2(vec x) {
-  static_assert(kDegree == 4 || kDegree == 6);
   x = max(set(kLowestExponent), x);  // in this order: of a number and NaN, the second is returned
   const vec whole = round(x), f = x - whole;
-  vec p;
-  if constexpr (kDegree == 6) {
-    p = fma(set(1.5345812e-4f), f, set(1.3399931e-3f));
-    p = fma(p, f, set(9.6184890e-3f));
-    p = fma(p, f, set(5.5503288e-2f));
-    p = fma(p, f, set(2.4022647e-1f));
-    p = fma(p, f, set(6.9314721e-1f));
-    p = fma(p, f, set(1.f));
-  } else {
-    p = fma(set(9.5701019e-3f), f, set(5.5917860e-2f));
-    p = fma(p, f, set(2.4024747e-1f));
-    p = fma(p, f, set(6.9312181e-1f));
-    p = fma(p, f, set(9.9999926e-1f));
-  }
+  vec p = fma(set(1.5345812e-4f), f, set(1.3399931e-3f));
+  p = fma(p, f, set(9.6184890e-3f));
+  p = fma(p, f, set(5.5503288e-2f));
+  p = fma(p, f, set(2.4022647e-1f));
+  p = fma(p, f, set(6.9314721e-1f));
+  p = fma(p, f, set(1.f));
   return times_power_of_two(p, whole);
 }
+
+#if STMAE_ISA_LEVEL >= 2
+// 2^x with relative error 8e-5, for what is rounded to bfloat16 (2e-3) right after. The minimax polynomial of degree 3 on
+// [0, 1]; vreduceps takes the fraction and vscalefps the floor of x, -inf included, so nothing is rounded or clamped first.
+STMAE_INLINE vec exp2_for_bfloat16(vec x) {
+  const vec f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  vec p = fma(set(0.078024523f), f, set(0.22606716f));
+  p = fma(p, f, set(0.69583354f));
+  p = fma(p, f, set(0.99992807f));
+  return times_power_of_two(p, x);
+}
+#endif
 
 // e^x to 1 unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, times 2^n. NaN stays NaN.
 STMAE_INLINE vec exp(vec x) {

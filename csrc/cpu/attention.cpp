@@ -14,11 +14,11 @@ struct Float32 {  // bfloat16 inputs are widened while packing
   using element = float;
   using unit = float;
   using operand = vec;
-  static constexpr int kPack = 1;    // elements in a unit
-  static constexpr int kDegree = 6;  // of the polynomial in exp2
+  static constexpr int kPack = 1;  // elements in a unit
   STMAE_INLINE operand read(const unit* b) { return load(b); }
   STMAE_INLINE operand broadcast(const unit* a) { return set(*a); }
   STMAE_INLINE vec multiply_add(operand a, operand b, vec c) { return fma(a, b, c); }
+  STMAE_INLINE vec power_of_two(vec x) { return exp2(x); }  // as exact as an element holds
   STMAE_INLINE void store_two(float* p, vec a, vec b) {
     store(p, a);
     store(p + kLanes, b);
@@ -44,7 +44,6 @@ struct Bfloat16Pairs {
   using unit = uint32_t;
   using operand = __m512i;
   static constexpr int kPack = 2;
-  static constexpr int kDegree = 4;
   STMAE_INLINE operand read(const unit* b) { return _mm512_loadu_si512(b); }
   STMAE_INLINE operand broadcast(const unit* a) {
     int bits;
@@ -54,6 +53,7 @@ struct Bfloat16Pairs {
   STMAE_INLINE vec multiply_add(operand a, operand b, vec c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
   }
+  STMAE_INLINE vec power_of_two(vec x) { return exp2_for_bfloat16(x); }
   STMAE_INLINE void store_two(bf16* p, vec a, vec b) {
     _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
   }
@@ -261,7 +261,7 @@ void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, 
     base[r] = to_log2 < 0 ? -finite : finite;
     rescale[r] = before == -std::numeric_limits<float>::infinity() ? before : (before - finite) * std::abs(to_log2);
   }
-  for (int r = 0; r < rows; r += kLanes) store(rescale + r, exp2<6>(load(rescale + r)));
+  for (int r = 0; r < rows; r += kLanes) store(rescale + r, exp2(load(rescale + r)));
   const vec slope = set(to_log2);
   for (int r = 0; r < rows; ++r) {
     float* row = scores + r * kScoreStride;
@@ -270,19 +270,19 @@ void soften(float* scores, int rows, int keys, float to_log2, Softmax& softmax, 
     vec sum = zero();
     int j = 0;
     for (; j + kLanes < whole; j += 2 * kLanes) {
-      const vec weight = exp2<E::kDegree>((load(row + j) - highest) * slope);
-      const vec next = exp2<E::kDegree>((load(row + j + kLanes) - highest) * slope);
+      const vec weight = E::power_of_two((load(row + j) - highest) * slope);
+      const vec next = E::power_of_two((load(row + j + kLanes) - highest) * slope);
       sum = sum + (weight + next);
       E::store_two(weights + j, weight, next);
     }
     if (j < whole) {
-      const vec weight = exp2<E::kDegree>((load(row + j) - highest) * slope);
+      const vec weight = E::power_of_two((load(row + j) - highest) * slope);
       sum = sum + weight;
       store(weights + j, weight);
     }
     if (whole < keys) {
       float lanes[kLanes];
-      store(lanes, exp2<E::kDegree>((load(row + whole) - highest) * slope));
+      store(lanes, E::power_of_two((load(row + whole) - highest) * slope));
       const vec weight = load(lanes, keys - whole);
       sum = sum + weight;
       store(weights + whole, weight);
@@ -365,7 +365,7 @@ void grad_tile(const float* s, const float* w, const float* lse, const float* de
     for (int j = 0; j < columns; j += kLanes) {
       vec p[E::kPack], ds[E::kPack];
       for (int i = 0; i < E::kPack; ++i) {
-        p[i] = exp2<E::kDegree>((load(s + (r + i) * kKeyTile + j) - set(lse[r + i])) * set(to_log2));
+        p[i] = E::power_of_two((load(s + (r + i) * kKeyTile + j) - set(lse[r + i])) * set(to_log2));
         ds[i] = p[i] * (load(w + (r + i) * kKeyTile + j) - set(delta[r + i]));
       }
       if constexpr (E::kPack == 1) {

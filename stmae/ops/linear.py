@@ -55,6 +55,16 @@ def product(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def product_into(out, x, weight, bias=None):
+    """``product`` written to out [M, N]."""
+    if x.dtype == torch.float32 and uses_onednn():
+        out.copy_(product(x, weight, bias))
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
 def weight_gradient(grad_out, x):
     """grad_out [M, N] transposed times x [M, K]: [N, K]."""
     if x.dtype == torch.float32 and x.numel() and grad_out.numel() and uses_onednn(reduces_rows=True):
@@ -110,8 +120,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    grad_x, grad_weight, grad_bias = _backward_op(grad_out.contiguous(), *ctx.saved_tensors)
-    return grad_x, grad_weight, None if ctx.saved_tensors[2] is None else grad_bias
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second reading is refused
+    grad_x, grad_weight, grad_bias = _backward_op(grad_out.contiguous(), *saved)
+    return grad_x, grad_weight, None if saved[2] is None else grad_bias
 
 
 _op = library.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake, cpu=_cpu)

@@ -64,8 +64,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    bias, position = ctx.saved_tensors[3:]
-    grads = _backward_op(grad_out.contiguous(), *ctx.saved_tensors, ctx.mean, ctx.std)
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second reading is refused
+    bias, position = saved[3:]
+    grads = _backward_op(grad_out.contiguous(), *saved, ctx.mean, ctx.std)
     grad_weight, grad_bias, grad_position = grads
     return None, None, grad_weight, None if bias is None else grad_bias, None if position is None else grad_position, None, None
 

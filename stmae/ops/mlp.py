@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import column_sum, product, weight_gradient
+from .linear import column_sum, product, product_into, weight_gradient
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -38,9 +38,16 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     return out.view(*x.shape[:-1], fc2_weight.shape[0])
 
 
-# Rows that go through the MLP at a time: enough for the products' full speed, few enough that the activation between them
-# stays in the cache and no second tensor of the hidden layer's size is ever allocated.
+# Most rows that go through the MLP at a time: enough for the products' full speed, few enough that the activation between
+# them stays in the cache and no second tensor of the hidden layer's size is ever allocated.
 ROWS = 2048
+
+
+def pieces(*matrices):
+    """The matrices' rows in pieces of at most ROWS, all about as long: a short last one would cost as much as a whole one."""
+    rows = matrices[0].shape[0]
+    count = max(1, -(-rows // ROWS))
+    return zip(*(matrix.split(max(1, -(-rows // count))) for matrix in matrices))
 
 
 def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -49,8 +56,8 @@ def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     if x.shape[0] <= ROWS:
         return product(_gelu(hidden), fc2_weight, fc2_bias), hidden
     out = x.new_empty(x.shape[0], fc2_weight.shape[0])
-    for hidden_rows, out_rows in zip(hidden.split(ROWS), out.split(ROWS)):
-        out_rows.copy_(product(_gelu(hidden_rows), fc2_weight, fc2_bias))
+    for hidden_rows, out_rows in pieces(hidden, out):
+        product_into(out_rows, _gelu(hidden_rows), fc2_weight, fc2_bias)
     return out, hidden
 
 
@@ -62,16 +69,16 @@ def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bia
     fc1_transposed, fc2_transposed = fc1_weight.to(x.dtype).t(), fc2_weight.to(x.dtype).t()
     grad_x = x.new_empty(x.shape)
     grads = None
-    for g, x_rows, hidden_rows, grad_x_rows in zip(*(t.split(ROWS) for t in (grad_out, x, hidden, grad_x))):
+    for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x):
         activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_transposed))
         grad_fc2_weight = weight_gradient(g, activation)
         del activation
-        grad_x_rows.copy_(product(grad_hidden, fc1_transposed))
-        pieces = weight_gradient(grad_hidden, x_rows), grad_fc1_bias, grad_fc2_weight, column_sum(g)
+        product_into(grad_x_rows, grad_hidden, fc1_transposed)
+        parts = weight_gradient(grad_hidden, x_rows), grad_fc1_bias, grad_fc2_weight, column_sum(g)
         if grads is None:
-            grads = [piece.to(p.dtype).contiguous() for piece, p in zip(pieces, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))]
+            grads = [piece.to(p.dtype).contiguous() for piece, p in zip(parts, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))]
         else:
-            for total, piece in zip(grads, pieces):
+            for total, piece in zip(grads, parts):
                 total += piece
     return grad_x, *grads
 
