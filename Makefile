@@ -1,6 +1,7 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
 # make test   from nothing: all tests
 # make bench  from nothing: every op and the training step beside the reference and a strong user's version
+# make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
 #
 # Each makes its own virtual environment. PYTHON=python3.12 or TORCH='torch==2.10.0' choose others than the tested ones.
 
@@ -9,12 +10,13 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 VENV ?= .venv
 OUTPUT ?= demo-output
+IMAGES ?= /usr/share/datasets/fashion-mnist
 
 # One stamp per choice of torch and triton: another choice installs anew.
 STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(TORCH)-$(TRITON)))))
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -24,6 +26,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-json bench-results.json
+
+study: $(STAMP)
+	$(VENV)/bin/python -m bench.motion_study --images '$(IMAGES)'
 
 $(STAMP): $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import compiled
 
 from stmae import ops, reference
 
@@ -30,4 +31,6 @@ def bench_gather_tokens(backward, shape, dtype, compare, device, full):
     ours, plain = side(ops.gather_tokens), side(reference.gather_tokens)
     assert torch.equal(ours(), plain())
     moved = B * D * x.element_size() * (2 * M + (M + N if backward else 0))
-    compare(ours=ours, reference=plain, take_along_dim=side(lambda x, _: torch.take_along_dim(x, index, 1)), bytes=moved)
+    others = {"compiled": side(compiled(reference.gather_tokens))} if device == "cuda" else {}
+    take = side(lambda x, _: torch.take_along_dim(x, index, 1))
+    compare(ours=ours, reference=plain, take_along_dim=take, **others, bytes=moved)

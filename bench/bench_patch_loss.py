@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import compiled
 
 from stmae import ops, reference
 
@@ -35,4 +36,5 @@ def bench_patch_loss(backward, case, dtype, compare, device, full):
     # Predictions and their pixels, read in each direction; the gradient, written.
     once = B * M * P * (pred.element_size() + 1)
     moved = once if not backward else 2 * once + B * M * P * pred.element_size()
-    compare(ours=ours, reference=plain, bytes=moved, target={"reference": 10} if backward else {})
+    others = {"compiled": side(compiled(reference.patch_loss))} if device == "cuda" else {}
+    compare(ours=ours, reference=plain, **others, bytes=moved, target={"reference": 10} if backward else {})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import compiled
 
 from stmae import ops, reference
 
@@ -44,6 +45,8 @@ def bench_restore_tokens(backward, shape, dtypes, compare, device, full):
         return run
 
     sides = dict(ours=side(ops.restore_tokens), reference=side(reference.restore_tokens), index_put=side(indexed))
+    if device == "cuda":
+        sides["compiled"] = side(compiled(reference.restore_tokens))
     for x, y in zip(sides["ours"](), sides["reference"]()):
         torch.testing.assert_close(x, y, **(dict(rtol=2e-2, atol=1e-2) if wide == torch.bfloat16 else dict(rtol=1e-4, atol=1e-3)))
     # The forward reads tokens and positions and writes all; the backward reads all and writes their gradients.

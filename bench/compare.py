@@ -5,24 +5,62 @@ import time
 
 import torch
 
+_LARGER_THAN_ANY_CACHE = 512 * 2**20
 
-def clock(device="cpu"):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+
+def compiled(function):
+    """torch.compile for this shape alone; without the reset it gives up, silently, after a few shapes."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def finished(side, device):
+    """`side`, and a wait for the device to have done it: for clocks on the host."""
+
+    def run():
+        side()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def alternate(sides, *, rounds, device="cpu"):
-    """Time each callable of `sides` {name: function} in turn, `rounds` times; return {name: [seconds, ...]}."""
-    for side in sides.values():  # warm-up: allocation, packing of weights, autotuning, compilation
-        side()
+    """Time each callable of `sides` {name: function} in turn, `rounds` times; return {name: [seconds, ...]}.
+
+    On a GPU the device's own clock is read, by events around each call, and nothing waits until all rounds are queued.
+    """
+    for _ in range(2 if device == "cuda" else 1):
+        for side in sides.values():  # warm-up: allocation, packing of weights, autotuning, compilation, clocks
+            finished(side, device)()
+    return (_on_the_device if device == "cuda" else _on_the_host)(sides, rounds)
+
+
+def _on_the_host(sides, rounds):
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            start = clock(device)
+            start = time.perf_counter()
             side()
-            seconds[name].append(clock(device) - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _on_the_device(sides, rounds):
+    # Written before each call: it empties the caches, so that no side finds its arguments there, and keeps the device busy
+    # while the host queues the call, so that the time between the events is not the host's.
+    buffer = torch.empty(_LARGER_THAN_ANY_CACHE, dtype=torch.int8, device="cuda")
+    events = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            buffer.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            side()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
 
 def quantiles(seconds):
@@ -35,10 +73,12 @@ def ratio(slow, fast):
     return statistics.median(s / f for s, f in zip(slow, fast))
 
 
-def rounds_for(sides, *, seconds, least=3, most=101):
-    """How many alternating rounds fit into `seconds`."""
+def rounds_for(sides, *, seconds, device="cpu", least=3, most=101):
+    """How many alternating rounds fit into `seconds`. The first call is not counted: it may compile and tune."""
+    for side in sides.values():
+        finished(side, device)()
     start = time.perf_counter()
     for side in sides.values():
-        side()
+        finished(side, device)()
     once = time.perf_counter() - start
     return max(least, min(most, int(seconds / max(once, 1e-6))))

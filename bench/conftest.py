@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from compare import alternate, quantiles, ratio, rounds_for
+from compare import alternate, finished, quantiles, ratio, rounds_for
 
 
 def pytest_addoption(parser):
@@ -19,19 +19,25 @@ def full(request):
 
 @pytest.fixture(scope="session")
 def device(request):
-    return request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device: expected cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device cuda: torch {torch.__version__} finds no GPU")
+    return device
 
 
 @pytest.fixture
 def compare(benchmark, device, full):
     """compare(ours=f, reference=g, ..., flops=, bytes=, target={"reference": 3.5}): alternating rounds of all sides.
 
-    pytest-benchmark's own columns are those of `ours`; `extra_info` carries the others, the ratios, and the achieved rates.
+    On a GPU these are times of the device. pytest-benchmark's own columns are those of `ours`, on the host's clock;
+    `extra_info` carries the others, the ratios, and the achieved rates.
     """
 
     def run(*, ours, flops=None, bytes=None, target=None, seconds=None, **others):
         sides = {"ours": ours, **others}
-        rounds = rounds_for(sides, seconds=seconds or (6.0 if full else 1.0))
+        rounds = rounds_for(sides, seconds=seconds or (6.0 if full else 1.0), device=device)
         gc.collect()
         measured = alternate(sides, rounds=rounds, device=device)
         info = benchmark.extra_info
@@ -40,7 +46,7 @@ def compare(benchmark, device, full):
         info["rounds"] = rounds
         info["seconds"] = {name: quantiles(times) for name, times in measured.items()}
         info["ratio"] = {name: ratio(measured[name], measured["ours"]) for name in others}
-        info["target"] = target or {}
+        info["target"] = target or {} if device == "cpu" else {}  # the goals are a CPU's
         median = info["seconds"]["ours"]["p50"]
         if flops:
             info["gflops"] = flops / median / 1e9
@@ -49,6 +55,6 @@ def compare(benchmark, device, full):
         shown = ", ".join(f"{value:.2f}x {name}" for name, value in info["ratio"].items())
         print(f"\n  {benchmark.name}: {median * 1e3:.2f} ms = {shown}"
               + (f", {info['gflops']:.0f} GFLOP/s" if flops else "") + (f", {info['gbytes']:.1f} GB/s" if bytes else ""))
-        benchmark.pedantic(ours, rounds=3)
+        benchmark.pedantic(finished(ours, device), rounds=3)
 
     return run

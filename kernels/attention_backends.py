@@ -19,10 +19,13 @@ def sdpa(q, k, v, scale):
 
 
 def flash_attn(q, k, v, scale):
-    """flash_attn.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, ...) on [B, N, H, D], half precision only."""
+    """flash_attn.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, ...) on [B, N, H, D], half precision only.
+
+    Its backward adds up grad_q with atomics unless it is told not to.
+    """
     import flash_attn as package
 
-    return package.flash_attn_func(q, k, v, softmax_scale=scale)
+    return package.flash_attn_func(q, k, v, softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 def xformers(q, k, v, scale):

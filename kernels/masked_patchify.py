@@ -33,7 +33,7 @@ def _patch_values(
         offset = k // (run * PH) * video_t + k // run % PH * video_h + k % run
     else:
         c = k // (PW * PH * PT)
-        offset = c * video_c + k // (PW * PH) % PT * video_t + k // PW % PH * video_h + k % PW * video_w
+        offset = c.to(tl.int64) * video_c + k // (PW * PH) % PT * video_t + k // PW % PH * video_h + k % PW * video_w
     scale = tl.zeros_like(k).to(tl.float32)
     shift = scale
     for i in tl.static_range(C):

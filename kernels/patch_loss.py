@@ -41,7 +41,7 @@ def _target(
     if CHANNELS_LAST:
         offset = e // run % PH * video_h + e % run
     else:
-        offset = e // run % PH * video_h + e // C % PW * video_w + c * video_c
+        offset = e // run % PH * video_h + e // C % PW * video_w + c.to(tl.int64) * video_c
     where = (b * video_b + ih * video_h + iw * video_w)[:, None] + offset[None, :]
     for i in tl.static_range(U):  # the frame list is a constant of the kernel: a table in memory would have to be uploaded
         frame = tl.zeros_like(it)

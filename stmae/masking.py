@@ -77,18 +77,61 @@ def sample_noise(
     if batch < 0:
         raise ValueError(f"masking: expected a batch size of at least 0, got {batch}")
     source = generator.device if generator is not None else device
-    # Two tubes or time slices with equal noise would be torn apart at the cut, and float32 noise does
-    # collide; a permutation cannot.
     if strategy == "random":
         noise = torch.rand(batch, t * h * w, generator=generator, device=source)
-    elif strategy == "tube":
+        return noise if device is None else noise.to(device)
+    # Two tubes or time slices with equal noise would be torn apart at the cut, and float32 noise does
+    # collide; a permutation cannot.
+    if strategy == "tube":
         noise = _permutation(batch, h * w, generator, source)[:, None].expand(batch, t, h * w)
     elif strategy == "frame":
         noise = _permutation(batch, t, generator, source)[:, :, None].expand(batch, t, h * w)
     else:
         noise = _block_noise(batch, (t, h, w), t * h * w - keep, generator, source)
-    noise = noise.reshape(batch, t * h * w)
+    # Whole numbers have no fine bits for ``reconstructed`` to read: the same fraction for a whole row changes no order.
+    noise = noise.reshape(batch, t * h * w) + torch.rand(batch, 1, generator=generator, device=source)
     return noise if device is None else noise.to(device)
+
+
+def num_reconstructed(num_masked: int, decoder_ratio: float) -> int:
+    """How many of the masked tokens the decoder reconstructs: all but ``int(num_masked * decoder_ratio)``, and at least one.
+
+    Raises:
+        ValueError: a ratio that is not 0, 0.25, 0.5 or 0.75: cells of four places have no others.
+    """
+    if decoder_ratio not in (0, 0.25, 0.5, 0.75):
+        raise ValueError(f"masking: expected a decoder mask ratio of 0, 0.25, 0.5 or 0.75, got {decoder_ratio}")
+    return max(min(num_masked, 1), num_masked - int(num_masked * decoder_ratio))
+
+
+def reconstructed(
+    masked: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int, int], decoder_ratio: float
+) -> torch.Tensor:
+    """The tokens of ``masked`` [B, M] that the decoder reconstructs, [B, num_reconstructed(M, decoder_ratio)], ascending:
+    running-cell masking (VideoMAE V2, arXiv 2303.16727, section 3.2, after Qing et al., arXiv 2207.11660).
+
+    Every 2x2 cell of places hides ``4 * decoder_ratio`` of its four, and those that are hidden move on by one from a time
+    slice to the next, so that over four slices each place is seen equally often. Where the pattern starts is drawn for each
+    clip: from fine bits of its noise that its mask does not depend on, so that a stored noise tensor still says everything.
+
+    With tubes over a multiple of four slices this is the pattern exactly. Otherwise the pattern leaves a few masked tokens
+    more or less from clip to clip, and for an equal number in each, the ones with the lowest noise make up the difference:
+    any of them, where the noise is random. Unlike in VideoMAE V2, tokens that the encoder saw are not decoded a second time.
+
+    Args:
+        masked: int64, ascending, as ``random_masking`` gives it.
+        noise: [B, N], what the mask was made of.
+    """
+    count = num_reconstructed(masked.shape[1], decoder_ratio)
+    if count == masked.shape[1]:
+        return masked
+    _, h, w = grid
+    time, row, column = masked // (h * w), masked // w % h, masked % w
+    start = (noise[:, :1] * 256).floor().long() % 4
+    hidden = (row % 2 * 2 + column % 2 + time + start) % 4 < int(4 * decoder_ratio)
+    by_noise = noise.gather(1, masked).argsort(dim=1, stable=True)
+    by_pattern = hidden.gather(1, by_noise).byte().argsort(dim=1, stable=True)
+    return masked.gather(1, by_noise.gather(1, by_pattern)[:, :count]).sort(dim=1).values
 
 
 def _check(strategy: str, grid: tuple[int, int, int], ratio: float) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ import struct
 
 import av
 import numpy as np
+from PIL import Image
 
 BLOCK = 16  # pixels; large enough to survive any codec
 
@@ -89,4 +90,10 @@ def rotate_mp4(path, degrees):
     header = data.index(b"tkhd")
     struct.pack_into(">9i", data, header + 4 + 40, *matrix)
     path.write_bytes(bytes(data))
+    return path
+
+
+def write_image(path, number, *, size=(64, 96)):
+    """Writes the numbered frame as an image, in the format that the name says."""
+    Image.fromarray(numbered_frame(number, *size)).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
     return path

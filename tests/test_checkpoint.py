@@ -413,7 +413,7 @@ def test_slowfast_s_semantics_and_defaults():
     model = from_slowfast(weights, config)
     assert model.config.decoder_class_token == "encoder" and model.config.frame_choice == "stride"
     assert model.config.separable_position and model.config.decoder_separable_position is False
-    assert model.config.normalize_target
+    assert model.config.target == "normalized_pixels"
     del config["decoder_num_heads"]
     assert from_slowfast(weights, config).config.decoder_num_heads == 64 // 64
     # Separable decoder positions, which SlowFast names yet differently.

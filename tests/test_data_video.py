@@ -18,6 +18,10 @@ FILES = {
     "reordered.mp4": {"options": {"bf": "3", "x264-params": "open-gop=1"}},
     "one_key_frame.mp4": {"gop": 250},
     "odd_size.mp4": {"size": (67, 101), "pix_fmt": "yuv444p"},
+    "odd_size.webm": {"size": (67, 101), "codec": "libvpx-vp9"},
+    "odd_width.webm": {"size": (64, 101), "codec": "libvpx-vp9"},
+    "interlaced.mp4": {"options": {"x264-params": "interlaced=1"}},
+    "nv12.mkv": {"codec": "rawvideo", "pix_fmt": "nv12"},
     "hevc_10bit.mp4": {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": {"x265-params": "log-level=none"}},
     "variable_rate.mp4": {"times": UNEVEN},
     "variable_rate.mkv": {"times": UNEVEN},
@@ -29,7 +33,12 @@ FILES = {
     "mpeg4.avi": {"codec": "mpeg4"},
     "reordered_mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
     "reordered_h264.avi": {"options": {"bf": "2"}},
+    "h264_10bit.mp4": {"pix_fmt": "yuv420p10le"},
+    "12bit.mkv": {"codec": "ffv1", "pix_fmt": "yuv444p12le"},
+    "grey.mp4": {"pix_fmt": "gray"},
     "grey.avi": {"codec": "ffv1", "pix_fmt": "gray"},
+    "grey_16bit.mkv": {"codec": "ffv1", "pix_fmt": "gray16le"},
+    "full_range.mp4": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "pictures.gif": {"codec": "gif", "pix_fmt": "rgb8"},
     "no_time_stamps.h264": {"container": "h264"},
 }
@@ -81,12 +90,59 @@ def test_display_matrix_turns_the_frame_clockwise(degrees, tmp_path):
     assert read_number(np.rot90(frame, degrees // 90)) == 5  # turned back, counter-clockwise
 
 
-def test_grey_and_ten_bit_come_as_the_same_rgb(tmp_path):
-    frame = numbered_frame(5, 64, 96)
-    for name in ("grey.avi", "hevc_10bit.mp4"):
-        with Video(write(tmp_path / name, 10, **FILES[name])) as video:
-            got = video.frames([5])[0]
-        assert np.abs(got[:32, :64].astype(int) - frame[:32, :64]).mean() < 8, name
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("h264.mp4", "odd_size.mp4", "odd_size.webm", "odd_width.webm", "h264_10bit.mp4", "hevc_10bit.mp4", "12bit.mkv"),
+        *("full_range.mp4", "interlaced.mp4", "nv12.mkv"),
+    ],
+)
+def test_colours_of_every_depth_range_and_size_come_as_the_same_rgb(name, tmp_path):
+    path = write(tmp_path / name, 10, **FILES[name])
+    with Video(path) as video:
+        got, size = video.frames([5])[0], video.size
+    expected = numbered_frame(5, *size)
+    assert got.shape == expected.shape and size == FILES[name].get("size", (64, 96))
+    # Away from the blocks' edges, where chroma is subsampled, to the last row and column.
+    difference = np.abs(got.astype(int) - expected)
+    assert difference.mean() < 6 and difference[-1].mean() < 10 and difference[:, -1].mean() < 10
+
+
+@pytest.mark.parametrize("name", ["grey.mp4", "grey.avi", "grey_16bit.mkv"])
+def test_grey_comes_as_rgb_of_equal_channels(name, tmp_path):
+    with Video(write(tmp_path / name, 10, **FILES[name])) as video:
+        got = video.frames([5])[0]
+    assert got.shape == (64, 96, 3) and np.ptp(got, axis=2).max() <= 1
+    expected = numbered_frame(5, 64, 96) @ LUMA
+    if name == "grey.mp4":  # H.264's luma is 16 to 235 unless it says otherwise; what was written here is not
+        expected = ((expected - 16) * 255 / 219).clip(0, 255)
+    assert np.abs(got[..., 0] - expected).mean() < 3
+
+
+def test_an_odd_size_turned_is_whole(tmp_path):
+    """Telephones write these: 67 x 101 with a display matrix."""
+    path = rotate_mp4(write(tmp_path / "a.mp4", 10, **FILES["odd_size.mp4"]), 90)
+    with Video(path) as video:
+        frames = video.frames([5, 6])
+    assert frames.shape == (2, 101, 67, 3)
+    assert np.abs(np.rot90(frames[1], 1).astype(int) - numbered_frame(6, 67, 101)).mean() < 6
+
+
+def test_a_variable_rate_is_sampled_by_frames_in_one_pass_or_many(tmp_path):
+    """A pause of four seconds in the middle, and bursts: frame i stays frame i."""
+    times, now = [], 0
+    for number in range(FRAMES):
+        now += 4000 if number == 30 else 10 + 90 * (number % 7 == 0)
+        times.append(now)
+    with Video(write(tmp_path / "a.mp4", times=times)) as video:
+        assert len(video) == FRAMES
+        together = video.frames(range(FRAMES))
+        assert [read_number(frame) for frame in together] == list(range(FRAMES))
+        assert all(np.array_equal(video.frames([i])[0], together[i]) for i in (59, 29, 30, 31, 0))
+        assert np.allclose(np.diff(video.times), np.diff(times) / 1000, atol=2e-3)
 
 
 def test_a_seek_that_lands_after_its_target_is_backed_off(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 GPU = Path(__file__).parent / "gpu"
 UPDATE = "python tests/gpu/compile_report.py --update"
@@ -99,3 +100,31 @@ def test_loads_and_stores_are_wide_where_the_layout_allows(report):
         return x["loads"][0] > 0 and (x["stores"][0] > 0 or key[3] == "gfx942" and x["stores"][1] > 0)
 
     assert not failing(report, holds, select)
+
+
+def test_bounds_count_what_the_model_multiplies():
+    """Against torch's own counter, run over the reference's forward of a small model."""
+    from gpu import lower_bounds
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
+
+    encoder = dict(image_size=64, num_frames=4, width=48, depth=3, num_heads=2)
+    config = MaskedAutoencoderConfig(**encoder, decoder_width=32, decoder_depth=2, decoder_num_heads=2, mask_ratio=0.75)
+    model = MaskedAutoencoder(config)
+    model.backend = "reference"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = model(torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8))
+    work = lower_bounds.step_work(model, 2)
+    forward = {op: calls * operations for op, (calls, _, operations) in work.items() if "backward" not in op}
+    (linear,) = (operations for op, (_, _, operations) in work.items() if op.startswith("linear"))
+    # The reference embeds every patch, ours the visible ones.
+    embedding = forward.pop("`masked_patchify`") * config.num_tokens // out.keep.shape[1]
+    assert counter.get_total_flops() == sum(forward.values()) + embedding + linear // 3
+
+
+def test_readme_has_the_tables_that_the_command_prints():
+    run = subprocess.run([sys.executable, GPU / "lower_bounds.py"], capture_output=True, text=True, check=True)
+    readme = (GPU.parents[1] / "README.md").read_text().splitlines()
+    missing = [line for line in run.stdout.splitlines() if line.startswith("|") and line not in readme]
+    assert not missing, "paste what python tests/gpu/lower_bounds.py prints into README.md:\n" + "\n".join(missing)

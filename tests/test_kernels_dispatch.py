@@ -3,6 +3,8 @@
 The suites of tests/gpu go through the same dispatcher entries with real data.
 """
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stmae import ops
+from stmae.ops import checks
 
 ALL_OPS = [
     "random_masking",
@@ -73,8 +76,63 @@ def test_public_ops_on_tensors_that_hold_nothing(device):
             assert all(z.grad.shape == z.shape and z.grad.dtype == z.dtype for z in parameters)
 
 
+def test_compiled_for_a_gpu_in_one_graph():
+    """torch.compile traces the public ops on (fake) CUDA tensors without a break, and keeps each as the one node it is."""
+    graphs = []
+
+    def keep_graph(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(video, noise, weight, mask_token, position, qkv, q, k, v, pred):
+        keep, masked = ops.random_masking(noise, 3)
+        x = ops.masked_patchify(video, keep, weight, None, position)
+        x = ops.restore_tokens(x, keep, mask_token, position)
+        x = ops.gather_tokens(x, masked)
+        loss = ops.patch_loss(pred, video, masked, patch_size=(1, 16, 16), frames=[0, 2, 4, 7])
+        return x, loss, ops.packed_attention(qkv), ops.attention(q, k, v)
+
+    with FakeTensorMode(), torch.no_grad():
+        new = functools.partial(torch.empty, device="cuda")
+        video = new(2, 8, 32, 32, 3, dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+        parameters = new(64, 3, 2, 16, 16), new(64), new(16, 64)
+        projections = new(2, 3, 3, 2, 32), *(new(2, 3, 2, 32) for _ in range(3))
+        compiled = torch.compile(step, backend=keep_graph, fullgraph=True)
+        results = compiled(video, new(2, 16), *parameters, *projections, new(2, 13, 768))
+    assert all(x.device.type == "cuda" for x in results)
+    assert [tuple(x.shape) for x in results] == [(2, 13, 64), (), (2, 3, 2, 32), (2, 3, 2, 32)]
+    (graph,) = graphs
+    called = [str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("stmae.")]
+    forward = [op for op in ALL_OPS if "backward" not in op]
+    assert sorted(called) == sorted(forward)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, where ids are not looked at but in debugging."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+@pytest.mark.parametrize("ids", [[[0, 3], [2, 1]], [[0, 4], [2, 1]], [[0, 1], [-1, 1]], [[1, 3], [2, 2]]], ids=str)
+def test_ids_are_checked_where_debugging_asks_for_it(ids, debug, monkeypatch):
+    monkeypatch.setattr(checks, "DEBUG", debug)
+    ids, bad = torch.tensor(ids).as_subclass(OnGpu), ids != [[0, 3], [2, 1]]
+    expected = pytest.raises(ValueError, match=r"gather_tokens: expected ids in \[0, 4\) without repeats in a row, got \[2, 2\]")
+    with expected if bad and debug else contextlib.nullcontext():
+        checks.ids("gather_tokens", "ids", ids, 2, 4)
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_debugging_is_asked_for_by_the_environment(value):
+    environment = {name: x for name, x in os.environ.items() if name != "STMAE_DEBUG"} | ({"STMAE_DEBUG": value} if value else {})
+    command = [sys.executable, "-c", "from stmae.ops import checks; print(checks.DEBUG)"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == str(value == "1")
+
+
 LAUNCH = """
-import sys, torch
+import sys, torch, triton
 sys.path[:0] = [{tests!r}, {root!r}]
 import stmae.ops
 from gpu import compiler
@@ -93,6 +151,7 @@ def check(op, *arguments):
         assert a == b, (op, a, b)
     return real
 
+triton.knobs.runtime.jit_cache_hook = lambda **launch: True  # bind the arguments, compile nothing: test_kernels_compiled.py does
 with compiler.compiling("sm_90", every_config=False) as compiled:
     keep, masked = check("random_masking", meta(2, 392, dtype=torch.float32), 39)
     for channels_last in (True, False):

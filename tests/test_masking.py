@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stmae import reference
-from stmae.masking import STRATEGIES, num_keep, sample_noise
+from stmae.masking import STRATEGIES, num_keep, num_reconstructed, reconstructed, sample_noise
 
 GRID = (8, 14, 14)
 
@@ -141,3 +141,62 @@ def test_other_bad_arguments_are_refused():
         num_keep("random", (8, 0, 14), 0.5)
     with pytest.raises(ValueError, match="batch size of at least 0, got -1"):
         sample_noise("random", -1, GRID, 0.5)
+
+
+# --- running cells: what the decoder reconstructs ---
+
+
+def decoder_masks(strategy, batch, grid, ratio, decoder_ratio, seed=0):
+    """masked and reconstructed [B, t, h, w] bool."""
+    noise = sample_noise(strategy, batch, grid, ratio, generator=torch.Generator().manual_seed(seed))
+    _, masked = reference.random_masking(noise, num_keep(strategy, grid, ratio))
+    chosen = reconstructed(masked, noise, grid, decoder_ratio)
+    assert (chosen.diff(dim=1) > 0).all() and chosen.shape[1] == num_reconstructed(masked.shape[1], decoder_ratio)
+    empty = torch.zeros(noise.shape, dtype=torch.bool)
+    return (empty.scatter(1, ids, True).view(batch, *grid) for ids in (masked, chosen))
+
+
+def cell_pattern(grid, decoder_ratio, start):
+    """[t, h, w] bool, True where shown: a queue of four, hidden ones first, that runs by one place in each time slice."""
+    queue = [False] * int(4 * decoder_ratio) + [True] * (4 - int(4 * decoder_ratio))
+    pattern = torch.zeros(grid, dtype=torch.bool)
+    for t in range(grid[0]):
+        for y in range(grid[1]):
+            for x in range(grid[2]):
+                pattern[t, y, x] = queue[(2 * (y % 2) + x % 2 + t + start) % 4]
+    return pattern
+
+
+@pytest.mark.parametrize("decoder_ratio", [0.25, 0.5, 0.75])
+def test_with_tubes_the_decoder_sees_the_running_cells_exactly(decoder_ratio):
+    masked, chosen = decoder_masks("tube", 32, GRID, 0.9, decoder_ratio)
+    patterns = [cell_pattern(GRID, decoder_ratio, start) for start in range(4)]
+    starts = [[start for start in range(4) if torch.equal(one & patterns[start], other)] for one, other in zip(masked, chosen)]
+    assert all(len(found) == 1 for found in starts)
+    assert {found[0] for found in starts} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("decoder_ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("grid", [GRID, (3, 5, 7)])
+def test_the_decoder_sees_the_cells_but_for_a_few(strategy, grid, decoder_ratio):
+    masked, chosen = decoder_masks(strategy, 16, grid, 0.6, decoder_ratio)
+    assert not (chosen & ~masked).any()
+    patterns = torch.stack([cell_pattern(grid, decoder_ratio, start) for start in range(4)])
+    agreeing = ((chosen[:, None] == (masked[:, None] & patterns)) | ~masked[:, None]).flatten(2).float().mean(2)
+    assert (agreeing.amax(1) > (0.95 if grid == GRID else 0.85)).all()
+
+
+def test_every_place_is_reconstructed_equally_often():
+    masked, chosen = decoder_masks("random", 2000, (4, 4, 6), 0.75, 0.5)
+    share = (chosen.float().sum(0) / masked.float().sum(0)).flatten()
+    assert share.min() > 0.44 and share.max() < 0.56  # 1500 draws each: a standard deviation of 0.013
+
+
+def test_no_decoder_mask_is_all_that_is_masked():
+    masked = torch.arange(5).expand(2, -1)
+    assert reconstructed(masked, torch.rand(2, 8), (2, 2, 2), 0) is masked
+    assert num_reconstructed(1, 0.75) == 1 and num_reconstructed(0, 0.5) == 0  # something to learn from, where there is
+    for ratio in (0.1, 1, -0.25, float("nan")):
+        with pytest.raises(ValueError, match="decoder mask ratio of 0, 0.25, 0.5 or 0.75, got"):
+            num_reconstructed(8, ratio)

@@ -155,7 +155,7 @@ def test_target_frames():
     assert config.replace(num_frames=32).patch_values == config.patch_values == 768
 
 
-@pytest.mark.parametrize("change", [{"frame_choice": "stride"}, {"normalize_target": False}])
+@pytest.mark.parametrize("change", [{"frame_choice": "stride"}, {"target": "pixels"}])
 def test_the_target_changes_the_loss_but_not_the_prediction(change):
     model = autoencoder()
     other = autoencoder(**change)
@@ -243,7 +243,12 @@ def test_tokens_and_positions_are_told_apart_for_weight_decay():
         {"decoder_separable_position": False},
         {"decoder_class_token": "encoder"},
         {"qkv_bias": False},
-        {"normalize_target": False},
+        {"target": "pixels"},
+        {"decoder_mask_ratio": 0.5},
+        {"decoder_mask_ratio": 0.75, "class_token": False, "mask_strategy": "tube"},
+        {"decoder_mask_ratio": 0.25, "decoder_class_token": "encoder", "decoder_separable_position": False},
+        {"target": "hog", "patch_size": 8},
+        {"target": "hog", "patch_size": (8, 16), "predicted_frames": 6, "decoder_mask_ratio": 0.5},
         {"predicted_frames": 6},
         {"frame_choice": "stride"},
         {"tubelet_size": 3},
@@ -269,7 +274,8 @@ def test_both_back_ends_agree(changes):
         results[backend] = out, {name: parameter.grad for name, parameter in model.named_parameters()}
     (expected, expected_grad), (out, grad) = results["reference"], results["ops"]
     assert torch.equal(out.keep, expected.keep) and torch.equal(out.masked, expected.masked)
-    assert out.pred.shape == (2, config.num_tokens - out.keep.shape[1], config.patch_values)
+    masked = config.num_tokens - out.keep.shape[1]
+    assert out.pred.shape == (2, masked - int(masked * config.decoder_mask_ratio), config.patch_values)
     assert out.loss.dtype == torch.float32 and out.loss.shape == ()
     assert error(out.loss, expected.loss) < RELATIVE
     assert error(out.pred, expected.pred) < RELATIVE
@@ -481,7 +487,7 @@ def test_drop_path_drops_samples_whole_and_keeps_the_mean():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("predicted_frames", [3, 6])
 def test_a_perfect_prediction_reconstructs_the_original(normalize, predicted_frames, floating):
-    model = autoencoder(normalize_target=normalize, predicted_frames=predicted_frames)
+    model = autoencoder(target="normalized_pixels" if normalize else "pixels", predicted_frames=predicted_frames)
     config = model.config
     video = clip(config)
     mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (config.mean, config.std))
@@ -645,6 +651,9 @@ def test_configurations_turn_into_json_and_back():
         ({"predicted_frames": 4}, "predicted_frames to be a multiple of the 3 time slices, at most 6, got 4"),
         ({"predicted_frames": 9}, "predicted_frames to be a multiple of the 3 time slices, at most 6, got 9"),
         ({"mask_ratio": 1.0}, "mask_ratio to lie between 0 and 1"),
+        ({"decoder_mask_ratio": 0.6}, "decoder_mask_ratio to be 0, 0.25, 0.5 or 0.75, got 0.6"),
+        ({"target": "tokens"}, "target to be one of pixels, normalized_pixels, hog, got 'tokens'"),
+        ({"target": "hog"}, r"patch_size to be a multiple of 8, the cell of target hog,, got \(4, 8\)"),
         ({"mask_strategy": "cube"}, "mask_strategy to be one of random, tube, frame, block, got 'cube'"),
         ({"frame_choice": "all"}, "frame_choice to be one of linspace, stride, got 'all'"),
         ({"decoder_class_token": "none"}, "decoder_class_token to be one of own, encoder"),

@@ -291,6 +291,70 @@ def test_a_linear_probe_does_not_learn_what_is_not_there():
     assert probe.linear(x, y, test_x, test_y, 2, 0) > 0.8
 
 
+def attentive_data(videos, marked, seed):
+    """Tokens [videos, 12, 16] of noise; in half of the videos, one token at any place has a strong value in one dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, y = torch.randn(videos, 12, 16, generator=generator), torch.arange(videos) % 2
+    places = torch.randint(0, 12, (videos,), generator=generator)
+    tokens[torch.arange(videos), places, 3] += marked * y
+    return tokens.half(), y
+
+
+def test_an_attentive_probe_finds_the_token_that_matters(monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 80)
+    (x, y), (test_x, test_y) = attentive_data(120, 8.0, 0), attentive_data(200, 8.0, 1)
+    cpu = torch.device("cpu")
+    before = torch.get_rng_state()
+    found = probe.attentive(x, y, test_x, test_y, 2, 0, cpu)
+    assert found > 0.95 > probe.linear(x.float().mean(1), y, test_x.float().mean(1), test_y, 2, 0)  # the mean drowns it
+    assert torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(probe, "RATES", (1e-3,))
+    (x, y), (test_x, test_y) = attentive_data(120, 0.0, 0), attentive_data(400, 0.0, 1)
+    assert abs(probe.attentive(x, y, test_x, test_y, 2, 0, cpu) - 0.5) < 0.1  # and learns nothing where there is nothing
+
+
+def test_an_attentive_probe_is_a_function_of_its_seed():
+    x, y = attentive_data(30, 3.0, 0)
+    scale, numbers = (torch.zeros(16), torch.ones(16)), torch.arange(30)
+    one, two, three = (
+        probe.train_attentive(x, y, numbers, 2, 1e-3, scale, seed, torch.device("cpu")).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["query"], three["query"])
+
+
+def test_the_attentive_classifier_is_attention_with_one_query():
+    torch.manual_seed(0)
+    model, tokens = probe.AttentiveClassifier(32, 5, heads=4), torch.randn(3, 7, 32)
+    q = model.query.view(1, 4, 1, 8).expand(3, -1, -1, -1)
+    k, v = (layer(tokens).view(3, 7, 4, 8).transpose(1, 2) for layer in (model.key, model.value))
+    pooled = torch.nn.functional.scaled_dot_product_attention(q, k, v).flatten(1)
+    torch.testing.assert_close(model(tokens), model.head(model.norm(pooled)))
+
+
+def test_one_pass_gives_features_and_tokens(pretrained, videos):
+    entries = find_labelled_videos(videos)
+    config = ProbeConfig(
+        checkpoint=str(pretrained), data="", test_data="", workers=0, precision="float32", views=ViewConfig(temporal=2)
+    )
+    x, tokens, y, paths, _ = features.encode_tokens(pretrained, entries, config)
+    same, same_y, same_paths, _ = features.encode(pretrained, entries, config)
+    assert torch.equal(x, same) and torch.equal(y, same_y) and paths == same_paths
+    assert tokens.shape == (8, 2 * 32, 32) and tokens.dtype == torch.float16
+    torch.testing.assert_close(tokens.float().mean(2), torch.zeros(8, 64), atol=1e-3, rtol=0)
+
+
+def test_probes_are_chosen_by_name(pretrained, videos, tmp_path, capsys):
+    common = ["probe", "--checkpoint", str(pretrained), "--data", str(videos), "--test_data", str(videos), "--workers", "0"]
+    output = tmp_path / "probe.json"
+    assert cli.main([*common, "--kinds", "attentive,linear", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    assert results["attentive"] == results["linear"] == 1.0 and "knn" not in results
+    assert "attentive 100.0%, linear 100.0%, always the commonest class 50.0%" in capsys.readouterr().out
+    assert cli.main([*common, "--kinds", "knn,quadratic"]) == 1
+    assert "kinds: expected some of knn, linear, attentive, separated by commas, got 'knn,quadratic'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy"])
 def test_features_are_the_models(suffix, pretrained, videos, tmp_path):
     output = tmp_path / f"features{suffix}"

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from stmae.training import cli, config, device, optimizer
-from stmae.training.config import OptimizerConfig, PretrainConfig, from_preset, parse, presets, to_dict
+from stmae.training.config import PRESETS, FinetuneConfig, OptimizerConfig, PretrainConfig, from_preset, parse, presets, to_dict
 
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
 
@@ -77,19 +77,77 @@ def test_biases_and_norms_are_never_decayed_tokens_and_positions_in_pretraining_
 # Configuration
 
 
+PRETRAINING, FINETUNING = presets("pretrain"), presets("finetune")
+KINETICS_400 = 240_000  # videos to train on, about
+
+
+def config_of(name):
+    """A preset's configuration, for whichever command it is."""
+    if name in PRETRAINING:
+        return from_preset(PretrainConfig, name, data="videos", output="run")
+    return from_preset(FinetuneConfig, name, data="videos", output="run", checkpoint="weights")
+
+
+def test_every_preset_is_of_one_command():
+    assert sorted(PRETRAINING + FINETUNING) == presets()
+
+
 @pytest.mark.parametrize("name", presets())
-def test_every_preset_makes_a_model(name):
-    made = from_preset(PretrainConfig, name, data="videos", output="run")
+def test_every_preset_makes_its_configuration_and_model(name):
+    made = config_of(name)
+    config.check_common(made)
+    source = made if name in PRETRAINING else config_of(config.about_preset(name)["pretrained"])
     with torch.device("meta"):
-        assert sum(p.numel() for p in MaskedAutoencoder(made.model).parameters()) > 1e5
-    assert made.optimizer.warmup_epochs < made.optimizer.epochs
+        assert sum(p.numel() for p in MaskedAutoencoder(source.model).parameters()) > 1e5
+    # What a classifier sees must be what its weights were trained on; it would load without a word.
+    if name in FINETUNING and made.clips.spacing != "segments":
+        assert (made.clips.stride, made.clips.spacing) == (source.clips.stride, source.clips.spacing)
 
 
 @pytest.mark.parametrize("name", presets())
 def test_every_setting_of_a_preset_says_where_it_is_from(name):
-    settings = [line for line in config.preset_path(name).read_text().splitlines() if re.match(r" *\w+: \S", line)]
-    assert len(settings) > 10
-    assert [line for line in settings if not re.search(r"  # \w", line)] == []
+    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
+    settings = [line for line in lines if re.match(r" *\w+: \S", line) and line.partition(":")[0] not in config.ABOUT]
+    assert settings and [line for line in settings if not re.search(r"  # \w", line)] == []
+
+
+@pytest.mark.parametrize("name", presets())
+def test_no_preset_repeats_its_base(name):
+    *bases, (_, _, own) = config._with_bases(PRESETS / f"{name}.yaml")
+    inherited = {}
+    for _, _, settings in bases:
+        inherited.update(settings)
+    assert [key for key, value in own.items() if key in inherited and inherited[key] == value] == []
+
+
+@pytest.mark.parametrize(
+    "name, passes, batch, peak, warmup",
+    [
+        ("paper-base", 200, 512, 1.6e-3, 30),
+        ("paper-large", 200, 512, 1.6e-3, 30),
+        ("paper-huge", 200, 512, 1.6e-3, 30),
+        ("paper-large-1600", 400, 512, 1.6e-3, 30),
+        ("paper-base-finetune", 75, 768, 1.6e-2, 5),
+        ("paper-large-finetune", 50, 256, 4.8e-3, 5),
+        ("paper-huge-finetune", 75, 256, 1.6e-3, 5),
+        ("videomae-base", 1600, 2048, 1.2e-3, 40),  # 1.5e-4 * 2048 / 256
+        ("videomae-large", 1600, 512, 3e-4, 40),
+        ("videomae-huge", 1600, 1024, 6e-4, 40),
+        ("videomaev2-large", 300, 1536, 6e-3, 30),
+        ("videomae-base-finetune", 75, 384, 7.5e-4, 5),  # 5e-4 * 384 / 256
+        ("videomae-large-finetune", 35, 128, 1e-3, 5),
+        ("videomae-huge-finetune", 50, 512, 2e-3, 5),
+    ],
+)
+def test_steps_and_rate_on_kinetics_400_are_the_sources(name, passes, batch, peak, warmup):
+    """passes: over the videos, each giving ``repeats`` clips; warmup: in passes."""
+    made = config_of(name)
+    settings, repeats = made.optimizer, made.clips.repeats
+    assert settings.batch == batch and settings.epochs == passes * repeats and settings.warmup_epochs == warmup * repeats
+    assert optimizer.total_steps(settings, KINETICS_400, repeats) == math.ceil(passes * KINETICS_400 / batch)
+    counted = batch if name in PRETRAINING else batch * repeats  # clips in fine-tuning, videos in pre-training
+    assert optimizer.peak_learning_rate(settings, counted) == pytest.approx(peak)
+    assert settings.min_lr < 0.1 * peak
 
 
 def test_the_papers_sizes():
@@ -99,6 +157,43 @@ def test_the_papers_sizes():
             model = MaskedAutoencoder(from_preset(PretrainConfig, f"paper-{name}", data="d", output="o").model)
         millions[name] = round(sum(p.numel() for p in model.encoder.parameters()) / 1e6)
     assert millions == {"base": 86, "large": 304, "huge": 632}  # ViT's, with the patch of two frames
+
+
+def test_a_preset_is_refused_by_another_command(capsys):
+    with pytest.raises(SystemExit):
+        parse_args("--preset", "paper-base-finetune")
+    said = capsys.readouterr().err
+    assert "the preset paper-base-finetune is for 'stmae finetune'; expected one for 'stmae pretrain': cpu-small, " in said
+    with pytest.raises(SystemExit):
+        parse(FinetuneConfig, ["--preset", "paper-base"], prog="stmae finetune", description="")
+    assert "the preset paper-base is for 'stmae pretrain'" in capsys.readouterr().err
+
+
+def test_a_configuration_file_starts_from_a_preset(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: paper-large-1600\noptimizer: {batch: 64}\n")
+    made = parse_args("--config", str(file))
+    assert made.optimizer.batch == 64 and made.optimizer.epochs == 1600 and made.model.depth == 24  # each from another file
+    file.write_text("preset: paper-large-finetune\n")
+    for arguments, message in (
+        (["--config", str(file)], "its settings are for 'stmae finetune', not for 'stmae pretrain'"),
+        (["--config", str(file), "--preset", "demo"], "expected one preset to start from, got --preset demo and another in"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(*arguments)
+        assert message in capsys.readouterr().err
+    file.write_text("preset: nonsense\n")
+    with pytest.raises(SystemExit):
+        parse_args("--config", str(file))
+    assert "mine.yaml: expected preset to be the name of one, got 'nonsense'" in capsys.readouterr().err
+
+
+def test_presets_that_lead_back_to_themselves_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "PRESETS", tmp_path)
+    (tmp_path / "a.yaml").write_text("preset: b\n")
+    (tmp_path / "b.yaml").write_text("preset: a\n")
+    with pytest.raises(ValueError, match="a.yaml: the presets that it starts from lead back to it"):
+        config._with_bases(tmp_path / "a.yaml")
 
 
 def parse_args(*arguments):

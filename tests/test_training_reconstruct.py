@@ -64,7 +64,7 @@ def test_a_grid_and_an_animation(model, video, tmp_path, capsys):
 
 def test_another_mask_ratio_and_plain_pixels(tmp_path, video, capsys):
     config = MaskedAutoencoderConfig(
-        **SIZES, decoder_width=32, decoder_depth=1, decoder_num_heads=1, normalize_target=False, predicted_frames=4
+        **SIZES, decoder_width=32, decoder_depth=1, decoder_num_heads=1, target="pixels", predicted_frames=4
     )
     checkpoint.save(MaskedAutoencoder(config), tmp_path / "plain.safetensors")
     assert pictures(tmp_path / "plain.safetensors", video, tmp_path / "out", "--mask_ratio", "0.5") == 0

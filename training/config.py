@@ -2,7 +2,9 @@
 line.
 
 Order of precedence: the command line, then ``--config FILE``, then ``--preset NAME``, then the defaults below (the paper's).
-A path in a preset or configuration file is relative to that file.
+A path in a preset or configuration file is relative to that file. Such a file may start from a preset and hold only what
+differs: ``preset: NAME`` at its top. A preset also says which command it is for (``command``), on how many GPUs its source ran it
+(``gpus``) and, for fine-tuning, which preset the weights are from (``pretrained``).
 """
 
 import argparse
@@ -18,7 +20,11 @@ from stmae.masking import num_keep
 from stmae.models import MaskedAutoencoderConfig
 
 PRESETS = Path(__file__).parent / "presets"
-PATH_FIELDS = ("data", "held_out", "checkpoint", "video", "test_data")  # in a file, relative to it
+ABOUT = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
+PATH_FIELDS = (  # in a file, relative to it
+    "data", "data_root", "data_labels", "held_out", "checkpoint", "video", "test_data",
+    "probe.data", "probe.test_data",
+)
 
 
 @dataclass(kw_only=True)
@@ -39,6 +45,8 @@ class ClipConfig:
     """random resized crop: width over height"""
     flip: bool = True
     """mirror every second clip (not for data where left and right mean something)"""
+    decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
+    """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
 
 
 @dataclass(kw_only=True)
@@ -85,18 +93,60 @@ class RunConfig:
     """steps between losses on held_out; 0: only at the start and at the end"""
     backend: Literal["ops", "reference"] = "ops"
     """'ops': the kernels; 'reference': the same in plain PyTorch"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """on several processes: 'ddp': each holds the whole model; 'fsdp': each holds a share of weights, gradients and AdamW's
+    moments (FSDP2), and writes its share of a checkpoint. A run continues with either, on any number of processes"""
+    checkpoint_activations: bool = False
+    """keep only each block's input and compute the block again in the backward pass: less memory, about a third more time"""
     compile: bool = False
-    """torch.compile the model"""
+    """torch.compile the model (with fsdp: each block)"""
     tensorboard: bool = True
     """write TensorBoard's event files too"""
 
 
 @dataclass(kw_only=True)
-class PretrainConfig:
+class PretrainRunConfig(RunConfig):
+    """Running: nothing here changes what is computed, but for the number format."""
+
+    reconstruct_every: int = 0
+    """steps between pictures of what the model makes of three held-out videos (else of data); 0: only at the start and
+    at the end"""
+
+
+@dataclass(kw_only=True)
+class OnlineProbeConfig:
+    """Nearest neighbours on the encoder's features while it trains: whether it learns anything that labels want."""
+
+    data: str | None = None
+    """labelled videos that vote, as for stmae probe; null: no probe"""
+    test_data: str | None = None
+    """labelled videos that are judged"""
+    every: int = 0
+    """steps between probes; 0: only at the start and at the end"""
+    neighbours: int = 20
+    """that vote"""
+    tokens: Literal["mean", "all"] = "mean"
+    """'mean': the normalised mean of a clip's tokens; 'all': every token, side by side, for small models"""
+
+
+@dataclass(kw_only=True)
+class PlacesConfig:
+    """Where the parts of a data set are that its list does not say."""
+
+    data_root: str | None = None
+    """folder that a list's relative paths start from (null: the list's own), or where Something-Something's videos lie"""
+    data_labels: str | None = None
+    """numbers of the classes, {class: number} in json or a text file with a class a line; null: class folders in the order of
+    their names, Something-Something's labels.json beside its list"""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(PlacesConfig):
     """The run: what is read, what is written."""
 
     data: str
-    """videos: a folder, searched recursively, or a list file with a line 'path' or 'path label' each, relative to the list"""
+    """videos: a folder, searched recursively, a list file with a line 'path' or 'path label' each, or
+    Something-Something's json"""
     output: str
     """folder of the run; the same command again continues what is there"""
     held_out: str | None = None
@@ -106,7 +156,8 @@ class PretrainConfig:
     clips: ClipConfig = field(default_factory=ClipConfig)
     model: MaskedAutoencoderConfig = field(default_factory=MaskedAutoencoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
+    run: PretrainRunConfig = field(default_factory=PretrainRunConfig)
 
 
 @dataclass(kw_only=True)
@@ -184,11 +235,12 @@ class ViewConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(PlacesConfig):
     """The run: what is read, what is written."""
 
     data: str
-    """labelled videos: a list file with a line 'path label' each, or a folder with a folder for each class"""
+    """labelled videos: a list file with a line 'path label' each, Something-Something's json, or a folder
+    with a folder for each class"""
     output: str
     """folder of the run; the same command again continues what is there"""
     checkpoint: str
@@ -214,7 +266,7 @@ class FinetuneConfig:
 
 
 @dataclass(kw_only=True)
-class TestConfig:
+class TestConfig(PlacesConfig):
     """The test: of what, on what."""
 
     __test__ = False  # not pytest's
@@ -222,7 +274,8 @@ class TestConfig:
     checkpoint: str
     """a classifier: a run's folder, or a model.safetensors"""
     data: str
-    """labelled videos: a list file with a line 'path label' each, or a folder with a folder for each class"""
+    """labelled videos: a list file with a line 'path label' each, Something-Something's json, or a folder
+    with a folder for each class"""
     output: str | None = None
     """a JSON file for the results"""
     stride: int | None = None
@@ -235,7 +288,7 @@ class TestConfig:
 
 
 @dataclass(kw_only=True)
-class EncodingConfig:
+class EncodingConfig(PlacesConfig):
     """How videos are encoded."""
 
     tokens: Literal["mean", "all"] = "mean"
@@ -258,7 +311,7 @@ class FeaturesConfig(EncodingConfig):
     checkpoint: str
     """weights: a run's folder, or a model.safetensors, of an autoencoder or a classifier"""
     data: str
-    """videos: a folder, searched recursively, or a list file"""
+    """videos: a folder, searched recursively, a list file, or Something-Something's json"""
     output: str
     """FILE.safetensors (features, labels, paths) or FILE.npy (features; paths and labels in FILE.txt)"""
 
@@ -270,9 +323,13 @@ class ProbeConfig(EncodingConfig):
     checkpoint: str
     """weights: a run's folder, or a model.safetensors, of an autoencoder or a classifier"""
     data: str
-    """labelled videos to learn from: a list file with 'path label' lines, or a folder with a folder for each class"""
+    """labelled videos to learn from: a list file with 'path label' lines, Something-Something's json, or a
+    folder with a folder for each class"""
     test_data: str
     """labelled videos to be judged on"""
+    kinds: str = "knn,linear"
+    """which probes, separated by commas: 'knn': nearest neighbours; 'linear': a linear classifier; 'attentive': attention with a
+    learnt query over all tokens, then a linear classifier (keeps the tokens of all videos in memory: 2.4 MB a view for ViT-B)"""
     random_weights: bool = False
     """take only the checkpoint's shape, to see what training is worth"""
     neighbours: int = 20
@@ -280,19 +337,21 @@ class ProbeConfig(EncodingConfig):
     output: str | None = None
     """a JSON file for the results"""
     seed: int = 0
-    """of random weights, and of the training videos on which the linear probe's weight decay is chosen"""
+    """of random weights, of the training videos on which the probes' settings are chosen, of the attentive probe's training"""
 
 
 @dataclass(kw_only=True)
-class CheckConfig:
+class CheckConfig(PlacesConfig):
     """The check: of what, for which clips."""
 
     data: str
-    """videos: a folder, searched recursively, or a list file"""
+    """videos: a folder, searched recursively, a list file, or Something-Something's json"""
     frames: int = 16
     """of the clips that every video must give"""
     stride: int = 4
     """of the clips that every video must give"""
+    decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
+    """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
     every_frame: bool = False
     """decode all of every video instead of three clips"""
     workers: int = 2
@@ -304,14 +363,15 @@ class CheckConfig:
 def parse(config_class, argv, *, prog, description):
     """The configuration that ``argv`` asks for. Prints what is wrong and exits, as argparse does, when it cannot be made."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    has_presets = config_class is PretrainConfig
+    command = {PretrainConfig: "pretrain", FinetuneConfig: "finetune"}.get(config_class)
+    has_presets = command is not None
     required = [f"--{f.name} {f.name.upper()}" for f in dataclasses.fields(config_class) if _is_required(f)]
     usage = [prog, *["[--preset NAME]"] * has_presets, "[--config FILE]", *required, "[--SETTING VALUE ...]"]
     parser = jsonargparse.ArgumentParser(prog=prog, usage=" ".join(usage), description=description)
     # Files become the parser's defaults, so that --help shows what would be used and the order of the options does not matter.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     if has_presets:
-        parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(presets())}")
+        parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(presets(command))}")
         early.add_argument("--preset")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON file of settings" + ", on top of the preset's" * has_presets
@@ -320,10 +380,13 @@ def parse(config_class, argv, *, prog, description):
     parser.add_class_arguments(config_class, None)
     try:
         files = vars(early.parse_known_args(argv)[0])
-        if files.get("preset") is not None:
-            _set_defaults(parser, preset_path(files["preset"]))
-        if files.get("config") is not None:
-            _set_defaults(parser, Path(files["config"]))
+        preset, config_file = files.get("preset"), files.get("config")
+        if preset is not None:
+            _set_defaults(parser, preset_path(preset, command), command)
+        if config_file is not None:
+            if preset is not None and read_settings(Path(config_file))[0].get("preset") is not None:
+                raise ValueError(f"expected one preset to start from, got --preset {preset} and another in {config_file}")
+            _set_defaults(parser, Path(config_file), command)
         parsed = parser.parse_args(argv)
         for name in files:
             parsed.pop(name)
@@ -350,40 +413,77 @@ def _build(config_class, values):
     return config_class(**made)
 
 
-def presets():
-    """Names of the presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def presets(command=None):
+    """Names of the presets, of one command or of all."""
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return [name for name in names if command in (None, about_preset(name)["command"])]
 
 
-def preset_path(name):
-    if name not in presets():
-        raise ValueError(f"expected --preset to be one of {', '.join(presets())}, got {name!r}")
+def preset_path(name, command=None):
+    """The file of a preset, which must be for ``command`` if one is given."""
+    if not (PRESETS / f"{name}.yaml").is_file() or Path(name).name != name:
+        raise ValueError(f"expected --preset to be one of {', '.join(presets(command))}, got {name!r}")
+    meant_for = about_preset(name)["command"]
+    if command not in (None, meant_for):
+        raise ValueError(
+            f"the preset {name} is for 'stmae {meant_for}'; expected one for 'stmae {command}': {', '.join(presets(command))}"
+        )
     return PRESETS / f"{name}.yaml"
 
 
+def about_preset(name):
+    """{"command": ..., "pretrained": ..., "gpus": ...} of a preset, its own or its base's; None where nothing is said."""
+    about = {"command": None, "pretrained": None, "gpus": None}
+    for _, told, _ in _with_bases(PRESETS / f"{name}.yaml"):
+        about.update({key: value for key, value in told.items() if key in about})
+    return about
+
+
 def read_settings(file):
-    """Settings of a YAML or JSON file as {"section.field": value}, its relative paths made absolute."""
+    """(about, settings) of a YAML or JSON file: ``about`` has what it says under ABOUT, ``settings`` is {"section.field": value},
+    its relative paths made absolute."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the settings in {file}: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected 'field: value' lines, got {type(tree).__name__}")
+    about = {name: tree.pop(name) for name in ABOUT if name in tree}
     settings = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             settings.update({f"{name}.{key}": inner for key, inner in value.items()})
         else:
-            settings[name] = str(file.parent.joinpath(value).resolve()) if name in PATH_FIELDS and value else value
-    return settings
+            settings[name] = value
+    paths = {name: str(file.parent.joinpath(settings[name]).resolve()) for name in PATH_FIELDS if settings.get(name)}
+    return about, {**settings, **paths}
 
 
-def _set_defaults(parser, file):
-    for name, value in read_settings(file).items():
-        try:
-            parser.set_defaults({name: value})
-        except KeyError as error:
-            raise ValueError(f"{file}: there is no setting {name!r}") from error
+def _with_bases(file):
+    """[(file, about, settings)] of the presets that ``file`` starts from, the first base first, and of the file itself."""
+    chain, seen = [], set()
+    while file is not None:
+        if file in seen:
+            raise ValueError(f"{file}: the presets that it starts from lead back to it")
+        seen.add(file)
+        about, settings = read_settings(file)
+        chain.insert(0, (file, about, settings))
+        base = about.get("preset")
+        if base is not None and not (PRESETS / f"{base}.yaml").is_file():
+            raise ValueError(f"{file}: expected preset to be the name of one, got {base!r}")
+        file = None if base is None else PRESETS / f"{base}.yaml"
+    return chain
+
+
+def _set_defaults(parser, file, command):
+    for source, about, settings in _with_bases(file):
+        if about.get("command", command) != command:
+            raise ValueError(f"{source}: its settings are for 'stmae {about['command']}', not for '{parser.prog}'")
+        for name, value in settings.items():
+            try:
+                parser.set_defaults({name: value})
+            except KeyError as error:
+                raise ValueError(f"{source}: there is no setting {name!r}") from error
 
 
 def _is_required(f):
@@ -408,6 +508,15 @@ def check_common(config):
             f"optimizer.warmup_epochs: expected less than optimizer.epochs ({config.optimizer.epochs:g}), "
             f"got {config.optimizer.warmup_epochs:g}"
         )
+    for name in ("evaluate_every", "reconstruct_every"):
+        if getattr(config.run, name, 0) < 0:
+            raise ValueError(f"run.{name}: expected 0 or more, got {getattr(config.run, name)}")
+    probe = getattr(config, "probe", None)
+    if probe is not None:
+        if (probe.data is None) != (probe.test_data is None):
+            raise ValueError("probe: expected both of probe.data and probe.test_data, or neither")
+        if probe.every < 0 or probe.neighbours < 1:
+            raise ValueError(f"probe: expected every >= 0 and neighbours >= 1, got {probe.every} and {probe.neighbours}")
     if config.seed < 0:
         raise ValueError(f"seed: expected 0 or more, got {config.seed}")
     for name in ("scale", "aspect"):

@@ -3,21 +3,25 @@
 import statistics
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .config import CheckConfig
+from .config import CheckConfig, ClipConfig
+from .dataset import length_of
 from .listing import find_videos
-from .sampling import clip_indices, clip_span, spaced_clips
-from .video import Video, VideoError
+from .sampling import clip_indices, spaced_clips
+from .sources import choose_decoder, open_entry
+from .video import VideoError
 
 Config = CheckConfig
 
 
 def run(config):
     """Prints what is broken and a summary; returns (usable entries, VideoErrors)."""
-    entries = find_videos(config.data)
+    entries = find_videos(config.data, config.data_root, config.data_labels)
+    decoder = choose_decoder(config.decoder)
     loader = DataLoader(Examination(entries, config), batch_size=None, num_workers=config.workers, collate_fn=unchanged)
     good, errors, facts = [], [], []
     for entry, result in zip(entries, tqdm(loader, total=len(entries), unit="video", disable=None)):
@@ -27,12 +31,19 @@ def run(config):
         else:
             good.append(entry)
             facts.append(result)
-    print(f"{len(entries)} videos: {len(good)} can be used, {len(errors)} cannot")
+    print(f"{len(entries)} videos: {len(good)} can be used, {len(errors)} cannot (decoder: {decoder})")
     if facts:
-        lengths, seconds, rates, sizes = zip(*facts)
-        print(f"  frames:  {spread(lengths, '.0f')}")
-        print(f"  seconds: {spread(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
-        print(f"  rate:    {spread(rates, '.4g')} frames a second")
+        moving = [fact for fact in facts if not fact.still]
+        timed = [fact for fact in moving if fact.rate > 0]  # a folder of images does not say how fast
+        if len(moving) < len(facts):
+            print(f"  images:  {len(facts) - len(moving)}, each a still clip")
+        if moving:
+            print(f"  frames:  {spread([fact.frames for fact in moving], '.0f')}")
+        if timed:
+            seconds = [fact.frames / fact.rate for fact in timed]
+            print(f"  seconds: {spread(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
+            print(f"  rate:    {spread([fact.rate for fact in timed], '.4g')} frames a second")
+        sizes = [fact.size for fact in facts]
         commonest = Counter(sizes).most_common(5)
         shown = ", ".join(f"{w}x{h} ({n})" for (h, w), n in commonest)
         print(f"  size:    {shown}" + (f" and {len(set(sizes)) - 5} others" if len(set(sizes)) > 5 else ""))
@@ -40,14 +51,22 @@ def run(config):
     if labels:
         print(f"  labels:  {len(labels)} classes, {min(labels.values())} to {max(labels.values())} videos each")
     if config.output:
-        lines = [f"{Path(entry.path).resolve()}" + (f" {entry.label}" if entry.label >= 0 else "") for entry in good]
-        Path(config.output).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        Path(config.output).write_text("".join(f"{line_of(entry)}\n" for entry in good), encoding="utf-8")
         print(f"  list of the usable ones: {config.output}")
     return good, errors
 
 
+class Facts(NamedTuple):
+    """Of one video: its frames, frames a second (NaN: unknown), (height, width), and whether it is an image."""
+
+    frames: int
+    rate: float
+    size: tuple
+    still: bool
+
+
 class Examination(Dataset):
-    """Item i: (frames, seconds, rate, (height, width)) of video i, or the VideoError that it raises."""
+    """Item i: the Facts of video i, or the VideoError that it raises."""
 
     def __init__(self, entries, config):
         self.entries, self.config = entries, config
@@ -58,21 +77,27 @@ class Examination(Dataset):
     def __getitem__(self, number):
         config = self.config
         try:
-            with Video(self.entries[number].path) as video:
-                count = len(video)
-                needed = clip_span(config.frames, config.stride)
-                if count < needed:
-                    reason = f"too short: {count} frames, a clip of {config.frames} at stride {config.stride} needs {needed}"
-                    raise VideoError(video.path, reason)
+            with open_entry(self.entries[number], config.decoder) as video:
+                count = length_of(video, config.frames, ClipConfig(stride=config.stride))
                 if config.every_frame:
                     for start in range(0, count, 64):
                         video.frames(clip_indices(start, min(64, count - start), 1))
                 else:
                     for clip in spaced_clips(3, count, config.frames, config.stride):
                         video.frames(clip)
-                return count, count / video.rate, video.rate, video.size
+                return Facts(len(video), video.rate, tuple(video.size), video.still)
         except VideoError as error:
             return error
+
+
+def line_of(entry):
+    """The entry as a line of a list, which find_videos reads as the same entry."""
+    words = [str(Path(entry.path).absolute())]
+    if entry.frames:
+        words.append(str(entry.frames))
+    if entry.frames or entry.label >= 0:
+        words.append(str(entry.label))
+    return " ".join(words)
 
 
 def unchanged(item):

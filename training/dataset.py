@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, default_collate
 from .augment import random_clip_view, random_erasing, resized_crop, view_box
 from .randaugment import rand_augment
 from .sampling import clip_span, random_clip, spaced_clips
-from .video import Video, VideoError
+from .sources import open_entry
+from .video import VideoError
 
 SUBSTITUTES = 200  # samples tried in the place of a broken one before the run stops
 
@@ -36,7 +37,8 @@ class RandomClips(Dataset):
 
     def view(self, rng, frames):
         """The augmented clip uint8 [T, H, W, C] of frames uint8 [T, H', W', C]."""
-        return random_clip_view(rng, frames, self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
+        clip = random_clip_view(rng, distinct(frames), self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
+        return as_long_as(frames, clip)
 
     def __len__(self):
         return len(self.entries)
@@ -59,12 +61,10 @@ class RandomClips(Dataset):
     def _read(self, epoch, number):
         entry = self.entries[number]
         wanted, rngs = [], [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(self.clips.repeats)]
-        with Video(entry.path) as video:
+        with open_entry(entry, self.clips.decoder) as video:
+            length = length_of(video, self.frames, self.clips)
             for rng in rngs:
-                indices = random_clip(rng, len(video), self.frames, self.clips.stride, self.clips.spacing)
-                if indices is None:
-                    raise too_short(video, self.frames, self.clips)
-                wanted.append(indices)
+                wanted.append(random_clip(rng, length, self.frames, self.clips.stride, self.clips.spacing))
             pixels = video.frames(np.concatenate(wanted))  # one sorted pass for all repeats
         clips, companions = [], []
         for rng, part in zip(rngs, np.split(pixels, len(rngs))):
@@ -125,20 +125,36 @@ class ViewClips(Dataset):
 
     def __getitem__(self, number):
         entry = self.entries[number]
-        with Video(entry.path) as video:
-            wanted = spaced_clips(self.temporal, len(video), self.frames, self.clips.stride, self.clips.spacing, self.start)
-            if wanted is None:
-                raise too_short(video, self.frames, self.clips)
+        with open_entry(entry, self.clips.decoder) as video:
+            length = length_of(video, self.frames, self.clips)
+            wanted = spaced_clips(self.temporal, length, self.frames, self.clips.stride, self.clips.spacing, self.start)
             pixels = video.frames(np.concatenate(wanted))
         positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
         boxes = [view_box(pixels.shape[1], pixels.shape[2], self.size, position) for position in positions]
-        clips = [resized_crop(part, box, self.size) for part in np.split(pixels, self.temporal) for box in boxes]
+        parts = np.split(pixels, self.temporal)
+        clips = [as_long_as(part, resized_crop(distinct(part), box, self.size)) for part in parts for box in boxes]
         return {"clips": torch.stack(clips), "label": entry.label, "number": number}
 
 
-def too_short(video, frames, clips):
+def length_of(video, frames, clips):
+    """How many frames there are to take a clip from: of a still, as many as it needs. Raises VideoError for too short a video."""
     needed = clip_span(frames, clips.stride, clips.spacing)
-    return VideoError(video.path, f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}")
+    if video.still:
+        return needed
+    if len(video) < needed:
+        reason = f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}"
+        raise VideoError(video.path, reason)
+    return len(video)
+
+
+def distinct(frames):
+    """``frames`` [T, H, W, C], or the one frame [1, H, W, C] that a still repeats without a copy: cropped and resized once."""
+    return np.array(frames[:1]) if frames.strides[0] == 0 else frames
+
+
+def as_long_as(frames, clip):
+    """The clip [1 or T, H, W, C], contiguous, with as many frames as ``frames`` has."""
+    return clip.expand(len(frames), -1, -1, -1).contiguous() if len(clip) != len(frames) else clip
 
 
 class ReadableViews(Dataset):
@@ -178,11 +194,8 @@ def require_readable(entries, frames, clips):
     errors = []
     for entry in entries:
         try:
-            with Video(entry.path) as video:
-                indices = spaced_clips(1, len(video), frames, clips.stride, clips.spacing)
-                if indices is None:
-                    raise too_short(video, frames, clips)
-                video.frames(indices[0])
+            with open_entry(entry, clips.decoder) as video:
+                video.frames(spaced_clips(1, length_of(video, frames, clips), frames, clips.stride, clips.spacing)[0])
             return errors
         except VideoError as error:
             errors.append(error)

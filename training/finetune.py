@@ -12,6 +12,7 @@ from . import loop
 from .config import FinetuneConfig, check_common, to_dict
 from .dataset import LabelledClips, as_video, require_readable
 from .device import choose_device
+from .flops import classifier_flops
 from .listing import find_labelled_videos
 from .mixing import mix, smooth_targets
 from .optimizer import layer_decay_groups, peak_learning_rate
@@ -30,48 +31,60 @@ def run(config):
     processes = Processes()
     device = processes.own_device(choose_device(config.run.device))
     with processes.joined(device):
-        folder = open_run(config.output, to_dict(config), processes)
-        entries = find_labelled_videos(config.data)
-        test_entries = find_labelled_videos(config.test_data) if config.test_data else []
-        classes = config.model.num_classes or 1 + max(entry.label for entry in entries)
-        for entry in (*entries, *test_entries):
-            if entry.label >= classes:
-                raise ValueError(f"{entry.path}: expected a label below {classes}, got {entry.label}")
+        return train(config, processes, device)
 
-        torch.manual_seed(config.seed)
-        model = classifier(config, classes).to(device)
-        model.backend = config.run.backend
-        frames, size = model.config.num_frames, model.config.image_size
-        require_readable(entries, frames, config.clips)
-        if processes.first:
-            start = "random weights" if config.random_weights else config.checkpoint
-            print(f"{len(entries)} videos of {classes} classes in {config.data}, from {start}")
-        dataset = LabelledClips(
-            entries, config.clips, frames=frames, size=size, seed=config.seed, augmentation=config.augmentation
+
+def train(config, processes, device):
+    """``run`` inside the group. A function of its own, so that nothing of the model is alive when the group is left."""
+    folder = open_run(config.output, to_dict(config), processes)
+    places = config.data_root, config.data_labels
+    entries = find_labelled_videos(config.data, *places)
+    test_entries = find_labelled_videos(config.test_data, *places) if config.test_data else []
+    classes = config.model.num_classes or 1 + max(entry.label for entry in entries)
+    for entry in (*entries, *test_entries):
+        if entry.label >= classes:
+            raise ValueError(f"{entry.path}: expected a label below {classes}, got {entry.label}")
+
+    torch.manual_seed(config.seed)
+    model = classifier(config, classes).to(device)
+    model.backend = config.run.backend
+    model_config = model.config
+    frames, size = model_config.num_frames, model_config.image_size
+    require_readable(entries, frames, config.clips)
+    if processes.first:
+        start = "random weights" if config.random_weights else config.checkpoint
+        print(f"{len(entries)} videos of {classes} classes in {config.data}, from {start}")
+    dataset = LabelledClips(
+        entries, config.clips, frames=frames, size=size, seed=config.seed, augmentation=config.augmentation
+    )
+    counters = loop.train(
+        config,
+        processes,
+        device,
+        folder,
+        model=model,
+        groups=functools.partial(
+            layer_decay_groups, weight_decay=config.optimizer.weight_decay, layer_decay=config.layer_decay
+        ),
+        dataset=dataset,
+        # A batch counts clips here: unlike in pre-training, the repeats of one video are counted.
+        peak=peak_learning_rate(config.optimizer, config.optimizer.batch * config.clips.repeats),
+        loss_of=functools.partial(loss_of, config, model_config),
+        watches=[loop.Watch(config.run.evaluate_every, functools.partial(accuracy, test_entries, config, processes, device))]
+        if test_entries
+        else [],
+        repeats=config.clips.repeats,
+        tokens=model_config.num_tokens,
+        flops=lambda epoch: classifier_flops(model_config, kept_tokens(config, model_config, epoch))[1],
+        average_decay=config.average_decay,
+    )
+    if counters["done"] and test_entries and processes.first:
+        before, after = counters["before"], counters["after"]
+        print(
+            f"top-1 on {config.test_data}, {config.views.temporal} x {config.views.spatial} views: "
+            f"{before['top1']:.1%} before, {after['top1']:.1%} after"
         )
-        counters = loop.train(
-            config,
-            processes,
-            device,
-            folder,
-            model=model,
-            groups=layer_decay_groups(model, config.optimizer.weight_decay, config.layer_decay),
-            dataset=dataset,
-            # A batch counts clips here: unlike in pre-training, the repeats of one video are counted.
-            peak=peak_learning_rate(config.optimizer, config.optimizer.batch * config.clips.repeats),
-            loss_of=functools.partial(loss_of, config, model.config),
-            evaluate=functools.partial(accuracy, test_entries, config, device) if test_entries else None,
-            repeats=config.clips.repeats,
-            tokens=model.config.num_tokens,
-            average_decay=config.average_decay,
-        )
-        if counters["done"] and test_entries and processes.first:
-            before, after = counters["before"], counters["after"]
-            print(
-                f"top-1 on {config.test_data}, {config.views.temporal} x {config.views.spatial} views: "
-                f"{before['top1']:.1%} before, {after['top1']:.1%} after"
-            )
-        return counters
+    return counters
 
 
 def classifier(config, classes):
@@ -86,15 +99,19 @@ def classifier(config, classes):
     return model
 
 
+def kept_tokens(config, model_config, epoch):
+    """Masked fine-tuning (paper, section 5.1): what is hidden falls from mask_ratio to nothing on a cosine."""
+    ratio = config.mask_ratio * 0.5 * (1 + math.cos(math.pi * epoch / config.optimizer.epochs))
+    return int(model_config.num_tokens * (1 - ratio))
+
+
 def loss_of(config, model_config, forward, batch, epoch):
     """Cross entropy [] with mixed, smoothed targets; clips masked while config.mask_ratio says so."""
     augmentation = config.augmentation
     targets = smooth_targets(batch["label"], model_config.num_classes, augmentation.label_smoothing)
     clips, targets = mix(batch["clips"], targets, augmentation.mixup, augmentation.cutmix)
     keep = None
-    # Masked fine-tuning (paper, section 5.1): from mask_ratio down to nothing on a cosine.
-    ratio = config.mask_ratio * 0.5 * (1 + math.cos(math.pi * epoch / config.optimizer.epochs))
-    kept = int(model_config.num_tokens * (1 - ratio))
+    kept = kept_tokens(config, model_config, epoch)
     if kept < model_config.num_tokens:
         noise = torch.rand(len(clips), model_config.num_tokens, device=clips.device)
         keep, _ = ops.random_masking(noise, kept)
@@ -102,8 +119,11 @@ def loss_of(config, model_config, forward, batch, epoch):
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
-def accuracy(entries, config, device, model, autocast, say):
-    scores, labels, skipped = scores_of(model, entries, config.clips, config.views, device, autocast)
-    for error in skipped:
-        say(f"left out of the test: {error}")
+def accuracy(entries, config, processes, device, model, autocast, log, step):
+    """Top-1 and top-5 on all of ``entries``, of which each process takes its share."""
+    found = processes.gather(scores_of(model, processes.share(entries), config.clips, config.views, device, autocast))
+    scores, labels, skipped = zip(*found)
+    for error in sum(skipped, []):
+        log.say(f"left out of the test: {error}")
+    scores, labels = torch.cat(scores), torch.cat(labels)
     return {"top1": top(scores, labels, 1), "top5": top(scores, labels, 5)}

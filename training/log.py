@@ -1,11 +1,22 @@
-"""What a run shows while it runs: a progress bar, log.jsonl and TensorBoard, all from one dict of numbers."""
+"""What a run shows while it runs: a progress bar, log.jsonl and TensorBoard, all from one dict of numbers; pictures and curves.
 
+What cannot be drawn is said and logged, and the run goes on: only checkpoints and log.jsonl are worth stopping for.
+"""
+
+import contextlib
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from tqdm import tqdm
 
+from stmae import checkpoint
+
+from .run_folder import RunFolderError
+
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
+PLOT_EVERY = 30.0  # seconds between drawings of the curves, which take one
 
 
 class Log:
@@ -19,6 +30,7 @@ class Log:
         folder.rewind_log(step)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.terminal, smoothing=0.05)
         self.started = self.last_line = time.monotonic()
+        self.last_plot = self.started
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
@@ -31,9 +43,7 @@ class Log:
     def numbers(self, step, **values):
         """Log ``values`` at ``step`` and show the ones that a person watches."""
         self.folder.log({"step": step, **{name: _short(value) for name, value in values.items()}})
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        self._tensorboard(step, lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
         if "loss" not in values:
             return
         speed = f"{values['clips_per_second']:.1f} clips/s, data wait {values['data_wait']:.0%}"
@@ -49,6 +59,55 @@ class Log:
         self.say(message)
         self.folder.log({"step": step, "event": message, **facts})
 
+    def picture(self, step, name, make):
+        """Show what ``make()`` returns, a PIL image: pictures/NAME-step-STEP.png in the folder, and TensorBoard."""
+
+        def write():
+            image = make()
+            folder = self.folder.path / "pictures"
+            folder.mkdir(exist_ok=True)
+            with checkpoint.atomic_write(folder / f"{name}-step-{step:08d}.png") as temporary, open(temporary, "wb") as file:
+                image.save(file, "png")
+            self._tensorboard(step, lambda writer: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
+
+        self._attempt(step, f"the picture of {name}", write)
+
+    def plot(self, step, *, last=False):
+        """Draw the log's curves as plots.png: at every checkpoint, but not more often than every PLOT_EVERY seconds, and at the
+        ``last``."""
+        if not last and time.monotonic() - self.last_plot < PLOT_EVERY:
+            return
+
+        def write():
+            from .plots import draw
+
+            # In a thread, for its stack: matplotlib's parser keeps exceptions, and with them all that called it, the model too.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(draw, self.folder.path / "log.jsonl", self.folder.path / "plots.png").result()
+
+        self._attempt(step, "plots.png", write)
+        self.last_plot = time.monotonic()
+
+    def _tensorboard(self, step, write):
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except Exception as error:  # its writing thread hands on whatever befell it
+            self.writer = None
+            self._warn(step, f"TensorBoard stops here, training goes on: {error}")
+
+    def _attempt(self, step, what, work):
+        try:
+            work()
+        except Exception as error:  # whatever a library that draws may raise: no reason to lose a run
+            self._warn(step, f"could not write {what}, training goes on: {error}")
+
+    def _warn(self, step, message):
+        # What is suppressed was said; a log that cannot be written stops the run at its next line, with what is whole.
+        with contextlib.suppress(RunFolderError):
+            self.event(step, message)
+
     def say(self, message):
         """A line above the bar."""
         tqdm.write(message, file=sys.stdout)
@@ -56,8 +115,7 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        self._tensorboard(self.bar.n, lambda writer: writer.close())
 
 
 class Silence:
@@ -77,6 +135,12 @@ class Silence:
         pass
 
     def numbers(self, step, **values):
+        pass
+
+    def picture(self, step, name, make):
+        pass
+
+    def plot(self, step, *, last=False):
         pass
 
     def close(self):

@@ -1,19 +1,26 @@
 """The training loop that pre-training and fine-tuning share: from the first step, or the last whole checkpoint, to the end.
 
-It reads from top to bottom. What a task does with a batch, and how it judges the model, come in as two functions.
+It reads from top to bottom. What a task does with a batch, and how it judges the model, come in as functions.
 """
 
 import functools
 import math
+import resource
+import sys
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from . import sharding
 from .dataset import collate
 from .device import choose_precision, choose_workers, describe
+from .flops import ceiling
 from .log import Log, Silence
 from .optimizer import adamw, learning_rate, total_steps
 from .order import Order
@@ -26,19 +33,45 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and from where it can."""
 
 
+class Watch(NamedTuple):
+    """A look at the model while it trains: at the start, every ``every`` steps (0: not), and at the end.
+
+    look: (model, autocast, log, step) -> numbers by name, for the log. Called in every process, with the whole model; what it
+        returns in the first one counts.
+    """
+
+    every: int
+    look: Callable
+
+
 def train(
-    config, processes, device, folder, *, model, groups, dataset, peak, loss_of, evaluate, repeats, tokens, average_decay=0.0
+    config,
+    processes,
+    device,
+    folder,
+    *,
+    model,
+    groups,
+    dataset,
+    peak,
+    loss_of,
+    watches,
+    repeats,
+    tokens,
+    flops,
+    average_decay=0.0,
 ):
     """Trains ``model`` in place, or continues the run in ``folder``. Returns its counters; their "done" says whether it
     came to the end.
 
     config: with sections ``optimizer`` and ``run``, and a ``seed``.
-    groups: AdamW's parameter groups; a group's "scale" (default 1) multiplies its learning rate.
+    groups: model -> AdamW's parameter groups; a group's "scale" (default 1) multiplies its learning rate.
     dataset: indexed by (epoch, video number), for ``collate``; every item holds ``repeats`` clips of ``tokens`` tokens.
     peak: the highest learning rate.
     loss_of: (model to call, batch on the device, epoch in [0, epochs)) -> scalar loss.
-    evaluate: (model, autocast, say) -> numbers by name, at the start, every run.evaluate_every steps, and at the end; or None.
-    average_decay: of the running average of the weights, 0 for none; evaluated and saved in place of the weights where
+    watches: list of Watch.
+    flops: epoch in [0, epochs) -> FLOPs of a clip's part in a step, forward and backward.
+    average_decay: of the running average of the weights, 0 for none; watched and saved in place of the weights where
     there is one.
     """
     settings = config.optimizer
@@ -46,7 +79,19 @@ def train(
     dtype, precision = choose_precision(config.run.precision, device)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
     steps = total_steps(settings, len(dataset), repeats)
-    optimizer = adamw(groups, settings)
+
+    kind = type(model)  # sharding makes it another class
+    model.checkpoint_activations = config.run.checkpoint_activations
+    sharded = config.run.parallel == "fsdp" and processes.world_size > 1
+    if config.run.compile and sharded:
+        compile_blocks(model)
+    forward = wrapped = processes.wrap(model, device, config.run.parallel)
+    if config.run.compile and not sharded:
+        # DDP's own way of cutting the graph into buckets refuses checkpointed blocks.
+        torch._dynamo.config.optimize_ddp = not config.run.checkpoint_activations
+        forward = torch.compile(wrapped)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(groups(model), settings)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()} if average_decay else {}
 
     # All that a run remembers besides tensors. Order, crops and masks follow from seed and step, so no random state is among it.
@@ -59,9 +104,9 @@ def train(
         "after": None,
         "done": False,
     }
-    state = folder.load_state(say)
+    state = folder.load_state(say, owner=owner_in(model), processes=processes)
     if state is not None:
-        counters.update(restore(state, model, optimizer, average, device))
+        counters.update(restore(state, model, optimizer, average))
         if counters["videos"] != len(dataset):
             say(
                 f"note: {config.data} now lists {len(dataset)} videos, not {counters['videos']}: their order changes from here on"
@@ -102,35 +147,44 @@ def train(
     )
     if first_step:
         say(f"continuing from step {first_step}")
+    # All processes at once, for they may share a processor.
+    most = processes.world_size * processes.mean(ceiling(device, dtype), device=device)[0]
     if processes.first:
-        folder.record_start(device=where, precision=precision, workers=workers, step=first_step, steps=steps)
+        say(f"a matrix product here reaches {most / 1e12:.2f} TFLOP/s; 'mfu' in the log is the model's share of that")
+        folder.record_start(
+            device=where, precision=precision, workers=workers, step=first_step, steps=steps, ceiling_tflops=round(most / 1e12, 3)
+        )
 
-    def judge(step):
-        numbers = None
-        if evaluate is not None and processes.first:
-            with averaged(model, average):
-                numbers = evaluate(model, autocast, log.say)
-            log.numbers(step, **numbers)
+    def judge(step, due):
+        numbers = {}
+        if due:
+            with whole(kind, model, average, device) as judged:
+                for watch in due:
+                    numbers.update(watch.look(judged, autocast, log, step))
+            if numbers:
+                log.numbers(step, **numbers)
+            model.train()
         return numbers
 
     def save():
-        if processes.first:
+        # The weights first: a state that says "done" is not looked at again, so what belongs to it must be there already.
+        with whole(kind, model, average, torch.device("cpu"), keep=processes.first) as saved:
+            if processes.first:
+                folder.save_model(saved)
+        if config.run.parallel == "fsdp":
+            folder.save_shards(counters["step"], tensors_of(model, optimizer, average), counters, processes)
+        elif processes.first:
             folder.save_state(counters["step"], tensors_of(model, optimizer, average), counters)
-            with averaged(model, average):
-                folder.save_model(model)
+        log.plot(counters["step"], last=counters["done"])
 
-    wrapped = processes.wrap(model, device)
-    forward = torch.compile(wrapped) if config.run.compile else wrapped
-    parameters = [p for p in model.parameters() if p.requires_grad]
     log = (Log if processes.first else Silence)(folder, step=first_step, steps=steps, tensorboard=config.run.tensorboard)
-    with closing(log), StopRequest() as stop:
+    with closing(log), StopRequest() as stop, items(loader) as batches:
         if counters["before"] is None:
-            counters["before"] = judge(first_step)
+            counters["before"] = judge(first_step, watches)
 
         broken = {}  # path -> reason
         stopping = False
         window = new_window()
-        batches = iter(loader)
         model.train()
         while counters["step"] < steps and not stopping:
             lr = learning_rate(counters["step"], steps, settings, peak)
@@ -142,9 +196,11 @@ def train(
             loss = 0.0
             for part in range(settings.accumulate):
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch = next_batch(batches, folder)
                 window["wait"] += time.perf_counter() - asked
-                window["clips"] += len(batch["clips"]) * processes.world_size
+                clips = len(batch["clips"]) * processes.world_size
+                window["clips"] += clips
+                window["flops"] += clips * flops(counters["step"] / steps * settings.epochs)
                 for path, reason in batch.pop("skipped"):
                     if path not in broken:
                         broken[path] = reason
@@ -156,7 +212,7 @@ def train(
                     part_loss.backward()
                 loss += part_loss.detach()
 
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf)
+            norm = sharding.whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf))
             # Every process must come to the same decisions: to step, to skip, to stop.
             loss, norm, asked_to_stop = processes.mean(loss, norm, float(bool(stop)), device=device)
             stopping = asked_to_stop > 0
@@ -185,21 +241,21 @@ def train(
                 broken = processes.union(broken)
                 epoch = step * settings.batch * repeats / len(dataset)
                 shared = {"lr": lr, "epoch": epoch, "skipped_steps": counters["skipped_steps"], "skipped_videos": len(broken)}
-                log.numbers(step, **summary(window, tokens, device), **shared)
+                log.numbers(step, **summary(window, tokens, most, device), **shared)
                 window = new_window()
             if step < steps and not stopping:
-                if config.run.evaluate_every and step % config.run.evaluate_every == 0:
-                    judge(step)
-                    model.train()
+                aside = time.perf_counter()
+                judge(step, [watch for watch in watches if watch.every and step % watch.every == 0])
                 if step % config.run.save_every == 0:
                     save()
+                window["start"] += time.perf_counter() - aside  # the next line of the log speaks of training alone
 
         if counters["step"] < steps:
             save()
             signal = stop.signal or "a signal to another process"
             log.say(f"{signal}: stopped after step {counters['step']} of {steps} and saved; the same command continues")
             return counters
-        counters["after"] = judge(steps)
+        counters["after"] = judge(steps, watches)
         counters["done"] = True
         save()
 
@@ -213,18 +269,46 @@ def step_seed(seed, step, rank):
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def compile_blocks(model):
+    """torch.compile of each block by itself: sharding works between them, where a graph of the whole would be cut anyway."""
+    blocks = model.blocks()
+    # Blocks share their code, and each rate of stochastic depth, width and mode compiles it once more.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile()
+
+
 def tensors_of(model, optimizer, average):
-    """Everything to continue from, by name, on the CPU: ``model.NAME``, ``optimizer.KEY.NAME`` and ``average.NAME``."""
+    """Everything to continue from, by name: ``model.NAME``, ``optimizer.KEY.NAME`` and ``average.NAME``. On the CPU, but for what
+    is sharded."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors.update({f"average.{name}": value for name, value in average.items()})
     for name, parameter in model.named_parameters():
         tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()})
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return {
+        name: value.detach() if isinstance(value, sharding.DTensor) else value.detach().cpu().contiguous()
+        for name, value in tensors.items()
+    }
 
 
-def restore(state, model, optimizer, average, device):
+def owner_in(model):
+    """name in ``tensors_of`` -> the weight of ``model`` that the tensor of this name is, or is about; None: none."""
+    weights = model.state_dict()
+    return lambda name: weights.get(name.split(".", 2 if name.startswith("optimizer.") else 1)[-1])
+
+
+def restore(state, model, optimizer, average):
     """Put a state of ``tensors_of`` back; returns its counters."""
     tensors, counters = state
+    owner = owner_in(model)
+
+    def placed(name, value):
+        own = owner(name)
+        if own is None:
+            return value  # load_state_dict says what is wrong with it
+        return sharding.like(value, own) if own.shape == value.shape else value.to(own.device)
+
+    tensors = {name: placed(name, value) for name, value in tensors.items()}
     model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
@@ -232,7 +316,7 @@ def restore(state, model, optimizer, average, device):
             average[name.removeprefix("average.")].copy_(value)
         if name.startswith("optimizer."):
             _, key, parameter = name.split(".", 2)
-            optimizer.state[parameters[parameter]][key] = value.to(device)
+            optimizer.state[parameters[parameter]][key] = value
     return counters
 
 
@@ -240,6 +324,44 @@ def restore(state, model, optimizer, average, device):
 def update_average(average, model, decay):
     for name, value in model.state_dict().items():
         average[name].lerp_(value, 1 - decay)
+
+
+@contextmanager
+def whole(kind, model, average, device, *, keep=True):
+    """Context: ``model`` (of class ``kind``, perhaps sharded) whole, with its averaged weights where there are any.
+
+    Every process must enter it. device: of what is put together from shares. keep: false where only the others need it; None
+    is then what there is.
+    """
+    if type(model) is kind:
+        with averaged(model, average):
+            yield model
+    else:
+        yield sharding.assemble(kind, model, average or model.state_dict(), device, keep=keep)
+
+
+@contextmanager
+def items(loader):
+    """Context: an iterator of ``loader`` whose workers end with it, not when the collector comes to them: Python, when it exits,
+    ends them by a signal that they ignore, and would wait for them for ever."""
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
+
+
+def next_batch(batches, folder):
+    """The next batch. Raises TrainingError where there is none: a data worker died, or hundreds of videos are broken."""
+    try:
+        return next(batches)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise TrainingError(
+            f"no more data: {reason[0]}; where a data worker was killed, there may be too little memory for run.workers"
+            f"{folder.standing()}"
+        ) from error
 
 
 class averaged:
@@ -260,11 +382,11 @@ class averaged:
 
 def new_window():
     """What the next line of the log will sum up."""
-    return {"start": time.perf_counter(), "wait": 0.0, "clips": 0, "losses": [], "norms": []}
+    return {"start": time.perf_counter(), "wait": 0.0, "clips": 0, "flops": 0.0, "losses": [], "norms": []}
 
 
-def summary(window, tokens, device):
-    """The numbers of the steps since the last line of the log."""
+def summary(window, tokens, most, device):
+    """The numbers of the steps since the last line of the log. ``most``: FLOP/s of all devices together."""
     seconds = time.perf_counter() - window["start"]
     count = len(window["losses"])
     clips_per_second = window["clips"] / seconds
@@ -274,7 +396,18 @@ def summary(window, tokens, device):
         "clips_per_second": clips_per_second,
         "tokens_per_second": clips_per_second * tokens,
         "data_wait": window["wait"] / seconds,
+        "mfu": window["flops"] / seconds / most,
+        "memory_gb": peak_memory(device) / 1e9,
     }
-    if device.type == "cuda":
-        values["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return values
+
+
+def peak_memory(device):
+    """Most bytes that this process held so far: of the GPU's memory, or resident in the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # Linux, where getrusage may speak of the process that started this one
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

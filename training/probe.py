@@ -1,49 +1,65 @@
-"""``stmae probe``: what frozen features are worth: nearest neighbours and a linear classifier on them."""
+"""``stmae probe``: what frozen features are worth: nearest neighbours, a linear and an attentive classifier on them."""
 
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from stmae import checkpoint
 from stmae.models import VideoClassifier, VideoClassifierConfig
 
 from .config import ProbeConfig
-from .features import encode
+from .device import choose_device
+from .features import encode, encode_tokens
 from .listing import find_labelled_videos
 from .run_folder import weights_file
 
 Config = ProbeConfig
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays tried, on part of the training videos
+KINDS = ("knn", "linear", "attentive")
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays of the linear probe tried, on part of the training videos
+RATES = (3e-4, 1e-3, 3e-3)  # learning rates of the attentive probe tried, on the same
+EPOCHS, STEPS, BATCH = 20, 200, 64  # of the attentive probe's training: passes over the videos, but at least that many steps
 
 
 def run(config):
     """Prints the accuracies and returns them as a dict."""
-    train, test = find_labelled_videos(config.data), find_labelled_videos(config.test_data)
+    kinds = [kind.strip() for kind in config.kinds.split(",")]
+    if not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, separated by commas, got {config.kinds!r}")
+    train, test = (find_labelled_videos(data, config.data_root, config.data_labels) for data in (config.data, config.test_data))
     model = None
     if config.random_weights:
         torch.manual_seed(config.seed)
         shape = checkpoint.load_classifier(weights_file(config.checkpoint)).config
         model = VideoClassifier(VideoClassifierConfig.from_dict(shape.to_dict()))
-    x, y, _, left_out = encode(config.checkpoint, train, config, model=model)
-    test_x, test_y, _, test_left_out = encode(config.checkpoint, test, config, model=model)
+    tokens = test_tokens = None
+    if "attentive" in kinds:
+        x, tokens, y, _, left_out = encode_tokens(config.checkpoint, train, config, model=model)
+        test_x, test_tokens, test_y, _, test_left_out = encode_tokens(config.checkpoint, test, config, model=model)
+    else:
+        x, y, _, left_out = encode(config.checkpoint, train, config, model=model)
+        test_x, test_y, _, test_left_out = encode(config.checkpoint, test, config, model=model)
     for error in (*left_out, *test_left_out):
         print(f"left out: {error}")
     if not len(y) or not len(test_y):
         raise ValueError("a probe needs at least one usable video in data and in test_data")
     classes = int(max(y.max(), test_y.max())) + 1
-    results = {
-        "videos": len(y),
-        "test_videos": len(test_y),
-        "classes": classes,
-        "knn": knn(x, y, test_x, test_y, classes, config.neighbours),
-        "linear": linear(x, y, test_x, test_y, classes, config.seed),
-        "chance": (torch.bincount(test_y).max() / len(test_y)).item(),
-    }
+    results = {"videos": len(y), "test_videos": len(test_y), "classes": classes}
+    for kind in kinds:
+        if kind == "knn":
+            results[kind] = knn(x, y, test_x, test_y, classes, config.neighbours)
+        elif kind == "linear":
+            results[kind] = linear(x, y, test_x, test_y, classes, config.seed)
+        else:
+            results[kind] = attentive(tokens, y, test_tokens, test_y, classes, config.seed, choose_device(config.device))
+    results["chance"] = (torch.bincount(test_y).max() / len(test_y)).item()
+    named = {"knn": f"{config.neighbours} nearest neighbours"}
     print(
-        f"{results['videos']} videos, tested on {results['test_videos']}: {config.neighbours} nearest neighbours "
-        f"{results['knn']:.1%}, linear {results['linear']:.1%}, always the commonest class {results['chance']:.1%}"
+        f"{results['videos']} videos, tested on {results['test_videos']}: "
+        + "".join(f"{named.get(kind, kind)} {results[kind]:.1%}, " for kind in kinds)
+        + f"always the commonest class {results['chance']:.1%}"
     )
     if config.output:
         Path(config.output).write_text(json.dumps(results, indent=1) + "\n")
@@ -94,3 +110,84 @@ def logistic_regression(x, y, classes, penalty):
 
     optimizer.step(closure)
     return weight.detach()
+
+
+class AttentiveClassifier(nn.Module):
+    """Cross-attention of a learnt query over tokens, then a linear classifier (Bardes et al. 2024, arXiv 2404.08471: V-JEPA's
+    attentive probe, here without the block around its attention).
+
+    Each head's query is multiplied into the key projection first, and its attention averages the tokens before the value
+    projection: the same result for the work of two products with ``heads`` rows instead of two with ``width``.
+    """
+
+    def __init__(self, width, classes, heads):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(heads, width // heads))
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens):  # [B, N, D] -> [B, classes]
+        heads, dim = self.query.shape
+        asked = torch.einsum("hd,hdw->hw", self.query, self.key.weight.unflatten(0, (heads, dim))) * dim**-0.5
+        weights = (tokens @ asked.T).softmax(dim=1)  # [B, N, heads]
+        means = weights.transpose(1, 2) @ tokens  # [B, heads, D]
+        values = torch.einsum("bhw,hdw->bhd", means, self.value.weight.unflatten(0, (heads, dim))).flatten(1) + self.value.bias
+        return self.head(self.norm(values))
+
+
+def attentive(tokens, y, test_tokens, test_y, classes, seed, device):
+    """Accuracy of an AttentiveClassifier on tokens [videos, N, D], standardised.
+
+    Its learning rate is the best of RATES on a fifth of the training videos, never on the test. A function of ``seed``: PyTorch's
+    global random state is left alone.
+    """
+    mean = sum(video.float().mean(0) for video in tokens) / len(tokens)
+    variance = sum((video.float() - mean).square().mean(0) for video in tokens) / len(tokens)
+    scale = (mean.to(device), variance.sqrt().clamp(min=1e-6).to(device))
+    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    held, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
+
+    def trained(rate, numbers):
+        return train_attentive(tokens, y, numbers, classes, rate, scale, seed, device)
+
+    @torch.no_grad()
+    def right(model, tokens, labels):
+        said = torch.cat([model(standardised(part, scale, device)).argmax(1).cpu() for part in tokens.split(BATCH)])
+        return (said == labels).float().mean().item()
+
+    rate = RATES[len(RATES) // 2]
+    if len(held) >= 2:
+        rate = max(RATES, key=lambda rate: right(trained(rate, rest), tokens[held], y[held]))
+    return right(trained(rate, torch.arange(len(y))), test_tokens, test_y)
+
+
+def train_attentive(tokens, y, numbers, classes, rate, scale, seed, device):
+    """An AttentiveClassifier trained on the videos ``numbers`` with AdamW and a cosine from ``rate`` to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = min(BATCH, len(numbers))
+    width = tokens.shape[2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AttentiveClassifier(width, classes, heads=max(h for h in range(1, max(1, width // 64) + 1) if width % h == 0))
+    model.to(device)
+    steps = max(STEPS, EPOCHS * len(numbers) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.zeros(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch:
+            order = torch.cat([order, numbers[torch.randperm(len(numbers), generator=generator)]])
+        chosen, order = order[:batch], order[batch:]
+        loss = F.cross_entropy(model(standardised(tokens[chosen], scale, device)), y[chosen].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def standardised(tokens, scale, device):
+    mean, deviation = scale
+    return (tokens.to(device).float() - mean) / deviation

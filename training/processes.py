@@ -14,17 +14,20 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .sharding import shard
+
 
 class Processes:
     """This process among its peers. Context manager: joins the group on entry where torchrun set one up, leaves it at the end.
 
     rank, world_size: 0 of 1 where there is no torchrun; ``first``: whether this is rank 0, which writes and speaks.
+    environment: where torchrun says what it started.
     """
 
-    def __init__(self):
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    def __init__(self, environment=os.environ):
+        self.rank = int(environment.get("RANK", "0"))
+        self.world_size = int(environment.get("WORLD_SIZE", "1"))
+        self.local_rank = int(environment.get("LOCAL_RANK", "0"))
 
     @property
     def first(self):
@@ -53,15 +56,22 @@ class Processes:
         finally:
             dist.destroy_process_group()
 
-    def wrap(self, model, device):
-        """The model whose gradients are averaged over the processes."""
+    def wrap(self, model, device, parallel):
+        """The model whose gradients are averaged over the processes; with "fsdp" it is itself sharded, in place."""
         if self.world_size == 1:
+            return model
+        if parallel == "fsdp":
+            shard(model, device, self.world_size)
             return model
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def unsynchronised(self, model, last):
         """Context for a part of an accumulated batch: gradients are exchanged only after the last one."""
-        return model.no_sync() if self.world_size > 1 and not last else contextlib.nullcontext()
+        if isinstance(model, DistributedDataParallel):
+            return contextlib.nullcontext() if last else model.no_sync()
+        if self.world_size > 1:
+            model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
 
     def wait(self):
         if self.world_size > 1:
@@ -75,10 +85,34 @@ class Processes:
             values /= self.world_size
         return values.tolist()
 
+    def gather(self, value):
+        """Every process's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def first_does(self, work):
+        """Rank 0 calls ``work``, the others wait for it; what it raises is raised in all of them."""
+        error = None
+        if self.first:
+            try:
+                work()
+            except Exception as failure:
+                error = failure
+        if self.world_size > 1:
+            error = self.gather(error)[0]
+        if error is not None:
+            raise error
+
     def union(self, mapping):
         """All processes' mappings in one."""
-        if self.world_size == 1:
-            return mapping
-        gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, mapping)
-        return {key: value for part in gathered for key, value in part.items()}
+        return {key: value for part in self.gather(mapping) for key, value in part.items()}
+
+    def share(self, items):
+        """This process's part of ``items``, in order: one in world_size."""
+        return items[self.rank :: self.world_size]
+
+
+ALONE = Processes({})  # for what reads a run's folder outside a run

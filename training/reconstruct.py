@@ -76,7 +76,7 @@ def run(config):
             continue
         video = as_video(clips.to(device))
         with torch.no_grad():
-            out = model(video, noise=noise.to(device), mask_ratio=ratio)
+            out = model(video, noise=noise.to(device), mask_ratio=ratio, decoder_mask_ratio=0)
         pictures = model.reconstruct(video, out)
         if not said:
             print(

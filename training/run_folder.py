@@ -6,16 +6,22 @@
     tensorboard/              the same for TensorBoard
     model.safetensors         the weights, as ``stmae.checkpoint.load`` reads them
     state-STEP.safetensors    weights, optimiser and counters: all that is needed to continue; the last two are kept
+    state-STEP/               the same of a run with fsdp, each process's share (torch.distributed.checkpoint)
+    plots.png                 log.jsonl as curves
+    pictures/                 reconstructions during pre-training
 
-Every file is written beside its place, flushed to disk and renamed over the old one, so at any moment what is in place is whole.
-The older of two states is removed only after the newer one is in place.
+Every file is written beside its place, flushed to disk and renamed over the old one, so at any moment what is in place is whole;
+a folder of shares likewise. The older of two states is removed only after the newer one is in place. A run continues from either
+kind of state, on any number of processes, sharded or not.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 from importlib import metadata
@@ -28,7 +34,9 @@ from safetensors.torch import save_file
 
 from stmae import checkpoint
 
+from . import sharding
 from .config import ClipConfig
+from .processes import ALONE
 
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
 
@@ -50,8 +58,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing; nobody else's file
-                if re.fullmatch(r"\.(model|state-\d+|config)\.\w+\.[0-9a-f]{8}\.tmp", stale.name):
+                if re.fullmatch(r"\.(model|state-\d+|config|log|plots)\.\w+\.[0-9a-f]{8}\.tmp", stale.name):
                     stale.unlink()
+                if re.fullmatch(r"\.state-\d+\.(new|old)\.tmp", stale.name):
+                    shutil.rmtree(stale)
             probe = self.path / ".writable.tmp"
             probe.write_bytes(b"stmae")
             probe.unlink()
@@ -64,19 +74,66 @@ class RunFolder:
 
     def states(self):
         """Steps of the states in the folder, newest first."""
-        found = (re.fullmatch(r"state-(\d+)\.safetensors", file.name) for file in self.path.iterdir())
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        return list(dict.fromkeys(step for step, _ in self._states()))
 
-    def state_path(self, step):
-        return self.path / f"state-{step:08d}.safetensors"
+    def _states(self):
+        """(step, file or folder) of the states, newest first."""
+        found = ((re.fullmatch(r"state-(\d+)(\.safetensors)?", file.name), file) for file in self.path.iterdir())
+        return sorted(((int(match[1]), file) for match, file in found if match), reverse=True)
+
+    def state_path(self, step, *, shards=False):
+        return self.path / (f"state-{step:08d}" if shards else f"state-{step:08d}.safetensors")
 
     def save_state(self, step, tensors, info):
         """Write state ``step``: tensors by name, and ``info``, plain values. Raises RunFolderError; older states are
         then untouched."""
         metadata = {"stmae_state": json.dumps(info)}
         self._write(self.state_path(step), lambda file: save_file(tensors, file, metadata))
-        for old in self.states()[KEPT_STATES:]:
-            self.state_path(old).unlink(missing_ok=True)
+        self._remove_old_states(step, self.state_path(step))
+
+    def save_shards(self, step, tensors, info, processes):
+        """As ``save_state``, but every process writes its share of the sharded ``tensors``. Called by all processes, and where
+        one of them fails, all raise."""
+        path = self.state_path(step, shards=True)
+        temporary = self.path / f".{path.name}.new.tmp"
+        told = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)
+
+        def put_in_place():
+            try:
+                _sync(temporary)
+                if path.exists():  # damaged, or this run would not have come to this step again
+                    self._remove(path)
+                os.replace(temporary, path)
+                _sync(self.path)
+            except OSError as error:
+                raise RunFolderError(f"cannot write {path.name}: {error.strerror}{self.standing()}") from error
+            self._remove_old_states(step, path)
+
+        try:
+            sharding.write(temporary, {**tensors, "stmae_state": told}, processes)
+        except sharding.ShardError as error:
+            if processes.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise RunFolderError(f"cannot write {path.name}: {error}{self.standing()}") from error
+        processes.first_does(put_in_place)
+
+    def _remove_old_states(self, step, newest):
+        """All but KEPT_STATES up to ``step``, and what else there is of it; ``newest``, the state of this step, is in place.
+
+        Those of later steps are damaged, or the run would have gone on from them: they do not count.
+        """
+        steps = [other for other in self.states() if other <= step]
+        for other, path in self._states():
+            if other in steps[KEPT_STATES:] or (other == step and path != newest):
+                self._remove(path)
+
+    def _remove(self, path):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        renamed = self.path / f".{path.name}.old.tmp"  # in one stroke, so that what bears a state's name is never half a state
+        os.replace(path, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
     def save_model(self, model):
         """Write the weights alone, with the model's configuration."""
@@ -85,28 +142,50 @@ class RunFolder:
         except checkpoint.CheckpointError as error:
             raise RunFolderError(f"{error}{self.standing()}") from error
 
-    def load_state(self, report=print):
-        """The newest whole state as (tensors, info), or None. Damaged ones are reported and passed over, never removed."""
-        for step in self.states():
+    def load_state(self, report=print, *, owner=lambda name: None, processes=ALONE):
+        """The newest whole state as (tensors, info), or None. Damaged ones are reported and passed over, never removed.
+
+        Called by all processes, which take the same one.
+        owner: name -> the tensor of the run that the state's tensor of this name belongs to: where it is sharded, only this
+            process's share of a sharded state is read.
+        """
+        for _, path in self._states():
             try:
-                with safe_open(self.state_path(step), framework="pt") as file:
-                    info = json.loads(file.metadata()["stmae_state"])
-                    return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 (not a dict)
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                report(f"checkpoint {self.state_path(step).name} is damaged ({error}); looking for an older one")
+                return self._read_shards(path, owner, processes) if path.is_dir() else self._read_file(path, processes)
+            except sharding.ShardError as error:
+                report(f"checkpoint {path.name} is damaged ({error}); looking for an older one")
         if self.states():
             raise RunFolderError(f"every checkpoint in {self.path} is damaged; move them away to start over")
         return None
 
+    def _read_file(self, path, processes):
+        tensors, info, error = {}, None, None
+        try:
+            with safe_open(path, framework="pt") as file:
+                info = json.loads(file.metadata()["stmae_state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as failure:
+            error = str(failure)
+        sharding.agree(error, processes)
+        return tensors, info
+
+    def _read_shards(self, path, owner, processes):
+        tensors = sharding.read(path, owner, processes)
+        try:
+            return tensors, json.loads(bytes(tensors.pop("stmae_state").tolist()))
+        except (KeyError, ValueError) as error:
+            raise sharding.ShardError(str(error)) from error
+
     def claim(self, settings):
-        """Write config.yaml, or compare: a folder holds one run. ``run.*`` may differ, for it changes nothing that is computed.
+        """Write config.yaml, or compare: a folder holds one run. ``run.*`` and ``probe.*`` may differ, for they change nothing
+        that is computed.
 
         Raises RunFolderError naming every setting that differs from the run that is already here.
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
             there, here = _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}), _flat(settings)
-            names = sorted(name for name in {*there, *here} if not name.startswith("run.") and name != "output")
+            names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
             if differing:
                 raise RunFolderError(
@@ -197,6 +276,16 @@ def clips_of(checkpoint_path, stride=None):
         clips = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("clips") or {}
     chosen = {name: clips[name] for name in ("stride", "spacing") if name in clips}
     return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
+
+
+def _sync(folder):
+    """Makes names in ``folder`` durable; not every system lets a folder be opened for it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _flat(settings):

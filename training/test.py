@@ -30,7 +30,7 @@ def run(config):
     if not isinstance(model, VideoClassifier):
         raise ValueError(f"{file} holds a {type(model).__name__}, and a test needs a classifier: see 'stmae finetune'")
     model.to(device)
-    entries = find_labelled_videos(config.data)
+    entries = find_labelled_videos(config.data, config.data_root, config.data_labels)
     scores, labels, skipped = scores_of(model, entries, clips_of(file, config.stride), config.views, device, autocast)
     for error in skipped:
         print(f"left out of the test: {error}")

@@ -50,6 +50,8 @@ class Video:
     Raises VideoError when there is nothing to decode: no such file, empty, not a video, audio only.
     """
 
+    still = False  # as of an image, from which a clip of any length can be taken
+
     def __init__(self, path):
         self.path = os.fspath(path)
         self._container = None
@@ -68,7 +70,7 @@ class Video:
                 raise VideoError(self.path, "the file is empty")
             self._container = av.open(self.path, metadata_errors="replace")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(self.path, f"cannot be opened ({_reason(error)})") from error
+            raise VideoError(self.path, f"cannot be opened ({reason_of(error)})") from error
         streams = [s for s in self._container.streams.video if not _is_cover_picture(s)]
         if not streams:
             kinds = sorted({s.type for s in self._container.streams}) or ["nothing"]
@@ -171,7 +173,7 @@ class Video:
                 raise VideoError(self.path, f"announces {len(self)} frames and has {len(self.times)}") from None
             found = self._by_count(wanted)
         first = found[wanted[0]]
-        return np.stack([_match(found[i], first) for i in indices])
+        return np.stack([match_size(found[i], first) for i in indices])
 
     def _by_stamp(self, wanted):
         found, decoded, current, previous = {}, None, None, None
@@ -247,7 +249,7 @@ class Video:
                 yield frame
 
 
-def _match(pixels, first):
+def match_size(pixels, first):
     """Some streams change their frame size on the way: nearest rows and columns, to the size of the first."""
     if pixels.shape == first.shape:
         return pixels
@@ -260,5 +262,6 @@ def _is_cover_picture(stream):
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
-def _reason(error):
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def reason_of(error):
+    """Why, in one line."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]

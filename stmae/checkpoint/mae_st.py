@@ -38,7 +38,7 @@ _PRETRAIN = _SHARED | {
     "decoder_embed_dim": ("decoder_width", 512),
     "decoder_depth": ("decoder_depth", 8),
     "decoder_num_heads": ("decoder_num_heads", 16),
-    "norm_pix_loss": ("normalize_target", False),
+    "norm_pix_loss": ("target", False),
     "pred_t_dim": ("predicted_frames", 8),
     "mask_ratio": ("mask_ratio", 0.75),
 }
@@ -109,6 +109,7 @@ def from_mae_st(state_dict: dict, config: dict) -> VideoModel:
     values = fields("from_mae_st", config, _PRETRAIN if kind == "pretrain" else _CLASSIFY, _WITHOUT_FIELD)
     values["qkv_bias"] = not config.get("no_qkv_bias", False)
     if kind == "pretrain":
+        values["target"] = "normalized_pixels" if values["target"] else "pixels"
         model_class, model_config = MaskedAutoencoder, MaskedAutoencoderConfig(**values)
         if model_config.predicted_frames == model_config.grid[0]:
             # One per time slice, also after a change of length.
@@ -144,6 +145,8 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
             )
         if config.frame_choice != "linspace":
             raise ValueError("to_mae_st: mae_st predicts the frames of a linspace; this model, of a stride")
+        if config.target == "hog":
+            raise ValueError("to_mae_st: mae_st predicts pixels; this model, histograms of oriented gradients")
     table = _names(config)
     result = {}
     for name, value in model.state_dict().items():

@@ -24,7 +24,7 @@ _SHARED = {
 _PRETRAIN = _SHARED | {
     "decoder_embed_dim": ("decoder_width", 512),
     "decoder_depth": ("decoder_depth", 4),
-    "norm_pix_loss": ("normalize_target", True),
+    "norm_pix_loss": ("target", True),
     "mask_ratio": ("mask_ratio", 0.9),
 }
 _CLASSIFY = _SHARED | {
@@ -84,6 +84,7 @@ def from_slowfast(state_dict: dict, config: dict) -> VideoModel:
         return build_renamed(VideoClassifier, model_config, weights, table, "the SlowFast checkpoint")
 
     values = fields("from_slowfast", config, _PRETRAIN, _WITHOUT_FIELD | {"decoder_num_heads"})
+    values["target"] = "normalized_pixels" if values["target"] else "pixels"
     model_config = MaskedAutoencoderConfig(
         **values,
         **seen,

@@ -9,6 +9,7 @@ A residual stream is carried as a pair (x, branch): the sum of the two, not yet 
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def add_layer_norm(x: torch.Tensor, branch: torch.Tensor | None, layer: nn.LayerNorm, ops) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +44,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.drop_path = drop_path
+        self.checkpoint_activations = False  # keep only the block's input and compute it again in the backward pass
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # rows: (q, k, v), in each the heads
         self.proj = nn.Linear(width, width)
@@ -59,6 +61,11 @@ class Block(nn.Module):
         Tokens meet only in the attention, so what nobody reads afterwards need not pass through the projection
         and the MLP.
         """
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, branch, ops, rows, use_reentrant=False)
+        return self._forward(x, branch, ops, rows)
+
+    def _forward(self, x, branch, ops, rows):
         x, normal = add_layer_norm(x, branch, self.norm1, ops)
         qkv = ops.linear(normal, self.qkv.weight, self.qkv.bias)
         out = ops.packed_attention(qkv.unflatten(2, (3, self.num_heads, -1))).flatten(2)

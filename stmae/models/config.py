@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from stmae.masking import STRATEGIES
+from stmae.masking import STRATEGIES, num_reconstructed
+from stmae.models.hog import BINS, CELL
+
+TARGETS = ("pixels", "normalized_pixels", "hog")
 
 
 def _fail(config, field: str, expected: str, got) -> None:
@@ -152,8 +155,11 @@ class MaskedAutoencoderConfig(EncoderConfig):
             time slice.
         frame_choice: which ones. ``linspace``: ``linspace(0, T - 1, n)`` truncated, the last frame included
             (mae_st: 0, 2, ..., 12, 15 of 16); ``stride``: every (T / n)-th (SlowFast: 0, 2, ..., 14).
-        normalize_target: predict each patch normalised by its own mean and variance ("norm-pix").
+        target: what is predicted of a patch. ``pixels``; ``normalized_pixels``: normalised by the patch's own mean and
+            variance ("norm-pix"); ``hog``: histograms of oriented gradients, see ``stmae.models.hog``.
         mask_ratio, mask_strategy: used unless the forward call says otherwise; see ``stmae.masking``.
+        decoder_mask_ratio: share of the masked tokens that the decoder neither sees nor reconstructs, 0, 0.25, 0.5 or
+            0.75: dual masking with running cells (VideoMAE V2); see ``stmae.masking.reconstructed``.
     """
 
     decoder_width: int = 512
@@ -163,9 +169,10 @@ class MaskedAutoencoderConfig(EncoderConfig):
     decoder_class_token: str = "own"
     predicted_frames: int | None = None
     frame_choice: str = "linspace"
-    normalize_target: bool = True
+    target: str = "normalized_pixels"
     mask_ratio: float = 0.9
     mask_strategy: str = "random"
+    decoder_mask_ratio: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,6 +183,7 @@ class MaskedAutoencoderConfig(EncoderConfig):
             ("decoder_class_token", ("own", "encoder")),
             ("frame_choice", ("linspace", "stride")),
             ("mask_strategy", STRATEGIES),
+            ("target", TARGETS),
         ):
             if getattr(self, field) not in choices:
                 _fail(self, field, f"to be one of {', '.join(choices)}", getattr(self, field))
@@ -186,6 +194,20 @@ class MaskedAutoencoderConfig(EncoderConfig):
                 _fail(self, "predicted_frames", expected, self.predicted_frames)
         if not 0 < self.mask_ratio < 1:
             _fail(self, "mask_ratio", "to lie between 0 and 1 (exclusive)", self.mask_ratio)
+        try:
+            num_reconstructed(self.num_tokens, self.decoder_mask_ratio)
+        except ValueError:
+            _fail(self, "decoder_mask_ratio", "to be 0, 0.25, 0.5 or 0.75", self.decoder_mask_ratio)
+        if self.target == "hog" and any(size % CELL for size in self.patch_size):
+            _fail(self, "patch_size", f"to be a multiple of {CELL}, the cell of target hog,", self.patch_size)
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """Raises ValueError for a name that this configuration does not have."""
+        values = dict(values)
+        if "normalize_target" in values:  # what ``target`` was called when there were two
+            values["target"] = "normalized_pixels" if values.pop("normalize_target") else "pixels"
+        return super().from_dict(values)
 
     @property
     def frames(self) -> list[int]:
@@ -204,7 +226,10 @@ class MaskedAutoencoderConfig(EncoderConfig):
     @property
     def patch_values(self) -> int:
         """``P``, values in a predicted patch."""
-        return math.prod(self.target_patch_size) * self.in_channels
+        u, p, q = self.target_patch_size
+        if self.target == "hog":
+            return u * (p // CELL) * (q // CELL) * self.in_channels * BINS
+        return u * p * q * self.in_channels
 
 
 @dataclass(frozen=True, kw_only=True)

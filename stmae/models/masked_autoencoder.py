@@ -8,19 +8,21 @@ the paper leaves open are those of its two official implementations, each a swit
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from stmae.masking import num_keep, sample_noise
+from stmae.masking import num_keep, reconstructed, sample_noise
 from stmae.models.blocks import Block, add_layer_norm, initialize_block
 from stmae.models.config import MaskedAutoencoderConfig
 from stmae.models.encoder import Encoder, VideoModel
+from stmae.models.hog import hog_loss
 from stmae.models.pictures import Reconstruction, reconstruct
 from stmae.models.position import Position
 
 
 class MaskedAutoencoderOutput(NamedTuple):
-    """loss: scalar float32; pred: [B, M, P], in the order of ``masked``; keep: [B, K]; masked: [B, M], both
-    ascending."""
+    """loss: scalar float32; pred: [B, M, P], in the order of ``masked``; keep: [B, K], what the encoder saw; masked: [B, M],
+    what was reconstructed: with a decoder mask, not all of the rest. Both ascending."""
 
     loss: torch.Tensor
     pred: torch.Tensor
@@ -69,7 +71,11 @@ class Decoder(nn.Module):
             initialize_block(block)
 
     def forward(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor, ops) -> torch.Tensor:
-        """latent [B, (1 +) K, D], keep [B, K], masked [B, M] -> pred [B, M, P]."""
+        """latent [B, (1 +) K, D], keep [B, K], masked [B, M] -> pred [B, M, P].
+
+        With a decoder mask, the sequence holds the tokens ``keep`` and ``masked`` only; without, all N.
+        """
+        partial = self.config.decoder_mask_ratio > 0 and keep.shape[1] + masked.shape[1] < self.config.num_tokens
         x = ops.linear(latent, self.embed.weight, self.embed.bias)
         if self.config.class_token:
             # The class token is token 0 of the sequence, so it goes through the same scatter as the visible
@@ -79,7 +85,14 @@ class Decoder(nn.Module):
                 x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x[:, 1:]], dim=1)
             keep = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)
             masked = masked + 1
-        x = ops.restore_tokens(x, keep, self.mask_token[0], self.position.of_all())
+        position = self.position.of_all()
+        if partial:
+            # Attention does not ask in which order the tokens come: the visible ones, then those to be reconstructed.
+            visible, hidden = x + F.embedding(keep, position), self.mask_token + F.embedding(masked, position)
+            x = torch.cat([visible, hidden], dim=1)
+            masked = torch.arange(visible.shape[1], x.shape[1], device=x.device).expand(x.shape[0], -1)
+        else:
+            x = ops.restore_tokens(x, keep, self.mask_token[0], position)
         branch = None
         for block in self.blocks[:-1]:
             x, branch = block(x, branch, ops)
@@ -112,6 +125,7 @@ class MaskedAutoencoder(VideoModel):
         video: torch.Tensor,
         *,
         mask_ratio: float | None = None,
+        decoder_mask_ratio: float | None = None,
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> MaskedAutoencoderOutput:
@@ -121,13 +135,14 @@ class MaskedAutoencoder(VideoModel):
             video: [B, C, T, H, W]; uint8 (0..255, normalised inside the kernels) or floating point, already
                 normalised. Any strides.
             mask_ratio: masked share of the tokens; default: the configuration's.
+            decoder_mask_ratio: share of the masked tokens that is left out of the decoder; default: the configuration's.
             noise: [B, N] float32 whose smallest entries are kept; default: drawn by the configuration's
                 strategy.
             generator: source of the drawn noise.
 
         Returns:
             ``MaskedAutoencoderOutput(loss, pred [B, M, P], keep [B, K], masked [B, M])``. The loss is the
-            mean over masked patches of the mean squared error within a patch (section 3 of the paper).
+            mean over reconstructed patches of the mean squared error within a patch (section 3 of the paper).
 
         Raises:
             ValueError: video or noise of the wrong shape or dtype, a ratio that keeps nothing or everything.
@@ -135,19 +150,27 @@ class MaskedAutoencoder(VideoModel):
         """
         self._check_video(video)
         keep, masked = self.sample_mask(
-            video.shape[0], mask_ratio=mask_ratio, noise=noise, generator=generator, device=video.device
+            video.shape[0],
+            mask_ratio=mask_ratio,
+            decoder_mask_ratio=decoder_mask_ratio,
+            noise=noise,
+            generator=generator,
+            device=video.device,
         )
         pred = self.decode(self.encode(video, keep), keep, masked)
-        loss = self._ops.patch_loss(
-            pred,
-            video,
-            masked,
-            patch_size=self.config.target_patch_size,
-            frames=self._frames,
-            normalize=self.config.normalize_target,
-            mean=self.config.mean,
-            std=self.config.std,
-        )
+        if self.config.target == "hog":
+            loss = hog_loss(pred, video, masked, self._frames, self.config.target_patch_size)
+        else:
+            loss = self._ops.patch_loss(
+                pred,
+                video,
+                masked,
+                patch_size=self.config.target_patch_size,
+                frames=self._frames,
+                normalize=self.config.target == "normalized_pixels",
+                mean=self.config.mean,
+                std=self.config.std,
+            )
         return MaskedAutoencoderOutput(loss, pred, keep, masked)
 
     def sample_mask(
@@ -155,11 +178,13 @@ class MaskedAutoencoder(VideoModel):
         batch: int,
         *,
         mask_ratio: float | None = None,
+        decoder_mask_ratio: float | None = None,
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keep [B, K], masked [B, M]), both int64 and ascending in each row. Arguments as in ``forward``."""
+        """(keep [B, K], masked [B, M]), what is seen and what is reconstructed, both int64 and ascending in each row.
+        Arguments as in ``forward``."""
         config = self.config
         ratio = config.mask_ratio if mask_ratio is None else mask_ratio
         count = num_keep(config.mask_strategy, config.grid, ratio)
@@ -174,7 +199,9 @@ class MaskedAutoencoder(VideoModel):
                 f"MaskedAutoencoder: expected noise [{batch}, {config.num_tokens}] (B, N), "
                 f"got {list(noise.shape)}"
             )
-        return self._ops.random_masking(noise, count)
+        keep, masked = self._ops.random_masking(noise, count)
+        hidden = config.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio
+        return keep, reconstructed(masked, noise, config.grid, hidden)
 
     def encode(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Latents [B, K, D] of the tokens ``keep`` [B, K] (default: all), after the final norm.
@@ -199,7 +226,7 @@ class MaskedAutoencoder(VideoModel):
         Args:
             video: [B, C, T, H, W], as in ``forward``.
             out: ``forward``'s result for this video; default: computed here, in evaluation mode, without
-                gradients.
+                gradients and without a decoder mask.
             fill: grey value in [0, 1] of masked patches in the ``masked`` pictures.
 
         Returns:
@@ -214,7 +241,7 @@ class MaskedAutoencoder(VideoModel):
                 training = self.training
                 self.eval()
                 try:
-                    out = self(video)
+                    out = self(video, decoder_mask_ratio=0)
                 finally:
                     self.train(training)
-            return reconstruct(self.config, video, out.pred, out.masked, fill=fill)
+            return reconstruct(self.config, video, out.pred, out.masked, keep=out.keep, fill=fill)

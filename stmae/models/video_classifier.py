@@ -52,6 +52,8 @@ class VideoClassifier(VideoModel):
         tokens = x + branch
         if self.config.class_token:
             tokens = tokens[:, 1:]
-        if not pooled:
-            return tokens
+        return self.pool(tokens) if pooled else tokens
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The normalised mean [B, D] of tokens [B, N, D]: of those that ``features(pooled=False)`` gives, what it gives else."""
         return add_layer_norm(tokens.mean(dim=1), None, self.encoder.norm, self._ops)[1]

@@ -12,6 +12,7 @@ interpreted.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from gpu.lower_bounds import attention_work  # noqa: E402
 from gpu.suite import launch, masks, random, video_of  # noqa: E402
 
 MEAN, STD = [0.45] * 3, [0.225] * 3
@@ -121,10 +122,12 @@ ATTENTION = {  # queries and keys, head dim: the encoder sees a tenth of the tok
 @pytest.mark.parametrize("N, D", ATTENTION.values(), ids=ATTENTION)
 def test_attention(N, D):
     qkv = random(1, N, 3, 1, D, dtype=BF16)
+    _, useful = attention_work(1, N, 1, D)
     with interpreted.Traffic(memory=False) as traffic:
         out, lse = launch("packed_attention", qkv, D**-0.5)
-    assert 4 * N * N * D <= traffic.operations <= 4 * N * N * D / 0.9
+    assert useful <= traffic.operations <= useful / 0.9
     with interpreted.Traffic(memory=False) as traffic:
         launch("packed_attention_backward", out, qkv, out, lse, D**-0.5)
     # Three products for grad_q, four for grad_k and grad_v: the scores are made in each, so that no atomics are needed.
-    assert 14 * N * N * D <= traffic.operations <= 14 * N * N * D / 0.9
+    _, useful = attention_work(1, N, 1, D, backward=True)
+    assert useful <= traffic.operations <= useful / 0.9

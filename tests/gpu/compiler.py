@@ -4,13 +4,14 @@ A launcher runs as it is, on meta tensors: no memory, but shapes, strides, dtype
 that Triton's binder looks at. Only the last step of a launch is left out. Needs a process without TRITON_INTERPRET.
 """
 
+import bisect
 import collections
 import contextlib
-import hashlib
-import json
+import itertools
 import math
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ LIMITS = {
 # Of one gfx942 compute unit, from AMD's CDNA 3 ISA guide: bytes of LDS; per SIMD of four, 512 vector registers a lane.
 LDS = 64 * 1024
 # Tensor-core instructions: of a warp, of a warp group (sm_90), on tensor memory (sm_100).
+MACHINES = {"sm_80": "SM80", "sm_90": "SM90a", "sm_100": "SM100a"}  # as nvdisasm calls those that Triton compiles for
 TENSOR_CORES = {"HMMA": "HMMA", "HGMMA": "HGMMA", "UTCMMA": "UTC[A-Z]*MMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -110,14 +112,35 @@ def _tool(name, *arguments):
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _nvidia(kernel, target):
+def _code(cubin):
+    """The instructions of a cubin, an ELF file of 64 bits: its sections named .text.*, one after the other."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]  # name, ..., offset, size
+    texts = (x for x in sections if cubin.startswith(b".text.", sections[names][4] + x[0]))
+    return b"".join(cubin[offset : offset + length] for _, _, _, _, offset, length in texts)
+
+
+def _disassemble(codes, target):
+    """Opcodes and their number, of each piece of code. One call for all: nvdisasm takes half a second to start."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        sass = _tool("nvdisasm", "--no-dataflow", "--binary", MACHINES[target], file.name)
+    found = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    opcodes = [collections.Counter() for _ in codes]
+    for address, opcode in found:
+        opcodes[bisect.bisect_right(ends, int(address, 16))][opcode] += 1
+    return opcodes
+
+
+def _nvidia(cubin, warps, shared, opcodes, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
     registers, local = (int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "LOCAL"))
-    opcodes = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M))
 
     def count(pattern):
         return sum(number for opcode, number in opcodes.items() if re.match(rf"(?:{pattern})(?:\.|$)", opcode))
@@ -126,7 +149,6 @@ def _nvidia(kernel, target):
         wide, half, every = count(rf"(?:{pattern})\..*128"), count(rf"(?:{pattern})\..*64"), count(pattern)
         return [wide, half, every - wide - half]
 
-    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     return {
         "registers": registers,
         "spilled": local + count("LDL|STL"),
@@ -150,8 +172,7 @@ def blocks_per_sm(target, registers, warps, shared):
     return min(by_registers, by_shared, threads // (warps * 32), blocks)
 
 
-def _amd(kernel):
-    text = kernel.asm["amdgcn"]
+def _amd(text, warps, shared):
 
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -160,7 +181,6 @@ def _amd(kernel):
         return len(re.findall(rf"^\s+(?:{pattern})", text, re.M))
 
     vector = field("vgpr_count") + field("agpr_count")
-    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
 
     def width(name):
         wide, half, every = (count(rf"(?:global|buffer)_{name}{size}") for size in ("_dwordx[34]", "_dwordx2", ""))
@@ -181,17 +201,15 @@ def _amd(kernel):
     }
 
 
-def figures(kernel, target):
-    """Of one compiled kernel: registers a thread, spills, bytes of shared memory, programs that fit on one multiprocessor,
+def machine_code(kernel):
+    """What `figures` reads, in a form that can be sent to another process: the code, its warps and bytes of shared memory."""
+    return kernel.asm.get("cubin") or kernel.asm["amdgcn"], kernel.metadata.num_warps, kernel.metadata.shared
+
+
+def figures(codes, target):
+    """Of each of these: registers a thread, spills, bytes of shared memory, programs that fit on one multiprocessor,
     tensor-core instructions, and global loads and stores by width [128, 64, less bits]; counts are static."""
     if target.startswith("gfx"):
-        return _amd(kernel)
-    # Disassembling takes as long as compiling: what was read is kept beside what was compiled.
-    digest = hashlib.sha256(kernel.asm["cubin"] + Path(__file__).read_bytes()).hexdigest()
-    path = Path(triton.knobs.cache.dir) / "stmae_figures" / f"{digest}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_nvidia(kernel, target)))
-        partial.replace(path)
-    return json.loads(path.read_text())
+        return [_amd(*code) for code in codes]
+    opcodes = _disassemble([_code(cubin) for cubin, _, _ in codes], target)
+    return [_nvidia(*code, counted, target) for code, counted in zip(codes, opcodes)]

@@ -137,6 +137,7 @@ def test_ids_out_of_range_touch_nothing(device, guarded, wild):
         rest = [1, 4, 4], list(range(37)), [0.5], [0.2]
         grad_pred = launch("patch_loss_backward", losses[0], pred, video, ids, *losses[1:], *rest)
     assert (rows[0, 2] == 0).all()
+    torch.testing.assert_close(losses[0][0, 2], pred[0, 2].square().mean())  # against a patch of zeros
     assert all(x.isfinite().all() for x in (rows, *grads, *losses, grad_pred))
 
 
@@ -394,9 +395,12 @@ def test_tf32_only_where_torch_allows_it(device, guarded, monkeypatch):
 # what holds for all
 
 
-def far(x, gap):
-    """x with its first two dimensions 2^31 elements or so apart. Memory that is never touched is never there."""
-    storage = torch.empty(sum((n - 1) * s for n, s in zip(x.shape[:2], gap)) + x[0, 0].numel(), dtype=x.dtype, device=x.device)
+def far(x):
+    """x with its first two dimensions so far apart that the third entry of the one and the fifth of the other lie 2^31 elements
+    on, by strides that themselves fit 32 bits. Memory that is never touched is never there."""
+    inner = x[0, 0].numel()
+    gap = (2**30 + inner, 2**29 + inner)  # no two entries overlap: where b * 2^30 + n * 2^29 agree, b + n does not
+    storage = torch.empty(sum((n - 1) * s for n, s in zip(x.shape[:2], gap)) + inner, dtype=x.dtype, device=x.device)
     y = storage.as_strided(x.shape, (*gap, *x[0, 0].contiguous().stride()))
     return y.copy_(x)
 
@@ -404,12 +408,11 @@ def far(x, gap):
 @pytest.mark.parametrize("op", ["gather_tokens", "restore_tokens", "attention", "masked_patchify", "patch_loss"])
 def test_offsets_beyond_32_bits(device, guarded, op, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    gap = (2**31 + 16, 2**29 + 16)
-    keep = torch.tensor([[4, 1], [0, 3]], device=device)
-    x, tokens, position = (random(*shape, dtype=torch.bfloat16) for shape in ((2, 5, 16), (2, 2, 16), (5, 16)))
+    keep, _ = (ids.flip(1).contiguous() for ids in masks(3, 6, 5, device))
+    x, tokens, position = (random(*shape, dtype=torch.bfloat16) for shape in ((3, 6, 16), (3, 5, 16), (6, 16)))
     if op == "gather_tokens":
-        call = lambda x: (launch(op, x, keep),)  # noqa: E731
-        near = (x,)
+        call = lambda x, grad: (launch(op, x, keep), launch("gather_tokens_backward", grad, keep, 6))  # noqa: E731
+        near = (x, tokens)
     elif op == "restore_tokens":
         call = lambda tokens, grad: (  # noqa: E731
             launch(op, tokens, keep, position[0].to(device), position.to(device)),
@@ -417,20 +420,34 @@ def test_offsets_beyond_32_bits(device, guarded, op, monkeypatch):
         )
         near = (tokens, x)
     elif op == "attention":
-        call = lambda qkv: launch("packed_attention", qkv, 0.3)  # noqa: E731
-        near = (random(2, 3, 3, 1, 16, dtype=torch.bfloat16),)
-    else:  # two clips, and colours, far apart
-        near = (torch.randint(0, 256, (2, 3, 5, 4, 4), dtype=torch.uint8),)
-        constants = ([0.5] * 3, [0.2] * 3)
-        weight, pred = random(16, 3, 1, 4, 4, dtype=torch.bfloat16).to(device), random(2, 2, 48).to(device)
-        if op == "masked_patchify":
-            call = lambda video: (launch(op, video, keep, weight, None, None, *constants),)  # noqa: E731
-        else:
-            call = lambda video: launch(op, pred, video, keep, [1, 4, 4], [0, 1, 2, 3, 4], True, *constants)  # noqa: E731
+
+        def call(qkv, grad):
+            out, lse = launch("packed_attention", qkv, 0.3)
+            return out, launch("packed_attention_backward", grad, qkv, out, lse, 0.3)
+
+        near = (random(3, 5, 3, 1, 16, dtype=torch.bfloat16), random(3, 5, 1, 16, dtype=torch.bfloat16))
+    else:  # clips and colours far apart, then clips and frames
+        near = tuple(torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((3, 5, 6, 4, 4), (3, 6, 4, 4, 3)))
+        weights = [random(16, C, 1, 4, 4, dtype=torch.bfloat16).to(device) for C in (5, 3)]
+        grad, preds = random(3, 5, 16).to(device), [random(3, 5, 16 * C).to(device) for C in (5, 3)]
+
+        def call(planar, channels_last):
+            results = []
+            for video, weight, pred in zip((planar, channels_last.permute(0, 4, 1, 2, 3)), weights, preds):
+                constants = ([0.5] * video.shape[1], [0.2] * video.shape[1])
+                if op == "masked_patchify":
+                    results.append(launch(op, video, keep, weight, None, None, *constants))
+                    results.append(launch("masked_patchify_backward", grad, video, keep, weight, None, None, *constants)[0])
+                else:
+                    shapes = [1, 4, 4], list(range(6))
+                    loss, mean, rstd = launch(op, pred, video, keep, *shapes, True, *constants)
+                    results += [loss, launch("patch_loss_backward", loss, pred, video, keep, mean, rstd, *shapes, *constants)]
+            return results
+
     near = tuple(y.to(device) for y in near)
     with guarded():
-        results = call(*(far(y, gap) for y in near))
-    for a, b in zip(results, call(*near)):
+        results = call(*(far(y) for y in near))
+    for a, b in zip(results, call(*near), strict=True):
         assert torch.equal(a, b)
 
 

@@ -71,6 +71,16 @@ def test_captured_in_a_cuda_graph(device, op):
         assert torch.equal(a, b)
 
 
+def test_debugging_checks_ids(device, monkeypatch):
+    from stmae import ops
+
+    x, ids = random(2, 5, 16, device=device), torch.tensor([[0, 4], [1, 5]], device=device)
+    monkeypatch.setattr(ops.checks, "DEBUG", True)
+    with pytest.raises(ValueError, match=r"gather_tokens: expected ids in \[0, 5\)"):
+        ops.gather_tokens(x, ids)
+    assert ops.gather_tokens(x, ids.clamp(max=4)).shape == (2, 2, 16)
+
+
 @pytest.mark.parametrize("op", ["masked_patchify", "attention"])
 def test_opcheck(device, op):
     if op == "attention":
