@@ -15,7 +15,6 @@ a folder of shares likewise. The older of two states is removed only after the n
 kind of state, on any number of processes, sharded or not.
 """
 
-import contextlib
 import datetime
 import json
 import os
@@ -33,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stmae import checkpoint
+from stmae.checkpoint.files import sync_folder
 
 from . import sharding
 from .config import ClipConfig
@@ -100,11 +100,11 @@ class RunFolder:
 
         def put_in_place():
             try:
-                _sync(temporary)
+                sync_folder(temporary)
                 if path.exists():  # damaged, or this run would not have come to this step again
                     self._remove(path)
                 os.replace(temporary, path)
-                _sync(self.path)
+                sync_folder(self.path)
             except OSError as error:
                 raise RunFolderError(f"cannot write {path.name}: {error.strerror}{self.standing()}") from error
             self._remove_old_states(step, path)
@@ -276,16 +276,6 @@ def clips_of(checkpoint_path, stride=None):
         clips = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("clips") or {}
     chosen = {name: clips[name] for name in ("stride", "spacing") if name in clips}
     return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
-
-
-def _sync(folder):
-    """Makes names in ``folder`` durable; not every system lets a folder be opened for it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _flat(settings):

@@ -56,7 +56,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.close(descriptor)
         os.replace(temporary, path)
         temporary = None
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         kept = "; the previous file is untouched" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from error
@@ -174,8 +174,8 @@ def _safetensors():
     return safetensors
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable; not every system lets a folder be opened for it."""
+def sync_folder(folder: Path) -> None:
+    """Makes names in ``folder`` durable, a rename among them; not every system lets a folder be opened for it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
