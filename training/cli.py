@@ -50,6 +50,7 @@ def main(argv=None):
 
     from stmae.checkpoint import CheckpointError, CheckpointMismatch
 
+    from .dataset import worker_died
     from .run_folder import RunFolderError
     from .video import VideoError
 
@@ -68,6 +69,11 @@ def main(argv=None):
         if os.environ.get("STMAE_TRACEBACK"):
             raise
         print(f"stmae {command}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if os.environ.get("STMAE_TRACEBACK") or not worker_died(error):
+            raise
+        print(f"stmae {command}: {error}; there may be too little memory for this many workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stmae {command}: interrupted", file=sys.stderr)

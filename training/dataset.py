@@ -181,6 +181,11 @@ def collate(items):
     return {**{name: value.flatten(0, 1) for name, value in batch.items()}, "skipped": skipped}
 
 
+def worker_died(error):
+    """Whether this RuntimeError is torch's word that a data worker was killed. It comes from a signal handler: anywhere."""
+    return "DataLoader worker" in str(error)
+
+
 def as_video(clips):
     """uint8 [B, T, H, W, C] -> [B, C, T, H, W], a view: what the model and its kernels take, with no copy."""
     return clips.permute(0, 4, 1, 2, 3)

@@ -6,6 +6,7 @@ It reads from top to bottom. What a task does with a batch, and how it judges th
 import functools
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -178,7 +179,7 @@ def train(
         log.plot(counters["step"], last=counters["done"])
 
     log = (Log if processes.first else Silence)(folder, step=first_step, steps=steps, tensorboard=config.run.tensorboard)
-    with closing(log), StopRequest() as stop, items(loader) as batches:
+    with closing(log), StopRequest() as stop, Batches(loader, folder) as batches:
         if counters["before"] is None:
             counters["before"] = judge(first_step, watches)
 
@@ -196,7 +197,7 @@ def train(
             loss = 0.0
             for part in range(settings.accumulate):
                 asked = time.perf_counter()
-                batch = next_batch(batches, folder)
+                batch = next(batches)
                 window["wait"] += time.perf_counter() - asked
                 clips = len(batch["clips"]) * processes.world_size
                 window["clips"] += clips
@@ -252,8 +253,8 @@ def train(
 
         if counters["step"] < steps:
             save()
-            signal = stop.signal or "a signal to another process"
-            log.say(f"{signal}: stopped after step {counters['step']} of {steps} and saved; the same command continues")
+            cause = stop.signal or "a signal to another process"
+            log.say(f"{cause}: stopped after step {counters['step']} of {steps} and saved; the same command continues")
             return counters
         counters["after"] = judge(steps, watches)
         counters["done"] = True
@@ -340,28 +341,51 @@ def whole(kind, model, average, device, *, keep=True):
         yield sharding.assemble(kind, model, average or model.state_dict(), device, keep=keep)
 
 
-@contextmanager
-def items(loader):
-    """Context: an iterator of ``loader`` whose workers end with it, not when the collector comes to them: Python, when it exits,
-    ends them by a signal that they ignore, and would wait for them for ever."""
-    iterator = iter(loader)
-    try:
-        yield iterator
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()
+class Batches:
+    """The batches of a loader, an iterator and a context whose end is that of the loader's workers.
 
+    The workers end here, not when the collector comes to them: Python, when it exits, ends them by a signal that they ignore,
+    and would wait for them for ever. And torch tells of a worker's death in a signal handler, which would interrupt whatever
+    the process is at, a step, a save or this clean-up: here it is heard only where a batch is asked for.
+    """
 
-def next_batch(batches, folder):
-    """The next batch. Raises TrainingError where there is none: a data worker died, or hundreds of videos are broken."""
-    try:
-        return next(batches)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise TrainingError(
-            f"no more data: {reason[0]}; where a data worker was killed, there may be too little memory for run.workers"
-            f"{folder.standing()}"
-        ) from error
+    def __init__(self, loader, folder):
+        self.loader, self.folder = loader, folder
+        self.waiting = False
+
+    def __enter__(self):
+        self.iterator = iter(self.loader)
+        if self.loader.num_workers:
+            self.child_ended = signal.getsignal(signal.SIGCHLD)  # torch's, which raises where a worker was killed
+            signal.signal(signal.SIGCHLD, self._child_ended)
+        return self
+
+    def __exit__(self, *exception):
+        if self.loader.num_workers:
+            self.iterator._shutdown_workers()
+            signal.signal(signal.SIGCHLD, self.child_ended)
+
+    def _child_ended(self, number, frame):
+        if self.waiting:
+            self.child_ended(number, frame)
+
+    def __next__(self):
+        """The next batch. Raises TrainingError where there is none: a data worker died, or hundreds of videos are broken."""
+        try:
+            self.waiting = True
+            try:
+                if self.loader.num_workers:
+                    self._child_ended(signal.SIGCHLD, None)  # for what was not heard since the last batch
+                batch = next(self.iterator)
+            finally:
+                self.waiting = False
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise TrainingError(
+                f"no more data: {reason[0]}; where a data worker was killed, there may be too little memory for run.workers"
+                f"{self.folder.standing()}"
+            ) from error
+        return batch
 
 
 class averaged:
