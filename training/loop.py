@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from . import sharding
 from .dataset import collate
-from .device import choose_precision, choose_workers, describe
+from .device import choose_precision, choose_workers, describe, keep_freed_memory
 from .flops import ceiling
 from .log import Log, Silence
 from .optimizer import adamw, learning_rate, total_steps
@@ -78,6 +78,8 @@ def train(
     settings = config.optimizer
     say = print if processes.first else lambda *words: None
     dtype, precision = choose_precision(config.run.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
     steps = total_steps(settings, len(dataset), repeats)
 

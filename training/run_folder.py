@@ -231,8 +231,12 @@ class RunFolder:
 
     def _append(self, name, line):
         try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with open(self.path / name, "ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":  # a line cut short by a kill keeps to itself
+                        file.write(b"\n")
+                file.write(f"{json.dumps(line)}\n".encode())
         except OSError as error:
             raise RunFolderError(f"cannot write {self.path / name}: {error.strerror}{self.standing()}") from error
 

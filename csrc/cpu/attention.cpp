@@ -530,29 +530,14 @@ void attention_sum(const Backward<T>& a, int64_t first_query, int64_t last_query
 #include <torch/headeronly/util/BFloat16.h>
 
 #include "../check.h"
+#include "../parallel.h"
+#include "../scratch.h"
 
 namespace stmae {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Uninitialised memory on a cache line's boundary.
-template <typename U>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  U* data() { return static_cast<U*>(memory_.get()); }
-
- private:
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<void, Free> memory_;
-};
 
 constexpr int kQueryBlock = 12;     // forward: queries at a time, an item of parallel work
 constexpr int kGradKeyBlock = 192;  // backward: keys at a time, whose gradients stay in cache meanwhile
@@ -652,7 +637,7 @@ int64_t grain(int64_t queries, int64_t keys, int64_t D) {
 template <typename T>
 void run_forward(const Forward<T>& a, int64_t B) {
   const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
-  torch::stable::parallel_for(0, B * a.H * tiles, grain(kQueryBlock, a.Nk, a.D), [&](int64_t first, int64_t last) {
+  for_pieces_in_turn(B * a.H * tiles, tiles, grain(kQueryBlock, a.Nk, a.D), [&](int64_t first, int64_t last) {
     STMAE_DISPATCH(attention_forward<T>, a, first, last);
   });
 }
@@ -668,8 +653,8 @@ void run_backward(Backward<T> a, int64_t B) {
       ((a.Nq + kMostRows - 1) / kMostRows * kMostRows) * ((a.D + kMostLanes - 1) / kMostLanes * kMostLanes);
   Scratch<float> partial(a.splits > 1 ? all * a.splits * a.partial_stride : 0);
   if (a.splits > 1) a.partial = partial.data();
-  torch::stable::parallel_for(
-      0, all * a.splits, grain(a.Nq, std::min<int64_t>(a.Nk, kGradKeyBlock), a.D),
+  for_pieces_in_turn(
+      all * a.splits, 1, grain(a.Nq, std::min<int64_t>(a.Nk, kGradKeyBlock), a.D),
       [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
   if (a.partial)
     torch::stable::parallel_for(0, all * a.Nq, grain(1, a.splits, a.D),

@@ -9,11 +9,22 @@ struct Gelu {
 };
 
 // Phi(x) = 1 - (a1 t + ... + a5 t^5) exp(-x^2 / 2) / 2 for x >= 0, t = 1 / (1 + p x / sqrt 2), absolute error 7.5e-8
-// (Abramowitz and Stegun 7.1.26). The one exponential serves Phi and phi.
+// (Abramowitz and Stegun 7.1.26). The one exponential serves Phi and phi. T: what the results are rounded to.
+template <typename T>
 STMAE_INLINE Gelu gelu_parts(vec x) {
   const vec magnitude = max(x, -x);
-  const vec t = set(1.f) / fma(magnitude, set(0.3275911f * 0.70710678f), set(1.f));
-  const vec e = exp(x * x * set(-0.5f));
+  const vec divisor = fma(magnitude, set(0.3275911f * 0.70710678f), set(1.f));
+  vec t, e;
+#if STMAE_ISA_LEVEL >= 2
+  if constexpr (std::is_same_v<T, bf16>) {
+    t = reciprocal_for_bfloat16(divisor);
+    e = exp2_for_bfloat16(x * x * set(-0.5f * 1.44269504f));
+  } else
+#endif
+  {
+    t = set(1.f) / divisor;
+    e = exp(x * x * set(-0.5f));
+  }
   vec poly = fma(t, set(1.061405429f), set(-1.453152027f));
   poly = fma(poly, t, set(1.421413741f));
   poly = fma(poly, t, set(-0.284496736f));
@@ -28,7 +39,7 @@ template <typename T>
 void gelu(const T* hidden, T* out, int64_t count) {
   auto body = [&](int64_t i, int n) {
     const vec x = load(hidden + i, n);
-    store(out + i, x * gelu_parts(x).cdf, n);
+    store(out + i, x * gelu_parts<T>(x).cdf, n);
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) body(i, kLanes);
@@ -43,7 +54,7 @@ void gelu_backward(int64_t begin, int64_t end, int64_t width, const T* hidden, c
     const int64_t at = r * width;
     auto body = [&](int64_t i, int n) {
       const vec x = load(hidden + at + i, n);
-      const Gelu g = gelu_parts(x);
+      const Gelu g = gelu_parts<T>(x);
       store(activation + at + i, x * g.cdf, n);
       store(grad_hidden + at + i, load(grad + at + i, n) * fma(x, g.density, g.cdf), n);
       store(columns + i, load(columns + i, n) + load(grad_hidden + at + i, n), n);

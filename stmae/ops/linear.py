@@ -8,33 +8,50 @@ import torch.nn.functional as F
 from . import checks, library
 
 _backend = os.environ.get("STMAE_LINEAR", "auto")
+BACKENDS = ("auto", "stmae", "onednn", "torch")
+# Below, packing the other operand costs more than the better product gains.
+FEWEST_ROWS = {torch.bfloat16: 64, torch.float32: 512}
 
 
 def set_linear_backend(name):
-    """Which library multiplies float32 matrices on CPUs: "onednn", "torch" (its default, often MKL), or "auto".
+    """What multiplies the matrices of linear layers on CPUs.
 
-    MKL does not use AVX-512 on AMD's processors. From family 26 on (Zen 5), whose AVX-512 units have their full width,
-    oneDNN's products are 1.8 to 2.6 times faster, and "auto" takes it for all three products of a layer. In the AVX-512
-    families before, it is 1.1 to 1.4 times faster for the forward and the gradient of the input, and slower for the
-    weight's, which stays with MKL. The choice is by processor, not by a timing, so that a run resumed on the same kind of
-    processor repeats its bits. The initial value is that of STMAE_LINEAR in the environment.
+    "stmae": the kernels of this package, which read float32 weights for a bfloat16 product as they pack them, and add a weight's
+    gradient up in its own dtype; their results are the same at any number of threads. "onednn": oneDNN for float32, too, where
+    torch takes MKL. "torch": its default. "auto": by processor, not by a timing, so that a run resumed on the same kind of
+    processor repeats its bits.
+
+    Measured: in AMD's family 25 (Zen 4), whose AVX-512 units have half the width, the kernels here are 1.0 to 1.3 times as fast
+    as the better of the libraries, and "auto" takes them for large products. In family 26 (Zen 5) oneDNN's float32 products are
+    1.8 to 2.6 times as fast as MKL's, which does not use AVX-512 there, and "auto" takes them. The initial value is that of
+    STMAE_LINEAR in the environment.
     """
     global _backend  # noqa: PLW0603
-    if name not in ("auto", "onednn", "torch"):
-        raise ValueError(f"set_linear_backend: expected 'auto', 'onednn' or 'torch', got {name!r}")
+    if name not in BACKENDS:
+        raise ValueError(f"set_linear_backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     _backend = name
+    uses_kernels.cache_clear()
     uses_onednn.cache_clear()
 
 
 @functools.cache
-def uses_onednn(reduces_rows=False):
-    """Whether a float32 product on a CPU goes through oneDNN; reduces_rows: that of a weight's gradient, which sums over rows."""
-    if _backend != "auto":
+def uses_kernels():
+    """Whether the kernels here multiply large matrices on a CPU."""
+    return _backend == "stmae" or (_backend == "auto" and _amd_avx512() == 25)
+
+
+@functools.cache
+def uses_onednn():
+    """Whether other float32 products on a CPU go through oneDNN."""
+    if _backend in ("torch", "onednn"):
         return _backend == "onednn"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    family = _amd_family()
-    return "avx512" in library.best_cpu_capability() and family >= (26 if reduces_rows else 25)
+    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return available and _amd_avx512() >= 25
+
+
+def _amd_avx512():
+    """The family of an AMD processor with AVX-512 (25: Zen 4, 26: Zen 5); 0 for others."""
+    return _amd_family() if "avx512" in library.best_cpu_capability() else 0
 
 
 def _amd_family():
@@ -48,28 +65,44 @@ def _amd_family():
     return int(match[1]) if match and "AuthenticAMD" in text else 0
 
 
-def product(x, weight, bias=None):
-    """x [M, K] times weight [N, K] transposed, plus bias [N]; transposed views are read in place."""
-    if x.dtype == torch.float32 and x.numel() and weight.numel() and uses_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def takes(x):
+    """Whether the kernels here multiply a matrix like x."""
+    return uses_kernels() and x.shape[0] >= FEWEST_ROWS[x.dtype]
 
 
-def product_into(out, x, weight, bias=None):
-    """``product`` written to out [M, N]."""
-    if x.dtype == torch.float32 and uses_onednn():
-        out.copy_(product(x, weight, bias))
+def product(x, weight, bias=None, *, transposed=False, out=None):
+    """x [M, K] times weight [N, K] transposed, or weight [K, N] where ``transposed``, plus bias [N]: [M, N], written to ``out``
+    if there is one. weight and bias may be float32 where x is bfloat16."""
+    columns = weight.shape[1 if transposed else 0]
+    if takes(x) and x.shape[1] and (x.dtype == torch.float32 or x.shape[1] % 2 == 0):  # a bfloat16 product sums pairs
+        out = x.new_empty(x.shape[0], columns) if out is None else out
+        weight = weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
+        _product(out, x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(), transposed)
+        return out
+    weight = weight.to(x.dtype).t() if transposed else weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.dtype == torch.float32 and x.numel() and columns and uses_onednn():
+        result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    elif out is None:
+        return F.linear(x, weight, bias)
     elif bias is None:
-        torch.mm(x, weight.t(), out=out)
+        return torch.mm(x, weight.t(), out=out)
     else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+    return result if out is None else out.copy_(result)
 
 
-def weight_gradient(grad_out, x):
-    """grad_out [M, N] transposed times x [M, K]: [N, K]."""
-    if x.dtype == torch.float32 and x.numel() and grad_out.numel() and uses_onednn(reduces_rows=True):
-        return torch.ops.mkldnn._linear_pointwise(grad_out.t(), x.t(), None, "none", [], "")
-    return grad_out.t() @ x
+def weight_gradient(grad_out, x, dtype, *, to=None):
+    """grad_out [M, N] transposed times x [M, K]: [N, K] of ``dtype``, added to ``to`` if there is one."""
+    if takes(x) and dtype in (x.dtype, torch.float32):
+        out = x.new_empty(grad_out.shape[1], x.shape[1], dtype=dtype) if to is None else to
+        _weight_gradient(out, grad_out.contiguous(), x.contiguous(), to is not None)
+        return out
+    if x.dtype == torch.float32 and x.numel() and grad_out.numel() and uses_onednn():
+        result = torch.ops.mkldnn._linear_pointwise(grad_out.t(), x.t(), None, "none", [], "")
+    else:
+        result = grad_out.t() @ x
+    return result.to(dtype).contiguous() if to is None else to.add_(result)
 
 
 def linear(x, weight, bias=None):
@@ -97,7 +130,7 @@ def linear(x, weight, bias=None):
 
 
 def _cpu(x, weight, bias):
-    return product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return product(x, weight, bias)
 
 
 def _fake(x, weight, bias):
@@ -105,8 +138,8 @@ def _fake(x, weight, bias):
 
 
 def _backward_cpu(grad_out, x, weight, bias):
-    grad_x = product(grad_out, weight.to(grad_out.dtype).t())
-    grad_weight = weight_gradient(grad_out, x).to(weight.dtype).contiguous()
+    grad_x = product(grad_out, weight, transposed=True)
+    grad_weight = weight_gradient(grad_out, x, weight.dtype)
     return grad_x, grad_weight, grad_out.new_empty(0) if bias is None else column_sum(grad_out).to(bias.dtype)
 
 
@@ -134,6 +167,17 @@ _backward_op = library.define(
 )
 library.differentiable(_op, _backward, _setup_context)
 library.not_twice_differentiable(_backward_op)
+
+_product = library.define(
+    "linear_product",
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool transposed) -> ()",
+    fake=lambda out, x, weight, bias, transposed: None,
+)
+_weight_gradient = library.define(
+    "linear_weight_gradient",
+    "(Tensor(a!) out, Tensor grad_out, Tensor x, bool add) -> ()",
+    fake=lambda out, grad_out, x, add: None,
+)
 
 # Sum over the rows of a matrix, float32: the bias gradient.
 column_sum = library.define(

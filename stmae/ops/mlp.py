@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import column_sum, product, product_into, weight_gradient
+from .linear import column_sum, product, weight_gradient
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -51,13 +51,10 @@ def pieces(*matrices):
 
 
 def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (p.to(x.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     hidden = product(x, fc1_weight, fc1_bias)
-    if x.shape[0] <= ROWS:
-        return product(_gelu(hidden), fc2_weight, fc2_bias), hidden
     out = x.new_empty(x.shape[0], fc2_weight.shape[0])
     for hidden_rows, out_rows in pieces(hidden, out):
-        product_into(out_rows, _gelu(hidden_rows), fc2_weight, fc2_bias)
+        product(_gelu(hidden_rows), fc2_weight, fc2_bias, out=out_rows)
     return out, hidden
 
 
@@ -66,21 +63,18 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 
 
 def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    fc1_transposed, fc2_transposed = fc1_weight.to(x.dtype).t(), fc2_weight.to(x.dtype).t()
     grad_x = x.new_empty(x.shape)
-    grads = None
+    fc1 = fc2 = None
+    biases = []
     for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x):
-        activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_transposed))
-        grad_fc2_weight = weight_gradient(g, activation)
+        activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_weight, transposed=True))
+        fc2 = weight_gradient(g, activation, fc2_weight.dtype, to=fc2)
         del activation
-        product_into(grad_x_rows, grad_hidden, fc1_transposed)
-        parts = weight_gradient(grad_hidden, x_rows), grad_fc1_bias, grad_fc2_weight, column_sum(g)
-        if grads is None:
-            grads = [piece.to(p.dtype).contiguous() for piece, p in zip(parts, (fc1_weight, fc1_bias, fc2_weight, fc2_bias))]
-        else:
-            for total, piece in zip(grads, parts):
-                total += piece
-    return grad_x, *grads
+        product(grad_hidden, fc1_weight, transposed=True, out=grad_x_rows)
+        fc1 = weight_gradient(grad_hidden, x_rows, fc1_weight.dtype, to=fc1)
+        biases.append((grad_fc1_bias, column_sum(g)))
+    grad_fc1_bias, grad_fc2_bias = (torch.stack(parts).sum(0) for parts in zip(*biases))
+    return grad_x, fc1, grad_fc1_bias.to(fc1_bias.dtype), fc2, grad_fc2_bias.to(fc2_bias.dtype)
 
 
 def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -91,6 +85,7 @@ def _setup_context(ctx, inputs, output):
     x, *parameters = inputs
     ctx.save_for_backward(x, output[1], *parameters)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for those
 
 
 def _backward(ctx, grad_out, _):

@@ -1,0 +1,306 @@
+// The three products of a linear layer. The right operand is packed into panels of kWidth lanes and converted as it is, so that
+// float32 weights serve a bfloat16 product without a copy of them. Each tile of kTileRows rows then passes over all panels: the rows
+// stay in the first cache, and the panels stream through them in the order in which they lie in memory.
+#ifdef STMAE_ISA
+
+#include "../each_vector.h"
+#include "../product.h"
+
+namespace stmae::STMAE_ISA {
+
+// Panels [begin, end): the source's rows become lanes.
+template <typename Product, typename T>
+static void pack_rows(const Packing& p, int64_t begin, int64_t end) {
+  const T* source = static_cast<const T*>(p.source);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    float* to = p.panels + panel * p.steps * kWidth;
+    for (int64_t lane = 0; lane < kWidth; lane += kLanes) {
+      const int64_t first = panel * kWidth + lane;
+      each_vector(p.steps, [&](int64_t s, auto lanes) {
+        vec rows[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = first + i < p.lanes ? Product::read(source + (first + i) * p.stride + s * Product::kPack, lanes) : zero();
+        transpose(rows);
+        for (int i = 0; i < std::min<int64_t>(kLanes, p.steps - s); ++i) store(to + (s + i) * kWidth + lane, rows[i]);
+      });
+    }
+  }
+}
+
+// Runs of kStepRun steps [begin, end): the source's columns become lanes, or rows of tiles; body(s, i, units, lanes) gets the units
+// of columns from i on.
+template <typename Product, typename T, typename Body>
+STMAE_INLINE void each_unit(const Packing& p, int64_t s, int64_t begin, int64_t end, const Body& body) {
+  const T* even = static_cast<const T*>(p.source) + s * Product::kPack * p.stride;
+  const T* odd = (s + 1) * Product::kPack <= p.depth ? even + p.stride : nullptr;
+  prefetch(even + end, (end - begin) * sizeof(T));  // what comes next: a run's rows lie pages apart
+  if (Product::kPack == 2 && odd) prefetch(odd + end, (end - begin) * sizeof(T));
+  each_vector(end - begin, [&](int64_t i, auto lanes) STMAE_INLINE_BODY {
+    body(i, Product::read(even + begin + i, odd ? odd + begin + i : nullptr, lanes));
+  });
+}
+
+template <typename Product, typename T>
+static void pack_columns(const Packing& p, int64_t begin, int64_t end) {
+  for (int64_t run = begin; run < end; ++run) {
+    const int64_t last = std::min(p.steps, (run + 1) * kStepRun);
+    for (int64_t lane = 0; lane < p.lanes; lane += kWidth) {
+      for (int64_t s = run * kStepRun; s < last; ++s) {
+        float* to = p.panels + lane * p.steps + s * kWidth;
+        const int64_t lanes = std::min(kWidth, p.lanes - lane);
+        each_unit<Product, T>(p, s, lane, lane + lanes, [&](int64_t i, vec units) STMAE_INLINE_BODY { store(to + i, units); });
+        if (lanes < kWidth) {
+          const int64_t written = (lanes + kLanes - 1) / kLanes * kLanes;
+          std::memset(to + written, 0, (kWidth - written) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+template <typename Product, typename T>
+static void pack_blocks(const Packing& p, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = 32 * kTileRows;  // whole lines of the source, which may lie pages apart
+  static_assert(kColumns % kLanes == 0);
+  alignas(64) float units_of[kColumns] = {};
+  for (int64_t run = begin; run < end; ++run) {
+    const int64_t last = std::min(p.steps, (run + 1) * kStepRun);
+    for (int64_t column = 0; column < p.lanes; column += kColumns) {
+      const int64_t columns = std::min(kColumns, p.lanes - column);
+      for (int64_t s = run * kStepRun; s < last; ++s) {
+        each_unit<Product, T>(p, s, column, column + columns, [&](int64_t i, vec units) STMAE_INLINE_BODY { store(units_of + i, units); });
+        for (int64_t i = 0; i < columns; i += kTileRows)
+          std::memcpy(p.panels + (column + i) * p.block_steps + s * kTileRows, units_of + i, kTileRows * sizeof(float));
+      }
+    }
+  }
+}
+
+template <typename Product, typename T>
+STMAE_INLINE void pack(const Packing& p, int64_t begin, int64_t end) {
+  switch (p.order) {
+    case Order::rows: return pack_rows<Product, T>(p, begin, end);
+    case Order::columns: return pack_columns<Product, T>(p, begin, end);
+    case Order::blocks: return pack_blocks<Product, T>(p, begin, end);
+  }
+}
+
+static void linear_pack(const Packing& p, int64_t begin, int64_t end) {
+  if (!p.bfloat16) {
+    pack<Float32, float>(p, begin, end);
+  } else {
+    p.source_float ? pack<Bfloat16, float>(p, begin, end) : pack<Bfloat16, bf16>(p, begin, end);
+  }
+}
+
+static void linear_units(bool bfloat16, int64_t* elements) {  // how many elements of a sum a unit holds
+  *elements = bfloat16 ? Bfloat16::kPack : Float32::kPack;
+}
+
+// Tasks [begin, end): kTileRows rows and a group of panels each.
+template <typename Product, typename Element, int kStep, typename Out>
+static void tiles(const Tiles& p, int64_t begin, int64_t end) {
+  constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;  // with kTileRows rows, what 32 or 16 registers hold
+  const int64_t blocks = (p.rows + kTileRows - 1) / kTileRows, panels = (p.columns + kWidth - 1) / kWidth;
+  alignas(64) float tile[kTileRows * kWidth];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / blocks, row = task % blocks * kTileRows, rows = std::min<int64_t>(kTileRows, p.rows - row);
+    const Element* left[kTileRows];  // past the last row, the last again: computed and dropped
+    for (int64_t r = 0; r < kTileRows; ++r)
+      left[r] = static_cast<const Element*>(p.left) + (kStep > Product::kPack ? row * p.left_stride + r * Product::kPack : std::min(row + r, p.rows - 1) * p.left_stride);
+    for (int64_t panel = panels * group / p.groups; panel < panels * (group + 1) / p.groups; ++panel) {
+      const float* right = p.panels + panel * p.steps * kWidth;
+      const int64_t column = panel * kWidth, columns = std::min(kWidth, p.columns - column);
+      for (int64_t lane = 0; lane < columns; lane += kVectors * kLanes)
+        multiply<Product, Element, kStep, kTileRows, kVectors, kWidth>(left, right + lane, p.steps, tile + lane);
+      for (int64_t r = 0; r < rows; ++r) {
+        Out* out = static_cast<Out*>(p.out) + (row + r) * p.out_stride + column;
+        each_vector(columns, [&](int64_t i, auto lanes) STMAE_INLINE_BODY {
+          vec x = load(tile + r * kWidth + i);
+          if (p.bias) x = x + load(p.bias + column + i, lanes);
+          if (p.add) x = x + load(out + i, lanes);
+          store(out + i, x, lanes);
+        });
+      }
+    }
+  }
+}
+
+template <typename Product, typename Element, int kStep>
+STMAE_INLINE void tiles_to(const Tiles& p, int64_t begin, int64_t end) {
+  p.out_float ? tiles<Product, Element, kStep, float>(p, begin, end) : tiles<Product, Element, kStep, bf16>(p, begin, end);
+}
+
+static void linear_tiles(const Tiles& p, int64_t begin, int64_t end) {
+  if (!p.bfloat16) {
+    p.left_packed ? tiles_to<Float32, float, kTileRows>(p, begin, end) : tiles_to<Float32, float, 1>(p, begin, end);
+  } else if (p.left_packed) {
+    // Where a bfloat16 unit is a widened float, so is the packed operand.
+    using element = std::conditional_t<Bfloat16::kPack == 1, float, bf16>;
+    tiles_to<Bfloat16, element, kTileRows * Bfloat16::kPack>(p, begin, end);
+  } else {
+    tiles_to<Bfloat16, bf16, Bfloat16::kPack>(p, begin, end);
+  }
+}
+
+}  // namespace stmae::STMAE_ISA
+
+#else
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <type_traits>
+
+#include "../check.h"
+#include "../parallel.h"
+#include "../scratch.h"
+
+namespace stmae {
+
+constexpr int64_t kWidth = 64;   // lanes of a panel, four of the widest vectors
+constexpr int kTileRows = 6;     // rows of a tile
+constexpr int64_t kMostRows = 2048;  // of which a gradient sums at a time: they are packed into some megabytes
+constexpr int64_t kFewRows = 1024;   // up to here they stay in cache while panel after panel is packed and multiplied
+constexpr int64_t kStepRun = 16;     // steps that are packed together, so that every panel gets some cache lines at a time
+
+enum class Order { rows, columns, blocks };
+
+struct Packing {
+  Order order;
+  bool bfloat16, source_float;  // of the product, of the source
+  const void* source;           // a matrix with `stride` elements from row to row
+  int64_t stride, lanes, depth, steps;
+  float* panels;                // [ceil(lanes / kWidth)][steps][kWidth]; blocks: [ceil(lanes / kTileRows)][block_steps][kTileRows]
+  int64_t block_steps;
+};
+
+struct Tiles {
+  bool bfloat16, left_packed, out_float, add;
+  int64_t rows, columns, steps, groups;
+  const void* left;             // rows with left_stride elements from one to the next, or blocks of kTileRows
+  int64_t left_stride;
+  const float *panels, *bias;   // bias [columns] or null
+  void* out;                    // [rows, columns], out_stride elements from row to row
+  int64_t out_stride;
+};
+
+}  // namespace stmae
+
+#define STMAE_KERNEL_FILE "cpu/linear.cpp"
+#include "../for_each_isa.h"
+
+namespace stmae {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+void check_matrix(const char* op, const char* name, const Tensor& tensor) {
+  STMAE_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), op, ": expected ", name, " to be a contiguous matrix, got ", shape(tensor));
+}
+
+int64_t steps_of(bool bfloat16, int64_t depth) {
+  int64_t elements = 1;
+  STMAE_DISPATCH(linear_units, bfloat16, &elements);
+  return divide_up(depth, elements);
+}
+
+int64_t packing_tasks(const Packing& p) { return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepRun); }
+
+void pack(const Packing& p) {
+  for_pieces_in_turn(packing_tasks(p), 1, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
+}
+
+void multiply(Tiles& p) {
+  const int64_t blocks = divide_up(p.rows, kTileRows), panels = divide_up(p.columns, kWidth);
+  p.groups = std::clamp<int64_t>(divide_up(8 * torch::stable::get_num_threads(), blocks), 1, panels);
+  for_pieces_in_turn(blocks * p.groups, 1, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
+}
+
+// Packs a panel and multiplies it right away, so that it never leaves the thread's cache.
+void pack_and_multiply(const Packing& all_lanes, const Tiles& all_columns, int64_t source_size, int64_t out_size) {
+  for_pieces_in_turn(divide_up(all_lanes.lanes, kWidth), 1, 1, [&](int64_t begin, int64_t end) {
+    Scratch<float> panel(kWidth * all_lanes.steps);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kWidth;
+      Packing p = all_lanes;
+      p.source = static_cast<const char*>(p.source) + first * (p.order == Order::rows ? p.stride : 1) * source_size;
+      p.lanes = std::min(kWidth, p.lanes - first);
+      p.panels = panel.data();
+      STMAE_DISPATCH(linear_pack, p, 0, packing_tasks(p));
+      Tiles t = all_columns;
+      t.columns = p.lanes;
+      t.panels = panel.data();
+      if (t.bias) t.bias += first;
+      t.out = static_cast<char*>(t.out) + first * out_size;
+      STMAE_DISPATCH(linear_tiles, t, 0, divide_up(t.rows, kTileRows));
+    }
+  });
+}
+
+// out [M, N] = x [M, K] times weight [N, K] transposed, or [K, N] if `transposed`, plus bias [N].
+void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool transposed) {
+  check_matrix("linear", "out", out), check_matrix("linear", "x", x), check_matrix("linear", "weight", weight);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(transposed ? 1 : 0);
+  const bool bfloat16 = !is_float32("linear", x.scalar_type()), weight_float = is_float32("linear", weight.scalar_type());
+  STMAE_CHECK(weight.size(transposed ? 0 : 1) == K && out.size(0) == M && out.size(1) == N, "linear: expected matching shapes, got ", shape(out),
+              ", ", shape(x), " and ", shape(weight));
+  STMAE_CHECK(out.scalar_type() == x.scalar_type() && (bfloat16 ? K % 2 == 0 : weight_float), "linear: expected other dtypes or an even depth");
+  STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float), "linear: expected bias [",
+              N, "] float32, got ", bias ? shape(*bias) : "");
+  if (M == 0 || N == 0) return;
+  const int64_t steps = steps_of(bfloat16, K);
+  Packing packing{transposed ? Order::columns : Order::rows, bfloat16, weight_float, weight.const_data_ptr(), weight.size(1), N, K, steps, nullptr, 0};
+  Tiles tiles{bfloat16, false, !bfloat16, false, M, N, steps, 1, x.const_data_ptr(), K, nullptr, bias ? bias->const_data_ptr<float>() : nullptr,
+              out.mutable_data_ptr(), N};
+
+  if (M <= kFewRows) return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
+  Scratch<float> panels(divide_up(N, kWidth) * kWidth * steps);
+  packing.panels = panels.data();
+  tiles.panels = panels.data();
+  pack(packing);
+  multiply(tiles);
+}
+
+// out [N, K] = grad [M, N] transposed times x [M, K], added to what is there if `add`.
+void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, bool add) {
+  check_matrix("linear", "out", out), check_matrix("linear", "grad", grad), check_matrix("linear", "x", x);
+  const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
+  const bool bfloat16 = !is_float32("linear", x.scalar_type()), out_float = is_float32("linear", out.scalar_type());
+  STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out), ", ", shape(grad),
+              " and ", shape(x));
+  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && (bfloat16 || out_float), "linear: expected other dtypes");
+  if (N == 0 || K == 0) return;
+  // Rows that are packed at a time: they take some megabytes. A bfloat16 result is rounded once, so all at a time.
+  const int64_t parts = out_float ? divide_up(M, kMostRows) : 1, most = divide_up(divide_up(M, std::max<int64_t>(parts, 1)), 2) * 2;
+  const int64_t most_steps = steps_of(bfloat16, most);
+  // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a run of steps is written to all of them.
+  const int64_t block_steps = divide_up(most_steps, 128) * 128 + kStepRun;
+  Scratch<float> panels(divide_up(K, kWidth) * kWidth * most_steps), blocks(divide_up(N, kTileRows) * kTileRows * block_steps);
+  const int64_t size = bfloat16 ? 2 : 4;
+  for (int64_t first = 0; first < M; first += most) {
+    const int64_t depth = std::min(most, M - first), steps = steps_of(bfloat16, depth);
+    const auto rows_of = [&](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + first * t.size(1) * size; };
+    pack({Order::blocks, bfloat16, !bfloat16, rows_of(grad), N, N, depth, steps, blocks.data(), block_steps});
+    pack({Order::columns, bfloat16, !bfloat16, rows_of(x), K, K, depth, steps, panels.data(), 0});
+    int64_t elements = 1;
+    STMAE_DISPATCH(linear_units, bfloat16, &elements);
+    Tiles tiles{bfloat16, true, out_float, add || first > 0, N, K, steps, 1, blocks.data(), block_steps * elements, panels.data(), nullptr, out.mutable_data_ptr(), K};
+    multiply(tiles);
+  }
+}
+
+}  // namespace
+}  // namespace stmae
+
+STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
+  m.impl("linear_product", TORCH_BOX(&stmae::linear_product));
+  m.impl("linear_weight_gradient", TORCH_BOX(&stmae::linear_weight_gradient));
+}
+
+#endif
