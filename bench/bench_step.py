@@ -110,7 +110,8 @@ def bench_sparse_against_dense(size, compare, device, full):
     if not full:
         pytest.skip("--full runs the larger models")
     sides = {"ours": False, "dense": True}
-    steps = {name: Step(size, "ops", "bfloat16", device, CLIPS[device], dense=dense) for name, dense in sides.items()}
+    batch = 4 * CLIPS[device]
+    steps = {name: Step(size, "ops", "bfloat16", device, batch, dense=dense) for name, dense in sides.items()}
     compare(**steps, target={"dense": 6.5} if size == "large" else None, seconds=60)
 
 

@@ -23,15 +23,17 @@ void for_pieces(int64_t count, int64_t parts, const Body& body) {
   });
 }
 
-// body(begin, end) for pieces of [0, count) that threads take one after the other as they get ready: one that the system has held
-// up does less, and nobody waits for it. Where there are too few pieces for that, each thread gets an equal part, of at least `grain`.
+// body(thread, begin, end), thread < pieces(count, grain), for pieces of [0, count) that threads take one after the other as they get
+// ready: one that the system has held up does less, and nobody waits for it. Where there are too few pieces for that, each thread
+// gets an equal part, of at least `grain`.
 template <typename Body>
 void for_pieces_in_turn(int64_t count, int64_t piece, int64_t grain, const Body& body) {
-  const int64_t turns = (count + piece - 1) / piece, threads = torch::stable::get_num_threads();
-  if (turns < 4 * threads) return torch::stable::parallel_for(0, count, grain, body);
+  const int64_t turns = (count + piece - 1) / piece, threads = pieces(count, grain);
+  if (turns < 4 * threads) return for_pieces(count, threads, body);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t turn; (turn = next.fetch_add(1, std::memory_order_relaxed)) < turns;) body(turn * piece, std::min(count, (turn + 1) * piece));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    for (int64_t turn; (turn = next.fetch_add(1, std::memory_order_relaxed)) < turns;)
+      body(thread, turn * piece, std::min(count, (turn + 1) * piece));
   });
 }
 

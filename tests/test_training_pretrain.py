@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from stmae.training import cli, loop, pretrain
 from stmae.training.config import PretrainConfig, parse
@@ -112,6 +114,19 @@ def test_a_finished_run_is_left_alone(finished, videos, capsys):
     pretrain.run(configure(["--config", str(finished / "config.yaml")], finished))
     assert "complete, 30 of 30 steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_of_an_older_version_continues(finished, tmp_path, capsys):
+    """Its config.yaml lacks what it had no name for: that is the default, and nothing else."""
+    output, arguments = shutil.copytree(finished, tmp_path / "run"), ["--config", str(finished / "config.yaml")]
+    settings = yaml.safe_load((output / "config.yaml").read_text())
+    del settings["model"]["decoder_mask_ratio"], settings["data_labels"], settings["probe"]
+    (output / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(RunFolderError, match=r"other settings \(model.decoder_mask_ratio 0.0 -> 0.5\)"):
+        pretrain.run(configure(arguments, output, "--model.decoder_mask_ratio", "0.5"))
+    pretrain.run(configure(arguments, output))
+    assert "complete, 30 of 30 steps" in capsys.readouterr().out
+    assert "decoder_mask_ratio" in (output / "config.yaml").read_text()
 
 
 def test_accumulated_parts_add_up_to_the_whole_batch(tiny, tmp_path):

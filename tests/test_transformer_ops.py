@@ -194,7 +194,8 @@ def test_own_products_pass_on_infinity_and_nan(own_products, capability):
     [
         ([(4, 6), (4, 8), (5, 8)], "expected matching shapes"),
         ([(4, 5), (4, 8), (5, 9)], "expected matching shapes"),
-        ([(4, 5), (4, 3), (5, 3)], "even depth"),
+        ([(4, 5), (4, 3), (5, 3)], "in bfloat16 an even one, got 3"),
+        ([(4, 5), (4, 0), (5, 0)], "a positive depth"),
     ],
 )
 def test_own_products_refuse_what_does_not_fit(shapes, message):
@@ -204,7 +205,7 @@ def test_own_products_refuse_what_does_not_fit(shapes, message):
     with pytest.raises(RuntimeError, match="expected matching shapes"):
         torch.ops.stmae.linear_weight_gradient(weight, out, x[1:], False)
     with pytest.raises(RuntimeError, match="contiguous matrix"):
-        torch.ops.stmae.linear_product(out, x.t(), weight, None, False)
+        torch.ops.stmae.linear_product(out, out.new_zeros(8, 4).t(), weight, None, False)
 
 
 def test_linear_backends_agree():

@@ -529,6 +529,17 @@ def check_common(config):
         num_keep(config.model.mask_strategy, config.model.grid, config.model.mask_ratio)  # a ratio that keeps nothing is an error
 
 
+def defaults(config_class):
+    """Its defaults as plain values, nested; what has to be given is not among them."""
+    values = {}
+    for f in dataclasses.fields(config_class):
+        if f.default_factory is not dataclasses.MISSING:
+            values[f.name] = to_dict(f.default_factory())
+        elif f.default is not dataclasses.MISSING:
+            values[f.name] = to_dict(f.default)
+    return values
+
+
 def to_dict(config):
     """A configuration as plain values, for YAML and JSON."""
     if dataclasses.is_dataclass(config):

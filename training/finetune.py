@@ -9,7 +9,7 @@ from stmae import checkpoint, ops
 from stmae.models import VideoClassifier, VideoClassifierConfig
 
 from . import loop
-from .config import FinetuneConfig, check_common, to_dict
+from .config import FinetuneConfig, check_common
 from .dataset import LabelledClips, as_video, require_readable
 from .device import choose_device
 from .flops import classifier_flops
@@ -36,7 +36,7 @@ def run(config):
 
 def train(config, processes, device):
     """``run`` inside the group. A function of its own, so that nothing of the model is alive when the group is left."""
-    folder = open_run(config.output, to_dict(config), processes)
+    folder = open_run(config, processes)
     places = config.data_root, config.data_labels
     entries = find_labelled_videos(config.data, *places)
     test_entries = find_labelled_videos(config.test_data, *places) if config.test_data else []

@@ -11,7 +11,7 @@ from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder
 
 from . import loop
-from .config import EncodingConfig, PretrainConfig, check_common, to_dict
+from .config import EncodingConfig, PretrainConfig, check_common
 from .dataset import PretrainClips, ViewClips, as_video, require_readable
 from .device import choose_device
 from .features import encode
@@ -41,7 +41,7 @@ def run(config):
 
 def train(config, processes, device):
     """``run`` inside the group. A function of its own, so that nothing of the model is alive when the group is left."""
-    folder = open_run(config.output, to_dict(config), processes)
+    folder = open_run(config, processes)
     entries = find_videos(config.data, config.data_root, config.data_labels)
     require_readable(entries, config.model.num_frames, config.clips)
     held_out = find_videos(config.held_out, config.data_root, config.data_labels) if config.held_out else []

@@ -35,7 +35,7 @@ from stmae import checkpoint
 from stmae.checkpoint.files import sync_folder
 
 from . import sharding
-from .config import ClipConfig
+from .config import ClipConfig, defaults, to_dict
 from .processes import ALONE
 
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
@@ -176,15 +176,16 @@ class RunFolder:
         except (KeyError, ValueError) as error:
             raise sharding.ShardError(str(error)) from error
 
-    def claim(self, settings):
+    def claim(self, settings, defaults):
         """Write config.yaml, or compare: a folder holds one run. ``run.*`` and ``probe.*`` may differ, for they change nothing
-        that is computed.
+        that is computed. A run begun by an older version does not say what it had no name for: that is as by ``defaults``.
 
         Raises RunFolderError naming every setting that differs from the run that is already here.
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
-            there, here = _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {}), _flat(settings)
+            there = _flat(defaults) | _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+            here = _flat(settings)
             names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
             if differing:
@@ -253,11 +254,12 @@ class RunFolder:
         return f" (the checkpoint of step {states[0]} is whole: the same command continues from it)" if states else ""
 
 
-def open_run(path, settings, processes):
-    """The RunFolder at ``path``, claimed by the first process for the run with these ``settings``; the others only read."""
+def open_run(config, processes):
+    """The RunFolder at ``config.output``, claimed by the first process for the run of ``config``; the others only read."""
+    path = config.output
     if processes.first:
         folder = RunFolder(path)
-        folder.claim(settings)
+        folder.claim(to_dict(config), defaults(type(config)))
     processes.wait()
     return folder if processes.first else RunFolder(path, read_only=True)
 

@@ -637,7 +637,7 @@ int64_t grain(int64_t queries, int64_t keys, int64_t D) {
 template <typename T>
 void run_forward(const Forward<T>& a, int64_t B) {
   const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
-  for_pieces_in_turn(B * a.H * tiles, tiles, grain(kQueryBlock, a.Nk, a.D), [&](int64_t first, int64_t last) {
+  for_pieces_in_turn(B * a.H * tiles, tiles, grain(kQueryBlock, a.Nk, a.D), [&](int64_t, int64_t first, int64_t last) {
     STMAE_DISPATCH(attention_forward<T>, a, first, last);
   });
 }
@@ -655,7 +655,7 @@ void run_backward(Backward<T> a, int64_t B) {
   if (a.splits > 1) a.partial = partial.data();
   for_pieces_in_turn(
       all * a.splits, 1, grain(a.Nq, std::min<int64_t>(a.Nk, kGradKeyBlock), a.D),
-      [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
+      [&](int64_t, int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
   if (a.partial)
     torch::stable::parallel_for(0, all * a.Nq, grain(1, a.splits, a.D),
                                 [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_sum<T>, a, first, last); });

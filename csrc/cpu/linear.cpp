@@ -213,29 +213,31 @@ int64_t steps_of(bool bfloat16, int64_t depth) {
 int64_t packing_tasks(const Packing& p) { return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepRun); }
 
 void pack(const Packing& p) {
-  for_pieces_in_turn(packing_tasks(p), 1, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
+  for_pieces_in_turn(packing_tasks(p), 1, 1, [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
 }
 
 void multiply(Tiles& p) {
   const int64_t blocks = divide_up(p.rows, kTileRows), panels = divide_up(p.columns, kWidth);
   p.groups = std::clamp<int64_t>(divide_up(8 * torch::stable::get_num_threads(), blocks), 1, panels);
-  for_pieces_in_turn(blocks * p.groups, 1, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
+  for_pieces_in_turn(blocks * p.groups, 1, 1, [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
 }
 
 // Packs a panel and multiplies it right away, so that it never leaves the thread's cache.
 void pack_and_multiply(const Packing& all_lanes, const Tiles& all_columns, int64_t source_size, int64_t out_size) {
-  for_pieces_in_turn(divide_up(all_lanes.lanes, kWidth), 1, 1, [&](int64_t begin, int64_t end) {
-    Scratch<float> panel(kWidth * all_lanes.steps);
+  const int64_t count = divide_up(all_lanes.lanes, kWidth), size = kWidth * all_lanes.steps;
+  Scratch<float> memory(pieces(count, 1) * size);
+  for_pieces_in_turn(count, 1, 1, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* panel = memory.data() + thread * size;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kWidth;
       Packing p = all_lanes;
       p.source = static_cast<const char*>(p.source) + first * (p.order == Order::rows ? p.stride : 1) * source_size;
       p.lanes = std::min(kWidth, p.lanes - first);
-      p.panels = panel.data();
+      p.panels = panel;
       STMAE_DISPATCH(linear_pack, p, 0, packing_tasks(p));
       Tiles t = all_columns;
       t.columns = p.lanes;
-      t.panels = panel.data();
+      t.panels = panel;
       if (t.bias) t.bias += first;
       t.out = static_cast<char*>(t.out) + first * out_size;
       STMAE_DISPATCH(linear_tiles, t, 0, divide_up(t.rows, kTileRows));
@@ -250,7 +252,8 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
   const bool bfloat16 = !is_float32("linear", x.scalar_type()), weight_float = is_float32("linear", weight.scalar_type());
   STMAE_CHECK(weight.size(transposed ? 0 : 1) == K && out.size(0) == M && out.size(1) == N, "linear: expected matching shapes, got ", shape(out),
               ", ", shape(x), " and ", shape(weight));
-  STMAE_CHECK(out.scalar_type() == x.scalar_type() && (bfloat16 ? K % 2 == 0 : weight_float), "linear: expected other dtypes or an even depth");
+  STMAE_CHECK(out.scalar_type() == x.scalar_type() && (bfloat16 || weight_float), "linear: expected out of x's dtype, and float32 weights for float32");
+  STMAE_CHECK(K > 0 && (!bfloat16 || K % 2 == 0), "linear: expected a positive depth, in bfloat16 an even one, got ", K);
   STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float), "linear: expected bias [",
               N, "] float32, got ", bias ? shape(*bias) : "");
   if (M == 0 || N == 0) return;
@@ -259,7 +262,8 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
   Tiles tiles{bfloat16, false, !bfloat16, false, M, N, steps, 1, x.const_data_ptr(), K, nullptr, bias ? bias->const_data_ptr<float>() : nullptr,
               out.mutable_data_ptr(), N};
 
-  if (M <= kFewRows) return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
+  if (M <= kFewRows && divide_up(N, kWidth) >= 4 * torch::stable::get_num_threads())
+    return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
   Scratch<float> panels(divide_up(N, kWidth) * kWidth * steps);
   packing.panels = panels.data();
   tiles.panels = panels.data();
@@ -274,10 +278,11 @@ void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, boo
   const bool bfloat16 = !is_float32("linear", x.scalar_type()), out_float = is_float32("linear", out.scalar_type());
   STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out), ", ", shape(grad),
               " and ", shape(x));
-  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && (bfloat16 || out_float), "linear: expected other dtypes");
-  if (N == 0 || K == 0) return;
+  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && (bfloat16 || out_float), "linear: expected grad of x's dtype and out of it or float32");
+  if (M == 0 && !add) torch::stable::zero_(out);
+  if (M == 0 || N == 0 || K == 0) return;
   // Rows that are packed at a time: they take some megabytes. A bfloat16 result is rounded once, so all at a time.
-  const int64_t parts = out_float ? divide_up(M, kMostRows) : 1, most = divide_up(divide_up(M, std::max<int64_t>(parts, 1)), 2) * 2;
+  const int64_t parts = out_float ? divide_up(M, kMostRows) : 1, most = divide_up(divide_up(M, parts), 2) * 2;
   const int64_t most_steps = steps_of(bfloat16, most);
   // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a run of steps is written to all of them.
   const int64_t block_steps = divide_up(most_steps, 128) * 128 + kStepRun;
