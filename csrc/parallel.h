@@ -9,7 +9,7 @@
 
 namespace stmae {
 
-// How many pieces `count` items are split into: one per thread, none with fewer than `grain` items.
+// How many pieces `count` items are split into: one per thread, but no more than `grain` items each ask for.
 inline int64_t pieces(int64_t count, int64_t grain) {
   const int64_t threads = torch::stable::get_num_threads();
   return std::clamp<int64_t>((count + grain - 1) / grain, 1, threads);
@@ -25,9 +25,10 @@ void for_pieces(int64_t count, int64_t parts, const Body& body) {
 
 // body(thread, begin, end), thread < pieces(count, grain), for pieces of [0, count) that threads take one after the other as they get
 // ready: one that the system has held up does less, and nobody waits for it. Where there are too few pieces for that, each thread
-// gets an equal part, of at least `grain`.
+// gets an equal part.
 template <typename Body>
 void for_pieces_in_turn(int64_t count, int64_t piece, int64_t grain, const Body& body) {
+  if (count == 0) return;
   const int64_t turns = (count + piece - 1) / piece, threads = pieces(count, grain);
   if (turns < 4 * threads) return for_pieces(count, threads, body);
   std::atomic<int64_t> next{0};

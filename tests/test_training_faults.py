@@ -277,6 +277,20 @@ def test_a_killed_worker_is_heard_of_where_a_batch_is_asked_for(tmp_path):
                 next(batches)
 
 
+def test_batches_where_nobody_listens_for_children(tmp_path):
+    """torch installs its handler once in a process; another part of the program may have taken it away since."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for _ in range(2):
+            with Batches(DataLoader(range(3), num_workers=1), RunFolder(tmp_path)) as batches:
+                signal.signal(signal.SIGCHLD, batches._child_ended)
+                batches.child_ended = signal.SIG_DFL
+                assert [int(next(batches)) for _ in range(3)] == [0, 1, 2]
+            assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 # Broken videos
 
 

@@ -68,6 +68,12 @@ def test_gelu_over_its_whole_range(capability):
     assert torch.ops.stmae.gelu(torch.tensor([float("nan")])).isnan().all()
     assert torch.ops.stmae.gelu(torch.tensor([float("inf")])).isposinf().all()
 
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)  # all there are
+    exact, out = torch.nn.functional.gelu(x.double()), torch.ops.stmae.gelu(x)
+    usual = x.abs() < 1e30
+    assert ((out - exact).abs() <= 5e-3 * exact.abs() + 1e-6)[usual].all()
+    assert torch.equal(out.isnan(), exact.isnan())
+
 
 @pytest.mark.parametrize("op", ["linear", "mlp", "add_layer_norm"])
 def test_autocast_casts_as_torch_does(op):
@@ -126,9 +132,10 @@ def test_double_backward_is_refused(op):
 def own_products(monkeypatch):
     """The kernels of this package multiply every matrix of a linear layer, on whatever processor."""
     monkeypatch.setattr(linear, "FEWEST_ROWS", dict.fromkeys(DTYPES, 1))
+    before = linear._backend
     ops.set_linear_backend("stmae")
     yield
-    ops.set_linear_backend("auto")
+    ops.set_linear_backend(before)
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=lambda dtype: f"weight {dtype}")
@@ -159,15 +166,57 @@ def test_own_products_of_many_rows(dtype, weight_dtype, own_products):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows,width,hidden", [(2100, 96, 200), (600, 520, 70), (65, 48, 530)])
 @pytest.mark.parametrize("op", ["linear", "mlp"])
-def test_own_products_do_not_depend_on_threads(op, dtype, own_products, threads):
-    arguments = tensors(op, 2100, 96, 200, dtype)
+def test_own_products_do_not_depend_on_threads(op, rows, width, hidden, dtype, own_products, threads):
+    """Few rows and many columns: each panel is multiplied as soon as it is packed, but not where threads are many."""
+    arguments = tensors(op, rows, width, hidden, dtype)
     results = []
     for count in (1, 2, 3, 4):
         threads(count)
         results.append(run(getattr(ops, op), arguments))
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other))
+    plain, exact = (run(getattr(reference, op), inputs) for inputs in (arguments, [a.double() for a in arguments]))
+    for index, (p, e, k) in enumerate(zip(plain, exact, results[1])):
+        assert_as_good_as(p, e, k, factor=4, name=f"{op}[{index}]")
+
+
+@pytest.mark.parametrize("backend", ["stmae", "torch"])
+def test_bfloat16_gradients_of_many_pieces_are_rounded_once(backend):
+    arguments = tensors("mlp", 24 * ops.mlp.__globals__["ROWS"], 8, 16, torch.bfloat16)
+    arguments = [argument.bfloat16() for argument in arguments]
+    before = linear._backend
+    ops.set_linear_backend(backend)
+    try:
+        kernel = run(ops.mlp, arguments)
+    finally:
+        ops.set_linear_backend(before)
+    exact = run(reference.mlp, [argument.double() for argument in arguments])
+    for index in (2, 4):
+        assert (kernel[index] - exact[index]).norm() < 4e-3 * exact[index].norm()
+
+
+def test_a_weight_gradient_without_rows_is_zero_or_what_there_was():
+    for add in (False, True):
+        out = torch.ones(3, 4)
+        torch.ops.stmae.linear_weight_gradient(out, torch.zeros(0, 3), torch.zeros(0, 4), add)
+        assert (out == float(add)).all()
+
+
+def test_mlp_before_what_has_no_gradient():
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    arguments = [argument.requires_grad_() for argument in tensors("mlp", 5, 8, 16, torch.float32)]
+    Cut.apply(ops.mlp(*arguments)).sum().backward()
+    assert all(argument.grad is None for argument in arguments)
 
 
 def test_own_products_of_strided_matrices(own_products):
@@ -211,14 +260,14 @@ def test_own_products_refuse_what_does_not_fit(shapes, message):
 def test_linear_backends_agree():
     x, weight, bias = tensors("linear", 600, 64, 48, torch.float32)
     exact = run(reference.linear, [t.double() for t in (x, weight, bias)])
-    plain = run(reference.linear, (x, weight, bias))
+    plain, before = run(reference.linear, (x, weight, bias)), linear._backend
     try:
         for name in ("stmae", "onednn", "torch"):
             ops.set_linear_backend(name)
             for p, e, k in zip(plain, exact, run(ops.linear, (x, weight, bias))):
                 assert_as_good_as(p, e, k, factor=3, name=name)
     finally:
-        ops.set_linear_backend("auto")
+        ops.set_linear_backend(before)
     with pytest.raises(ValueError, match="expected one of 'auto', 'stmae', 'onednn', 'torch', got 'mkl'"):
         ops.set_linear_backend("mkl")
 

@@ -358,17 +358,22 @@ class Batches:
     def __enter__(self):
         self.iterator = iter(self.loader)
         if self.loader.num_workers:
-            self.child_ended = signal.getsignal(signal.SIGCHLD)  # torch's, which raises where a worker was killed
+            # torch's, which raises where a worker was killed
+            self.child_ended = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
             signal.signal(signal.SIGCHLD, self._child_ended)
         return self
 
     def __exit__(self, *exception):
-        if self.loader.num_workers:
+        self.waiting = False
+        if not self.loader.num_workers:
+            return
+        try:
             self.iterator._shutdown_workers()
+        finally:
             signal.signal(signal.SIGCHLD, self.child_ended)
 
     def _child_ended(self, number, frame):
-        if self.waiting:
+        if self.waiting and callable(self.child_ended):
             self.child_ended(number, frame)
 
     def __next__(self):

@@ -1,6 +1,6 @@
 // The three products of a linear layer. The right operand is packed into panels of kWidth lanes and converted as it is, so that
-// float32 weights serve a bfloat16 product without a copy of them. Each tile of kTileRows rows then passes over all panels: the rows
-// stay in the first cache, and the panels stream through them in the order in which they lie in memory.
+// float32 weights serve a bfloat16 product without a copy of them. Each tile of kTileRows rows then passes over a group of panels: the
+// rows stay in the first cache, and the panels stream past them in the order in which they lie in memory.
 #ifdef STMAE_ISA
 
 #include "../each_vector.h"
@@ -27,8 +27,7 @@ static void pack_rows(const Packing& p, int64_t begin, int64_t end) {
   }
 }
 
-// Runs of kStepRun steps [begin, end): the source's columns become lanes, or rows of tiles; body(s, i, units, lanes) gets the units
-// of columns from i on.
+// body(i, units) for the columns [begin, end) of the source at step s, a vector of units from column begin + i on.
 template <typename Product, typename T, typename Body>
 STMAE_INLINE void each_unit(const Packing& p, int64_t s, int64_t begin, int64_t end, const Body& body) {
   const T* even = static_cast<const T*>(p.source) + s * Product::kPack * p.stride;
@@ -40,6 +39,7 @@ STMAE_INLINE void each_unit(const Packing& p, int64_t s, int64_t begin, int64_t 
   });
 }
 
+// Runs of kStepRun steps [begin, end): the source's columns become lanes, or, in blocks, the rows of tiles.
 template <typename Product, typename T>
 static void pack_columns(const Packing& p, int64_t begin, int64_t end) {
   for (int64_t run = begin; run < end; ++run) {
@@ -271,18 +271,17 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
   multiply(tiles);
 }
 
-// out [N, K] = grad [M, N] transposed times x [M, K], added to what is there if `add`.
+// out [N, K] float32 = grad [M, N] transposed times x [M, K], added to what is there if `add`.
 void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, bool add) {
   check_matrix("linear", "out", out), check_matrix("linear", "grad", grad), check_matrix("linear", "x", x);
   const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
   const bool bfloat16 = !is_float32("linear", x.scalar_type()), out_float = is_float32("linear", out.scalar_type());
   STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out), ", ", shape(grad),
               " and ", shape(x));
-  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && (bfloat16 || out_float), "linear: expected grad of x's dtype and out of it or float32");
+  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && out_float, "linear: expected grad of x's dtype and out float32");
   if (M == 0 && !add) torch::stable::zero_(out);
   if (M == 0 || N == 0 || K == 0) return;
-  // Rows that are packed at a time: they take some megabytes. A bfloat16 result is rounded once, so all at a time.
-  const int64_t parts = out_float ? divide_up(M, kMostRows) : 1, most = divide_up(divide_up(M, parts), 2) * 2;
+  const int64_t parts = divide_up(M, kMostRows), most = divide_up(divide_up(M, parts), 2) * 2;
   const int64_t most_steps = steps_of(bfloat16, most);
   // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a run of steps is written to all of them.
   const int64_t block_steps = divide_up(most_steps, 128) * 128 + kStepRun;
@@ -295,7 +294,7 @@ void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, boo
     pack({Order::columns, bfloat16, !bfloat16, rows_of(x), K, K, depth, steps, panels.data(), 0});
     int64_t elements = 1;
     STMAE_DISPATCH(linear_units, bfloat16, &elements);
-    Tiles tiles{bfloat16, true, out_float, add || first > 0, N, K, steps, 1, blocks.data(), block_steps * elements, panels.data(), nullptr, out.mutable_data_ptr(), K};
+    Tiles tiles{bfloat16, true, true, add || first > 0, N, K, steps, 1, blocks.data(), block_steps * elements, panels.data(), nullptr, out.mutable_data_ptr(), K};
     multiply(tiles);
   }
 }

@@ -111,7 +111,6 @@ def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(*projections, out, lse)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # no zeros for those
 
 
 def _backward(ctx, grad_out, _):

@@ -1,4 +1,5 @@
 import functools
+import math
 import os
 import re
 
@@ -7,8 +8,10 @@ import torch.nn.functional as F
 
 from . import checks, library
 
-_backend = os.environ.get("STMAE_LINEAR", "auto")
 BACKENDS = ("auto", "stmae", "onednn", "torch")
+_backend = os.environ.get("STMAE_LINEAR", "auto")
+if _backend not in BACKENDS:
+    raise ValueError(f"STMAE_LINEAR: expected one of {', '.join(map(repr, BACKENDS))}, got {_backend!r}")
 # Below, packing the other operand costs more than the better product gains.
 FEWEST_ROWS = {torch.bfloat16: 64, torch.float32: 512}
 
@@ -17,7 +20,7 @@ def set_linear_backend(name):
     """What multiplies the matrices of linear layers on CPUs.
 
     "stmae": the kernels of this package, which read float32 weights for a bfloat16 product as they pack them, and add a weight's
-    gradient up in its own dtype; their results are the same at any number of threads. "onednn": oneDNN for float32, too, where
+    gradient up in float32; their results are the same at any number of threads. "onednn": oneDNN for float32, too, where
     torch takes MKL. "torch": its default. "auto": by processor, not by a timing, so that a run resumed on the same kind of
     processor repeats its bits.
 
@@ -67,7 +70,7 @@ def _amd_family():
 
 def takes(x):
     """Whether the kernels here multiply a matrix like x."""
-    return uses_kernels() and x.shape[0] >= FEWEST_ROWS[x.dtype]
+    return uses_kernels() and x.shape[0] >= FEWEST_ROWS.get(x.dtype, math.inf)
 
 
 def product(x, weight, bias=None, *, transposed=False, out=None):
@@ -92,17 +95,17 @@ def product(x, weight, bias=None, *, transposed=False, out=None):
     return result if out is None else out.copy_(result)
 
 
-def weight_gradient(grad_out, x, dtype, *, to=None):
-    """grad_out [M, N] transposed times x [M, K]: [N, K] of ``dtype``, added to ``to`` if there is one."""
-    if takes(x) and dtype in (x.dtype, torch.float32):
-        out = x.new_empty(grad_out.shape[1], x.shape[1], dtype=dtype) if to is None else to
+def weight_gradient(grad_out, x, *, to=None):
+    """grad_out [M, N] transposed times x [M, K]: [N, K] float32, added to ``to`` if there is one."""
+    if takes(x):
+        out = x.new_empty(grad_out.shape[1], x.shape[1], dtype=torch.float32) if to is None else to
         _weight_gradient(out, grad_out.contiguous(), x.contiguous(), to is not None)
         return out
     if x.dtype == torch.float32 and x.numel() and grad_out.numel() and uses_onednn():
         result = torch.ops.mkldnn._linear_pointwise(grad_out.t(), x.t(), None, "none", [], "")
     else:
         result = grad_out.t() @ x
-    return result.to(dtype).contiguous() if to is None else to.add_(result)
+    return result.float().contiguous() if to is None else to.add_(result)
 
 
 def linear(x, weight, bias=None):
@@ -139,7 +142,7 @@ def _fake(x, weight, bias):
 
 def _backward_cpu(grad_out, x, weight, bias):
     grad_x = product(grad_out, weight, transposed=True)
-    grad_weight = weight_gradient(grad_out, x, weight.dtype)
+    grad_weight = weight_gradient(grad_out, x).to(weight.dtype)
     return grad_x, grad_weight, grad_out.new_empty(0) if bias is None else column_sum(grad_out).to(bias.dtype)
 
 

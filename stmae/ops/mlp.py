@@ -68,13 +68,19 @@ def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bia
     biases = []
     for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x):
         activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_weight, transposed=True))
-        fc2 = weight_gradient(g, activation, fc2_weight.dtype, to=fc2)
+        fc2 = weight_gradient(g, activation, to=fc2)
         del activation
         product(grad_hidden, fc1_weight, transposed=True, out=grad_x_rows)
-        fc1 = weight_gradient(grad_hidden, x_rows, fc1_weight.dtype, to=fc1)
+        fc1 = weight_gradient(grad_hidden, x_rows, to=fc1)
         biases.append((grad_fc1_bias, column_sum(g)))
     grad_fc1_bias, grad_fc2_bias = (torch.stack(parts).sum(0) for parts in zip(*biases))
-    return grad_x, fc1, grad_fc1_bias.to(fc1_bias.dtype), fc2, grad_fc2_bias.to(fc2_bias.dtype)
+    return (
+        grad_x,
+        fc1.to(fc1_weight.dtype),
+        grad_fc1_bias.to(fc1_bias.dtype),
+        fc2.to(fc2_weight.dtype),
+        grad_fc2_bias.to(fc2_bias.dtype),
+    )
 
 
 def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -85,10 +91,12 @@ def _setup_context(ctx, inputs, output):
     x, *parameters = inputs
     ctx.save_for_backward(x, output[1], *parameters)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for those
+    ctx.set_materialize_grads(False)  # no zeros of the hidden layer's size
 
 
 def _backward(ctx, grad_out, _):
+    if grad_out is None:  # what is behind it has no gradient
+        return (None,) * 5
     return _backward_op(grad_out.contiguous(), *ctx.saved_tensors)
 
 

@@ -64,7 +64,6 @@ def _setup_context(ctx, inputs, output):
     loss, patch_mean, patch_rstd = output
     ctx.save_for_backward(pred, video, masked, patch_mean, patch_rstd)
     ctx.mark_non_differentiable(patch_mean, patch_rstd)
-    ctx.set_materialize_grads(False)  # no zeros for those
 
 
 def _backward(ctx, grad_loss, *_):
