@@ -160,8 +160,8 @@ static void linear_tiles(const Tiles& p, int64_t begin, int64_t end) {
 
 namespace stmae {
 
-constexpr int64_t kWidth = 64;   // lanes of a panel, four of the widest vectors
-constexpr int kTileRows = 6;     // rows of a tile
+constexpr int64_t kWidth = 64;       // lanes of a panel, four of the widest vectors
+constexpr int kTileRows = 6;         // rows of a tile
 constexpr int64_t kMostRows = 2048;  // of which a gradient sums at a time: they are packed into some megabytes
 constexpr int64_t kFewRows = 1024;   // up to here they stay in cache while panel after panel is packed and multiplied
 constexpr int64_t kStepRun = 16;     // steps that are packed together, so that every panel gets some cache lines at a time
@@ -204,10 +204,10 @@ void check_matrix(const char* op, const char* name, const Tensor& tensor) {
   STMAE_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), op, ": expected ", name, " to be a contiguous matrix, got ", shape(tensor));
 }
 
-int64_t steps_of(bool bfloat16, int64_t depth) {
+int64_t elements_of_unit(bool bfloat16) {
   int64_t elements = 1;
   STMAE_DISPATCH(linear_units, bfloat16, &elements);
-  return divide_up(depth, elements);
+  return elements;
 }
 
 int64_t packing_tasks(const Packing& p) { return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepRun); }
@@ -257,11 +257,10 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
   STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float), "linear: expected bias [",
               N, "] float32, got ", bias ? shape(*bias) : "");
   if (M == 0 || N == 0) return;
-  const int64_t steps = steps_of(bfloat16, K);
+  const int64_t steps = divide_up(K, elements_of_unit(bfloat16));
   Packing packing{transposed ? Order::columns : Order::rows, bfloat16, weight_float, weight.const_data_ptr(), weight.size(1), N, K, steps, nullptr, 0};
   Tiles tiles{bfloat16, false, !bfloat16, false, M, N, steps, 1, x.const_data_ptr(), K, nullptr, bias ? bias->const_data_ptr<float>() : nullptr,
               out.mutable_data_ptr(), N};
-
   if (M <= kFewRows && divide_up(N, kWidth) >= 4 * torch::stable::get_num_threads())
     return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
   Scratch<float> panels(divide_up(N, kWidth) * kWidth * steps);
@@ -275,25 +274,23 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
 void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, bool add) {
   check_matrix("linear", "out", out), check_matrix("linear", "grad", grad), check_matrix("linear", "x", x);
   const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
-  const bool bfloat16 = !is_float32("linear", x.scalar_type()), out_float = is_float32("linear", out.scalar_type());
+  const bool bfloat16 = !is_float32("linear", x.scalar_type());
   STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out), ", ", shape(grad),
               " and ", shape(x));
-  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && out_float, "linear: expected grad of x's dtype and out float32");
+  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && out.scalar_type() == ScalarType::Float, "linear: expected grad of x's dtype and out float32");
   if (M == 0 && !add) torch::stable::zero_(out);
   if (M == 0 || N == 0 || K == 0) return;
   const int64_t parts = divide_up(M, kMostRows), most = divide_up(divide_up(M, parts), 2) * 2;
-  const int64_t most_steps = steps_of(bfloat16, most);
+  const int64_t elements = elements_of_unit(bfloat16), most_steps = divide_up(most, elements);
   // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a run of steps is written to all of them.
   const int64_t block_steps = divide_up(most_steps, 128) * 128 + kStepRun;
   Scratch<float> panels(divide_up(K, kWidth) * kWidth * most_steps), blocks(divide_up(N, kTileRows) * kTileRows * block_steps);
   const int64_t size = bfloat16 ? 2 : 4;
   for (int64_t first = 0; first < M; first += most) {
-    const int64_t depth = std::min(most, M - first), steps = steps_of(bfloat16, depth);
+    const int64_t depth = std::min(most, M - first), steps = divide_up(depth, elements);
     const auto rows_of = [&](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + first * t.size(1) * size; };
     pack({Order::blocks, bfloat16, !bfloat16, rows_of(grad), N, N, depth, steps, blocks.data(), block_steps});
     pack({Order::columns, bfloat16, !bfloat16, rows_of(x), K, K, depth, steps, panels.data(), 0});
-    int64_t elements = 1;
-    STMAE_DISPATCH(linear_units, bfloat16, &elements);
     Tiles tiles{bfloat16, true, true, add || first > 0, N, K, steps, 1, blocks.data(), block_steps * elements, panels.data(), nullptr, out.mutable_data_ptr(), K};
     multiply(tiles);
   }

@@ -109,7 +109,7 @@ def weight_gradient(grad_out, x, *, to=None):
 
 
 def linear(x, weight, bias=None):
-    """x @ weight.T + bias, as `torch.nn.functional.linear`; on CPUs with the faster matrix library and a fused bias gradient.
+    """x @ weight.T + bias, as `torch.nn.functional.linear`; on CPUs by the fastest of several ways (`set_linear_backend`).
 
     Parameters stay in their own dtype: under autocast a CPU product casts them as it runs, and nothing cast is kept.
 
