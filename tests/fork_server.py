@@ -16,6 +16,7 @@ import errno
 import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 300  # seconds; a run takes one or two
 
 
 class ForkServer:
@@ -38,6 +40,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.running = None
         return self
 
     def __exit__(self, *exception):
@@ -47,14 +50,20 @@ class ForkServer:
 
     def start(self, argv, output, fault=None):
         """Starts ``stmae ARGV``, its words going to the file ``output``; returns its process number."""
+        if self.running:  # of a test that failed before it waited
+            os.kill(self.running, signal.SIGKILL)
+            self.wait()
         request = {"argv": list(map(str, argv)), "output": str(output), "fault": fault}
         self._say(json.dumps(request))
-        return int(self._answer("started"))
+        self.running = int(self._answer("started"))
+        return self.running
 
     def wait(self):
         """The exit status of the process started last, whose number is not given to another before this."""
         self._say("wait")
-        return int(self._answer("ended"))
+        status = int(self._answer("ended"))
+        self.running = None
+        return status
 
     def run(self, argv, output, fault=None):
         """(exit status, what it said)."""
@@ -66,6 +75,9 @@ class ForkServer:
         self.process.stdin.flush()
 
     def _answer(self, expected):
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
+            raise RuntimeError(f"fork server: no {expected!r} in {PATIENCE} s")
         line = self.process.stdout.readline()
         word, _, value = line.strip().partition(" ")
         if word != expected:

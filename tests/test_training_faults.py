@@ -102,7 +102,7 @@ def assert_same_weights(a, b):
 
 
 def newest_step(output):
-    """Of the run's states, of which the newest must be whole; 0 where there is none yet."""
+    """Of the run's states, of which the newest must be whole; 0 where there is none yet. Not for a run that goes on saving."""
     states = RunFolder(output, read_only=True).states() if output.exists() else []
     if not states:
         return 0
@@ -110,6 +110,15 @@ def newest_step(output):
     _, counters = RunFolder(output, read_only=True).load_state(reports.append)
     assert reports == [] and counters["step"] == states[0]
     return states[0]
+
+
+def wait_for_step(output, step):
+    """Until the run, which goes on, has saved a state of ``step`` or later, or a minute has passed."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if output.exists() and max(RunFolder(output, read_only=True).states(), default=0) >= step:
+            return
+        time.sleep(0.01)
 
 
 def finish(server, command, output, finished):
@@ -238,9 +247,7 @@ def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, fin
     for _ in range(60):
         before = newest_step(output)
         process = server.start(command(output, "--run.workers", 2), said)
-        until = time.monotonic() + 60
-        while newest_step(output) < min(before + 4, STEPS) and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for_step(output, min(before + 4, STEPS))
         time.sleep(draw.uniform(0, 0.1))
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True).stdout.split()
         with suppress(IndexError, ProcessLookupError):  # it ended meanwhile
@@ -381,9 +388,7 @@ def test_a_checkpoint_cut_short_at_any_length_is_passed_over_and_kept(finished, 
 def test_a_run_goes_on_from_the_state_before_the_damaged_one(server, command, tmp_path, finished):
     output = tmp_path / "run"
     process = server.start(command(output), tmp_path / "said")
-    until = time.monotonic() + 60
-    while newest_step(output) < 10 and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_for_step(output, 10)
     os.kill(process, signal.SIGKILL)
     server.wait()
     file = RunFolder(output).state_path(RunFolder(output).states()[0])

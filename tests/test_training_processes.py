@@ -35,7 +35,7 @@ def torchrun(arguments):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stmae.training"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, "pretrain", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*launcher, "pretrain", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 

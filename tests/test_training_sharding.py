@@ -178,14 +178,18 @@ def test_one_process_with_either_kind_of_checkpoint_gets_the_same_weights(runs):
 def test_two_killed_processes_continue_bit_for_bit(runs):
     command = runs.pretrain("killed", *FSDP, "--run.checkpoint_activations", "true", "--run.save_every", "1")
     output = runs.folder / "killed"
-    processes = two_processes.start(command)
-    until = time.monotonic() + 100
-    while time.monotonic() < until and not (output / "state-00000001").exists():
-        time.sleep(0.005)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
+    for _ in range(10):
+        processes = two_processes.start(command)
+        until = time.monotonic() + 100
+        while time.monotonic() < until and not list(output.glob("state-*")):
+            time.sleep(0.005)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+        if RunFolder(output).states()[0] < 6:
+            break
+        shutil.rmtree(output)  # the kill came late, as it may on a busy machine
     said = two_processes.finish(two_processes.start(command))
     assert "continuing from step" in said
     a, b = weights(output), weights(runs.folder / "two")

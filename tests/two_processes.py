@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +51,7 @@ def start(*commands, before_second=None):
 def finish(processes, status=0):
     """What they said, together; they must have ended with this ``status``."""
     try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -58,6 +60,8 @@ def finish(processes, status=0):
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """One that no connection takes by chance before it is used: the system's own choice begins at 32768."""
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", random.randrange(20000, 32768)))
+            return listener.getsockname()[1]
