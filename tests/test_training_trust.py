@@ -145,8 +145,9 @@ def lines(folder):
 def test_freed_memory_stays_with_the_process():
     """Pages touched for the first time when large tensors of several sizes are made again: all of them, or few."""
     code = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from stmae.training.device import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is touched once, however many pages it has
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for _ in range(4):
