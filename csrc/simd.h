@@ -52,6 +52,7 @@ STMAE_INLINE float sum(vec a) { return _mm512_reduce_add_ps(a.v); }
 STMAE_INLINE float max(vec a) { return _mm512_reduce_max_ps(a.v); }
 STMAE_INLINE vec round(vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 STMAE_INLINE vec scale_by_power(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n whole
+STMAE_INLINE vec select_first(int n, vec yes, vec no) { return {_mm512_mask_blend_ps(first(n), no.v, yes.v)}; }  // n lanes of yes
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) {  // per lane: x < 0 ? yes : no
   return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), yes.v)};
 }
@@ -119,6 +120,9 @@ STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n whole; in two ste
   const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
   const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, first), second)};
+}
+STMAE_INLINE vec select_first(int n, vec yes, vec no) {  // n lanes of yes
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(first(n)))};
 }
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }  // x < 0 ? yes : no
 STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n whole and in [-126, 127]
@@ -202,6 +206,10 @@ STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n whole; in two ste
   std::memcpy(&y, &second, sizeof(y));
   return {a.v * x * y};
 }
+STMAE_INLINE vec select_first(int n, vec yes, vec no) {  // n lanes of yes
+  for (int i = 0; i < n; ++i) no.v[i] = yes.v[i];
+  return no;
+}
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) { return {x.v < 0 ? yes.v : no.v}; }  // per lane
 STMAE_INLINE float sum(vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 STMAE_INLINE float max(vec a) { return std::max(std::max(a.v[0], a.v[2]), std::max(a.v[1], a.v[3])); }
@@ -210,9 +218,11 @@ STMAE_INLINE float max(vec a) { return std::max(std::max(a.v[0], a.v[2]), std::m
 
 STMAE_INLINE vec operator-(vec a) { return zero() - a; }
 
-// Starts to bring `bytes` from p on into the cache. Rows of a strided tensor lie pages apart, where no hardware prefetcher follows.
+// Starts to bring `bytes` from p on into the cache, of level 1 or 2. Rows of a strided tensor lie pages apart, where no hardware
+// prefetcher follows.
+template <int kLevel = 1>
 STMAE_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 4 - kLevel);
 }
 
 // Rows to columns: afterwards rows[i] holds what was in lane i of each row, in order. (Interleaving row i with row
