@@ -1,5 +1,7 @@
 """masked_patchify: the product and its gradients against float64, for every layout of the video, dtype and odd size."""
 
+import itertools
+
 import pytest
 import torch
 from exact import pixels
@@ -92,6 +94,20 @@ def test_without_bias_or_position(dtype, bias, position, capability):
     clip = video(2, 3, 2, 32, 32)
     keep, w, b, p = tensors(clip, 3, 24, (2, 16, 16), (dtype, dtype))
     check(clip, keep, w, b if bias else None, p if position else None)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x)[6:] for x in d))
+def test_frozen_parameters_get_no_gradient(dtypes):
+    clip = video(2, 3, 2, 16, 16)
+    keep, *parameters = tensors(clip, 3, 24, (1, 8, 8), dtypes)
+    _, *expected = run(ops.masked_patchify, clip, keep, *parameters)
+    for wanted in itertools.product([False, True], repeat=3):
+        if any(wanted):
+            leaves = [x.clone().requires_grad_(want) for x, want in zip(parameters, wanted)]
+            out = ops.masked_patchify(clip, keep, *leaves)
+            out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(BF16).to(out.dtype))
+            for leaf, want, gradient in zip(leaves, wanted, expected):
+                assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=lambda d: "-".join(str(x)[6:] for x in d))

@@ -1,6 +1,7 @@
 """linear, mlp and add_layer_norm: forward and every gradient against float64, for each instruction set."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -217,6 +218,25 @@ def test_mlp_before_what_has_no_gradient():
     arguments = [argument.requires_grad_() for argument in tensors("mlp", 5, 8, 16, torch.float32)]
     Cut.apply(ops.mlp(*arguments)).sum().backward()
     assert all(argument.grad is None for argument in arguments)
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_nothing_is_computed_for_frozen_arguments(op, rows, own_products, monkeypatch):
+    arguments = tensors(op, rows, 16, 32, torch.float32)
+    out = [torch.randn(rows, 32 if op == "linear" else 16, generator=torch.Generator().manual_seed(1))]
+    expected = run(getattr(ops, op), arguments, seed=1)[1:]
+    multiply, calls = linear._weight_gradient, []
+    monkeypatch.setattr(linear, "_weight_gradient", lambda *arguments: calls.append(multiply(*arguments)))
+    for wanted in itertools.product([False, True], repeat=len(arguments)):
+        if not any(wanted):
+            continue
+        leaves = [argument.clone().requires_grad_(want) for argument, want in zip(arguments, wanted)]
+        calls.clear()
+        torch.autograd.backward([getattr(ops, op)(*leaves)], out)
+        assert len(calls) == sum(wanted[1::2])
+        for leaf, want, gradient in zip(leaves, wanted, expected):
+            assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
 
 
 def test_own_products_of_strided_matrices(own_products):

@@ -140,15 +140,25 @@ def _fake(x, weight, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _backward_cpu(grad_out, x, weight, bias):
-    grad_x = product(grad_out, weight, transposed=True)
-    grad_weight = weight_gradient(grad_out, x).to(weight.dtype)
-    return grad_x, grad_weight, grad_out.new_empty(0) if bias is None else column_sum(grad_out).to(bias.dtype)
+def _backward_cpu(grad_out, x, weight, bias, wanted):
+    return (
+        product(grad_out, weight, transposed=True) if wanted[0] else x.new_empty(0),
+        weight_gradient(grad_out, x).to(weight.dtype) if wanted[1] else x.new_empty(0),
+        column_sum(grad_out).to(bias.dtype) if wanted[2] else x.new_empty(0),
+    )
 
 
-def _backward_fake(grad_out, x, weight, bias):
-    grad_bias = grad_out.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+def _backward_fake(grad_out, x, weight, bias, wanted):
+    return wanted_like((x, weight, bias), wanted)
+
+
+def wanted_like(inputs, wanted):
+    """Gradients of the ``inputs`` that are ``wanted``, nothing in place of the others: what a backward op returns."""
+    return tuple(tensor.new_empty(tensor.shape) if want else inputs[0].new_empty(0) for tensor, want in zip(inputs, wanted))
+
+
+def wanted_only(gradients, wanted):
+    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted))
 
 
 def _setup_context(ctx, inputs, output):
@@ -156,15 +166,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    saved = ctx.saved_tensors  # read once: under activation checkpointing a second reading is refused
-    grad_x, grad_weight, grad_bias = _backward_op(grad_out.contiguous(), *saved)
-    return grad_x, grad_weight, None if saved[2] is None else grad_bias
+    wanted = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
+    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, wanted), wanted)
 
 
 _op = library.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake, cpu=_cpu)
 _backward_op = library.define(
     "linear_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
 )

@@ -64,10 +64,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    saved = ctx.saved_tensors  # read once: under activation checkpointing a second reading is refused
-    bias, position = saved[3:]
-    grads = _backward_op(grad_out.contiguous(), *saved, ctx.mean, ctx.std)
-    grad_weight, grad_bias, grad_position = grads
+    video, keep, weight, bias, position = ctx.saved_tensors
+    bias = bias if ctx.needs_input_grad[3] else None  # nothing is computed for what is frozen
+    position = position if ctx.needs_input_grad[4] else None
+    grad_weight, grad_bias, grad_position = _backward_op(
+        grad_out.contiguous(), video, keep, weight, bias, position, ctx.mean, ctx.std
+    )
     return None, None, grad_weight, None if bias is None else grad_bias, None if position is None else grad_position, None, None
 
 

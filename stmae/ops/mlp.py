@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import column_sum, product, weight_gradient
+from .linear import column_sum, product, wanted_like, wanted_only, weight_gradient
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -62,29 +62,34 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     return x.new_empty(x.shape[0], fc2_weight.shape[0]), x.new_empty(x.shape[0], fc1_weight.shape[0])
 
 
-def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    grad_x = x.new_empty(x.shape)
+def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, wanted):
+    wants_x, wants_fc1, wants_fc1_bias, wants_fc2, wants_fc2_bias = wanted
+    grad_x = x.new_empty(x.shape if wants_x else 0)
     fc1 = fc2 = None
-    biases = []
-    for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x):
+    fc1_biases, fc2_biases = [], []
+    for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x if wants_x else x):
+        if wants_fc2_bias:
+            fc2_biases.append(column_sum(g))
         activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_weight, transposed=True))
-        fc2 = weight_gradient(g, activation, to=fc2)
+        fc1_biases.append(grad_fc1_bias)
+        if wants_fc2:
+            fc2 = weight_gradient(g, activation, to=fc2)
         del activation
-        product(grad_hidden, fc1_weight, transposed=True, out=grad_x_rows)
-        fc1 = weight_gradient(grad_hidden, x_rows, to=fc1)
-        biases.append((grad_fc1_bias, column_sum(g)))
-    grad_fc1_bias, grad_fc2_bias = (torch.stack(parts).sum(0) for parts in zip(*biases))
+        if wants_x:
+            product(grad_hidden, fc1_weight, transposed=True, out=grad_x_rows)
+        if wants_fc1:
+            fc1 = weight_gradient(grad_hidden, x_rows, to=fc1)
     return (
         grad_x,
-        fc1.to(fc1_weight.dtype),
-        grad_fc1_bias.to(fc1_bias.dtype),
-        fc2.to(fc2_weight.dtype),
-        grad_fc2_bias.to(fc2_bias.dtype),
+        fc1.to(fc1_weight.dtype) if wants_fc1 else x.new_empty(0),
+        torch.stack(fc1_biases).sum(0).to(fc1_bias.dtype) if wants_fc1_bias else x.new_empty(0),
+        fc2.to(fc2_weight.dtype) if wants_fc2 else x.new_empty(0),
+        torch.stack(fc2_biases).sum(0).to(fc2_bias.dtype) if wants_fc2_bias else x.new_empty(0),
     )
 
 
-def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, wanted):
+    return wanted_like((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), wanted)
 
 
 def _setup_context(ctx, inputs, output):
@@ -97,7 +102,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     if grad_out is None:  # what is behind it has no gradient
         return (None,) * 5
-    return _backward_op(grad_out.contiguous(), *ctx.saved_tensors)
+    wanted = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
+    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, wanted), wanted)
 
 
 _op = library.define(
@@ -108,8 +114,8 @@ _op = library.define(
 )
 _backward_op = library.define(
     "mlp_backward",
-    "(Tensor grad_out, Tensor x, Tensor hidden, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor hidden, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias,"
+    " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
 )
