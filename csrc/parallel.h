@@ -23,6 +23,11 @@ void for_pieces(int64_t count, int64_t parts, const Body& body) {
   });
 }
 
+// Whether there are enough pieces of [0, count) that threads take one after the other as they get ready.
+inline bool in_turn(int64_t count, int64_t piece, int64_t grain) {
+  return (count + piece - 1) / piece >= 4 * pieces(count, grain);
+}
+
 // body(thread, begin, end), thread < pieces(count, grain), for pieces of [0, count) that threads take one after the other as they get
 // ready: one that the system has held up does less, and nobody waits for it. Where there are too few pieces for that, each thread
 // gets an equal part.
@@ -30,7 +35,7 @@ template <typename Body>
 void for_pieces_in_turn(int64_t count, int64_t piece, int64_t grain, const Body& body) {
   if (count == 0) return;
   const int64_t turns = (count + piece - 1) / piece, threads = pieces(count, grain);
-  if (turns < 4 * threads) return for_pieces(count, threads, body);
+  if (!in_turn(count, piece, grain)) return for_pieces(count, threads, body);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     for (int64_t turn; (turn = next.fetch_add(1, std::memory_order_relaxed)) < turns;)

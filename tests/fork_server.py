@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,8 @@ class ForkServer:
         return self
 
     def __exit__(self, *exception):
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
@@ -75,10 +77,15 @@ class ForkServer:
         self.process.stdin.flush()
 
     def _answer(self, expected):
-        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+        late = not select.select([self.process.stdout], [], [], PATIENCE)[0]
+        if late and expected == "ended":
+            os.kill(self.running, signal.SIGKILL)  # the server lives on, for the next run
+            self.running = None
+        elif late:
             self.process.kill()
-            raise RuntimeError(f"fork server: no {expected!r} in {PATIENCE} s")
         line = self.process.stdout.readline()
+        if late:
+            raise RuntimeError(f"fork server: no {expected!r} in {PATIENCE} s")
         word, _, value = line.strip().partition(" ")
         if word != expected:
             raise RuntimeError(f"fork server: expected {expected!r}, got {line!r}")

@@ -180,7 +180,9 @@ def interrupt(arguments, output, step, number):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)  # as a terminal and a scheduler do: to the workers too
             said, _ = process.communicate(timeout=120)
-        if RunFolder(output).states()[0] < 30:
+        states = RunFolder(output).states()
+        assert states, f"nothing was saved, exit status {process.returncode}: {said}"
+        if states[0] < 30:
             return process.returncode, said
         shutil.rmtree(output)  # the signal came late, as it may on a busy machine
     raise AssertionError(f"no run was caught before its end:\n{said}")

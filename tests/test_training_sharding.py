@@ -185,9 +185,10 @@ def test_two_killed_processes_continue_bit_for_bit(runs):
             time.sleep(0.005)
         for process in processes:
             process.kill()
-        for process in processes:
-            process.communicate()
-        if RunFolder(output).states()[0] < 6:
+        said = [process.communicate()[0] for process in processes]
+        states = RunFolder(output).states()
+        assert states, "".join(said)
+        if states[0] < 6:
             break
         shutil.rmtree(output)  # the kill came late, as it may on a busy machine
     said = two_processes.finish(two_processes.start(command))

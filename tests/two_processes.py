@@ -50,8 +50,14 @@ def start(*commands, before_second=None):
 
 def finish(processes, status=0):
     """What they said, together; they must have ended with this ``status``."""
+    said = []
     try:
-        said = [process.communicate(timeout=600)[0] for process in processes]
+        for process in processes:
+            try:
+                said.append(process.communicate(timeout=600)[0])
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said.append(process.communicate()[0])
     finally:
         for process in processes:
             process.kill()

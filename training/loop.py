@@ -155,7 +155,12 @@ def train(
     if processes.first:
         say(f"a matrix product here reaches {most / 1e12:.2f} TFLOP/s; 'mfu' in the log is the model's share of that")
         folder.record_start(
-            device=where, precision=precision, workers=workers, step=first_step, steps=steps, ceiling_tflops=round(most / 1e12, 3)
+            device=where,
+            precision=precision,
+            workers=workers,
+            step=first_step,
+            steps=steps,
+            ceiling_tflops=float(f"{most / 1e12:.4g}"),
         )
 
     def judge(step, due):

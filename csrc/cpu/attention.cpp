@@ -690,9 +690,10 @@ int64_t grain(int64_t queries, int64_t keys, int64_t D) {
 template <typename T>
 void run_forward(Forward<T> a, int64_t B) {
   const int64_t tiles = (a.Nq + kQueryBlock - 1) / kQueryBlock;
+  const int64_t count = B * a.H * tiles, least = grain(kQueryBlock, a.Nk, a.D);
   a.heads = B * a.H;
-  a.turn = torch::stable::get_num_threads();
-  for_pieces_in_turn(B * a.H * tiles, tiles, grain(kQueryBlock, a.Nk, a.D), [&](int64_t, int64_t first, int64_t last) {
+  a.turn = in_turn(count, tiles, least) ? pieces(count, least) : 1;
+  for_pieces_in_turn(count, tiles, least, [&](int64_t, int64_t first, int64_t last) {
     STMAE_DISPATCH(attention_forward<T>, a, first, last);
   });
 }
@@ -702,16 +703,17 @@ void run_backward(Backward<T> a, int64_t B) {
   const int64_t all = B * a.H;
   const int64_t blocks = (a.Nk + kGradKeyBlock - 1) / kGradKeyBlock;
   if (all == 0 || a.Nk == 0) return;
-  a.heads = all;
-  a.turn = torch::stable::get_num_threads();
   a.splits = std::clamp<int64_t>((kEnoughItems + all - 1) / all, 1, blocks);
   a.partial_stride =
       ((a.Nq + kMostRows - 1) / kMostRows * kMostRows) * ((a.D + kMostLanes - 1) / kMostLanes * kMostLanes);
   Scratch<float> partial(a.splits > 1 ? all * a.splits * a.partial_stride : 0);
   if (a.splits > 1) a.partial = partial.data();
-  for_pieces_in_turn(
-      all * a.splits, 1, grain(a.Nq, std::min<int64_t>(a.Nk, kGradKeyBlock), a.D),
-      [&](int64_t, int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
+  const int64_t count = all * a.splits, least = grain(a.Nq, std::min<int64_t>(a.Nk, kGradKeyBlock), a.D);
+  a.heads = all;
+  a.turn = in_turn(count, 1, least) ? pieces(count, least) : 1;
+  for_pieces_in_turn(count, 1, least, [&](int64_t, int64_t first, int64_t last) {
+    STMAE_DISPATCH(attention_backward<T>, a, first, last);
+  });
   if (a.partial)
     torch::stable::parallel_for(0, all * a.Nq, grain(1, a.splits, a.D),
                                 [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_sum<T>, a, first, last); });
