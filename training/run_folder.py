@@ -176,15 +176,15 @@ class RunFolder:
         except (KeyError, ValueError) as error:
             raise sharding.ShardError(str(error)) from error
 
-    def claim(self, settings, defaults):
+    def claim(self, settings, unsaid):
         """Write config.yaml, or compare: a folder holds one run. ``run.*`` and ``probe.*`` may differ, for they change nothing
-        that is computed. A run begun by an older version does not say what it had no name for: that is as by ``defaults``.
+        that is computed. A run begun by an older version does not say what it had no name for: that is as in ``unsaid``.
 
         Raises RunFolderError naming every setting that differs from the run that is already here.
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
-            there = _flat(defaults) | _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+            there = _flat(unsaid) | _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
             here = _flat(settings)
             names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]

@@ -362,8 +362,7 @@ void attention_forward(const Forward<T>& a, int64_t first_tile, int64_t last_til
       copy_rows<E>(query, a.q.token, rows, round_up(rows, kRows), D, queries.data());
     }
     if (item + 1 < last_tile && first_query + kQueryBlock < a.Nq) {
-      for (int r = 0; r < kQueryBlock; ++r)
-        prefetch(a.q.at(b, h) + (first_query + kQueryBlock + r) * a.q.token, D * sizeof(T));
+      for (int r = 0; r < kQueryBlock; ++r) prefetch(query + (kQueryBlock + r) * a.q.token, D * sizeof(T));
     }
     Softmax softmax;
     for (float& x : softmax.highest) x = -std::numeric_limits<float>::infinity();
@@ -590,8 +589,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMostBrought = 1 << 18;  // bytes of a head fetched ahead: a quarter of a usual second-level cache
-constexpr int kQueryBlock = 12;     // forward: queries at a time, an item of parallel work
-constexpr int kGradKeyBlock = 192;  // backward: keys at a time, whose gradients stay in cache meanwhile
+constexpr int kQueryBlock = 12;            // forward: queries at a time, an item of parallel work
+constexpr int kGradKeyBlock = 192;         // backward: keys at a time, whose gradients stay in cache meanwhile
 
 // [B, N, H, D] with any strides, in elements, but a dense last dimension.
 template <typename T>
