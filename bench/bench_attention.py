@@ -7,9 +7,9 @@ beside flash-attn and xformers where they are installed, and the reference under
 import pytest
 import torch
 from compare import compiled
-from stmae.kernels import attention_backends
 
 from stmae import ops, reference
+from stmae.kernels import attention_backends
 
 SHAPES = {  # B, N, H, D
     "decoder": (4, 1569, 16, 32),

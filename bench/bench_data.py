@@ -9,17 +9,17 @@ from pathlib import Path
 
 import av
 import pytest
-import stmae.training
 import torch
 from bench_step import Step
+from torch.utils.data import DataLoader
+
+import stmae.training
+from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
 from stmae.training.dataset import PretrainClips, as_video, collate
 from stmae.training.listing import find_videos
 from stmae.training.order import Order
 from stmae.training.sources import choose_decoder
-from torch.utils.data import DataLoader
-
-from stmae.masking import sample_noise
 
 REPEATS, WORKERS = 4, 2
 FRAMES, SIZE, LENGTH = 16, (224, 224), 300

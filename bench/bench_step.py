@@ -145,5 +145,7 @@ def bench_step_memory(dtype, benchmark, device, full):
     peaks = {name: peak_gib(size, name, dtype, 4 * CLIPS[device], device) for name in ("ops", "reference", "strong")}
     benchmark.extra_info.update(peak_gib=peaks, size=size)
     benchmark.pedantic(lambda: None)
-    print(f"\n  peak GiB, {size} {dtype}: ours {peaks['ops']:.2f}, {peaks['ops'] / peaks['reference']:.2f} of the reference, "
-          f"{peaks['ops'] / peaks['strong']:.2f} of the strong version")
+    print(
+        f"\n  peak GiB, {size} {dtype}: ours {peaks['ops']:.2f}, {peaks['ops'] / peaks['reference']:.2f} of the reference, "
+        f"{peaks['ops'] / peaks['strong']:.2f} of the strong version"
+    )

@@ -53,8 +53,11 @@ def compare(benchmark, device, full):
         if bytes:
             info["gbytes"] = bytes / median / 1e9
         shown = ", ".join(f"{value:.2f}x {name}" for name, value in info["ratio"].items())
-        print(f"\n  {benchmark.name}: {median * 1e3:.2f} ms = {shown}"
-              + (f", {info['gflops']:.0f} GFLOP/s" if flops else "") + (f", {info['gbytes']:.1f} GB/s" if bytes else ""))
+        print(
+            f"\n  {benchmark.name}: {median * 1e3:.2f} ms = {shown}"
+            + (f", {info['gflops']:.0f} GFLOP/s" if flops else "")
+            + (f", {info['gbytes']:.1f} GB/s" if bytes else "")
+        )
         benchmark.pedantic(finished(ours, device), rounds=3)
 
     return run

@@ -1,6 +1,6 @@
 """A table and a plot of what `pytest bench --benchmark-only --benchmark-json FILE` measured.
 
-    python bench/report.py FILE [--plot FILE.png]
+python bench/report.py FILE [--plot FILE.png]
 """
 
 import argparse

@@ -104,9 +104,7 @@ def num_reconstructed(num_masked: int, decoder_ratio: float) -> int:
     return max(min(num_masked, 1), num_masked - int(num_masked * decoder_ratio))
 
 
-def reconstructed(
-    masked: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int, int], decoder_ratio: float
-) -> torch.Tensor:
+def reconstructed(masked: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int, int], decoder_ratio: float) -> torch.Tensor:
     """The tokens of ``masked`` [B, M] that the decoder reconstructs, [B, num_reconstructed(M, decoder_ratio)], ascending:
     running-cell masking (VideoMAE V2, arXiv 2303.16727, section 3.2, after Qing et al., arXiv 2207.11660).
 

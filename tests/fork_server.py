@@ -116,6 +116,7 @@ class Faults:
     def install(self):
         import safetensors.torch
         from safetensors import SafetensorError
+
         from stmae.training import run_folder
 
         save, save_file, append = safetensors.torch.save, safetensors.torch.save_file, run_folder.RunFolder._append
@@ -164,6 +165,7 @@ def serve():
     import matplotlib.figure  # noqa: F401 (this and the next take seconds, and are imported where they are used)
     import torch._dynamo  # noqa: F401
     from PIL import Image
+
     from stmae.training import cli, config, loop, pretrain
 
     Image.init()

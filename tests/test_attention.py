@@ -264,6 +264,7 @@ def test_no_queries():
     out.sum().backward()
     assert out.shape == (2, 0, 3, 8) and not k.grad.any() and not v.grad.any()
 
+
 good = torch.zeros(2, 5, 3, 16)
 
 

@@ -5,16 +5,16 @@ import functools
 import numpy as np
 import pytest
 import torch
+from synthetic_video import read_number, write_audio, write_video
+from torch.utils.data import DataLoader
+
+from stmae.masking import sample_noise
 from stmae.training import augment, sampling
 from stmae.training.config import ClipConfig
 from stmae.training.dataset import PretrainClips, ViewClips, as_video, collate, require_readable
 from stmae.training.listing import Entry, find_videos
 from stmae.training.order import Order
 from stmae.training.video import Video, VideoError
-from synthetic_video import read_number, write_audio, write_video
-from torch.utils.data import DataLoader
-
-from stmae.masking import sample_noise
 
 GRID = (2, 4, 4)
 

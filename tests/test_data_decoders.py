@@ -12,15 +12,16 @@ import av
 import numpy as np
 import pytest
 import torch
+from synthetic_video import read_number, rotate_mp4, write_image, write_video
+from test_data_video import FILES, FRAMES, write
+from torch.utils.data import DataLoader
+
 from stmae.training import cli, sources
 from stmae.training.config import ClipConfig
 from stmae.training.dataset import ViewClips, require_readable
 from stmae.training.listing import Entry, find_videos
 from stmae.training.sources import TorchcodecVideo, choose_decoder, open_entry
 from stmae.training.video import Video, VideoError
-from synthetic_video import read_number, rotate_mp4, write_image, write_video
-from test_data_video import FILES, FRAMES, write
-from torch.utils.data import DataLoader
 
 
 @dataclasses.dataclass

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic_video import numbered_frame, read_number, write_image, write_video
+
+from stmae.masking import sample_noise
 from stmae.training import cli, data_check, pretrain
 from stmae.training.config import AugmentationConfig, CheckConfig, ClipConfig, PretrainConfig, parse
 from stmae.training.dataset import LabelledClips, PretrainClips, ViewClips, require_readable
@@ -15,9 +18,6 @@ from stmae.training.listing import Entry, find_labelled_videos, find_videos
 from stmae.training.sources import open_entry
 from stmae.training.stills import FrameFolder, Still
 from stmae.training.video import VideoError
-from synthetic_video import numbered_frame, read_number, write_image, write_video
-
-from stmae.masking import sample_noise
 
 
 def pretrain_clips(entries, *, frames=4, size=(32, 32), seed=0, **clips):

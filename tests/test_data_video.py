@@ -7,8 +7,9 @@ import random
 import av
 import numpy as np
 import pytest
-from stmae.training.video import Video, VideoError
 from synthetic_video import numbered_frame, read_number, rotate_mp4, write_audio, write_video
+
+from stmae.training.video import Video, VideoError
 
 FRAMES = 60
 UNEVEN = [40 * i + i * i % 17 for i in range(FRAMES)]  # milliseconds

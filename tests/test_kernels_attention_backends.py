@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from stmae.kernels import attention_backends as backends
 
 from stmae import reference
+from stmae.kernels import attention_backends as backends
 
 ROOT = Path(__file__).parents[1]
 

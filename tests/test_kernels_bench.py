@@ -109,6 +109,7 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
 def test_attention_is_compared_with_what_can_serve(compare, monkeypatch):
     """On a GPU beside SDPA, installed packages and the compiled reference; the names that the results carry."""
     import bench_attention
+
     from stmae.kernels import attention_backends
 
     monkeypatch.setattr(attention_backends, "unusable", lambda name, **_: "not installed" if name == "xformers" else None)

@@ -98,9 +98,7 @@ def test_the_first_block_is_a_box():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_generator_reproduces_the_noise(strategy):
-    a, b, c = (
-        sample_noise(strategy, 2, (4, 3, 5), 0.5, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
-    )
+    a, b, c = (sample_noise(strategy, 2, (4, 3, 5), 0.5, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.dtype == torch.float32 and a.shape == (2, 60) and a.is_contiguous()
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the bench is not installed
-from stmae.training import probe
-
 from bench.motion_study import clips, page, pieces
 from bench.motion_study.pieces import Piece, Plan, Study
 from bench.motion_study.schedule import load, run
+from stmae.training import probe
 
 TINY = Plan(
     unlabelled=64,

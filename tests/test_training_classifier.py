@@ -7,6 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from synthetic_video import write_video
+
+from stmae import checkpoint
+from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
 from stmae.training import cli, data_check, features, finetune, mixing, optimizer, probe, randaugment
 from stmae.training import test as testing
 from stmae.training.config import (
@@ -20,10 +24,6 @@ from stmae.training.config import (
     parse,
 )
 from stmae.training.listing import find_labelled_videos
-from synthetic_video import write_video
-
-from stmae import checkpoint
-from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
 
 SIZES = {"image_size": 32, "num_frames": 4, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
 TINY = """

@@ -18,11 +18,12 @@ import pytest
 import torch
 from fork_server import PATIENCE, ForkServer
 from safetensors.torch import load_file
+from synthetic_video import write_audio, write_image, write_video
+from torch.utils.data import DataLoader
+
 from stmae.training.loop import Batches, TrainingError
 from stmae.training.run_folder import RunFolder, RunFolderError
 from stmae.training.video import Video
-from synthetic_video import write_audio, write_image, write_video
-from torch.utils.data import DataLoader
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
 KILLS, TERMINATIONS = 20, 6

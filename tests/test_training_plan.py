@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from stmae.training import cli, plan
-from stmae.training.config import FinetuneConfig, PretrainConfig, parse
 from synthetic_video import write_video
 
 from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
+from stmae.training import cli, plan
+from stmae.training.config import FinetuneConfig, PretrainConfig, parse
 
 ENCODER = {"image_size": 64, "num_frames": 8, "patch_size": 8, "width": 64, "depth": 3, "num_heads": 2}
 AUTOENCODER = MaskedAutoencoderConfig(**ENCODER, decoder_width=48, decoder_depth=2, decoder_num_heads=3)

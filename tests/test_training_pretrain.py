@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stmae.training import cli, loop, pretrain
-from stmae.training.config import PretrainConfig, parse
-from stmae.training.run_folder import RunFolder, RunFolderError
 from synthetic_video import write_video
 
 from stmae import checkpoint
+from stmae.training import cli, loop, pretrain
+from stmae.training.config import PretrainConfig, parse
+from stmae.training.run_folder import RunFolder, RunFolderError
 
 ROOT = Path(__file__).parent.parent
 TINY = """

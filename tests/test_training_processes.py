@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from synthetic_video import write_video
+
 from stmae.training import pretrain
 from stmae.training.config import PretrainConfig, parse
 from stmae.training.run_folder import RunFolder
-from synthetic_video import write_video
 
 ROOT = Path(__file__).parent.parent
 TINY = """

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from stmae.training import cli, config, device, optimizer
-from stmae.training.config import PRESETS, FinetuneConfig, OptimizerConfig, PretrainConfig, from_preset, parse, presets, to_dict
 
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
+from stmae.training import cli, config, device, optimizer
+from stmae.training.config import PRESETS, FinetuneConfig, OptimizerConfig, PretrainConfig, from_preset, parse, presets, to_dict
 
 ENCODER = {"image_size": 16, "num_frames": 4, "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2}
 SMALL = MaskedAutoencoderConfig(**ENCODER, decoder_width=8, decoder_depth=1, decoder_num_heads=1)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stmae.training import cli, demo, reconstruct
-from stmae.training.config import PretrainConfig, from_preset
-from stmae.training.listing import find_videos
 from synthetic_video import write_video
 
 from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
+from stmae.training import cli, demo, reconstruct
+from stmae.training.config import PretrainConfig, from_preset
+from stmae.training.listing import find_videos
 
 SIZES = {"image_size": 32, "num_frames": 4, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 1}
 

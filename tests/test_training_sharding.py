@@ -9,14 +9,14 @@ import pytest
 import torch
 import two_processes
 from safetensors.torch import load_file
-from stmae.training import finetune, pretrain
-from stmae.training.config import FinetuneConfig, PretrainConfig, parse
-from stmae.training.processes import ALONE
-from stmae.training.run_folder import RunFolder, RunFolderError
 from synthetic_video import write_video
 
 from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
+from stmae.training import finetune, pretrain
+from stmae.training.config import FinetuneConfig, PretrainConfig, parse
+from stmae.training.processes import ALONE
+from stmae.training.run_folder import RunFolder, RunFolderError
 
 TINY = """
 clips: {stride: 2, repeats: 2}

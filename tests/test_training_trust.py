@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stmae.training import features, flops, log, plots, pretrain, probe
-from stmae.training.config import EncodingConfig, PretrainConfig, parse
-from stmae.training.listing import find_labelled_videos
-from stmae.training.processes import ALONE
-from stmae.training.run_folder import RunFolder
 from synthetic_video import write_video
 from torch.utils.flop_counter import FlopCounterMode
 
 from stmae.checkpoint import files
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
+from stmae.training import features, flops, log, plots, pretrain, probe
+from stmae.training.config import EncodingConfig, PretrainConfig, parse
+from stmae.training.listing import find_labelled_videos
+from stmae.training.processes import ALONE
+from stmae.training.run_folder import RunFolder
 
 TINY = """
 clips: {stride: 2, repeats: 2}

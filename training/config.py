@@ -22,8 +22,15 @@ from stmae.models import MaskedAutoencoderConfig
 PRESETS = Path(__file__).parent / "presets"
 ABOUT = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
 PATH_FIELDS = (  # in a file, relative to it
-    "data", "data_root", "data_labels", "held_out", "checkpoint", "video", "test_data",
-    "probe.data", "probe.test_data",
+    "data",
+    "data_root",
+    "data_labels",
+    "held_out",
+    "checkpoint",
+    "video",
+    "test_data",
+    "probe.data",
+    "probe.test_data",
 )
 
 

@@ -54,18 +54,14 @@ def train(config, processes, device):
     if processes.first:
         start = "random weights" if config.random_weights else config.checkpoint
         print(f"{len(entries)} videos of {classes} classes in {config.data}, from {start}")
-    dataset = LabelledClips(
-        entries, config.clips, frames=frames, size=size, seed=config.seed, augmentation=config.augmentation
-    )
+    dataset = LabelledClips(entries, config.clips, frames=frames, size=size, seed=config.seed, augmentation=config.augmentation)
     counters = loop.train(
         config,
         processes,
         device,
         folder,
         model=model,
-        groups=functools.partial(
-            layer_decay_groups, weight_decay=config.optimizer.weight_decay, layer_decay=config.layer_decay
-        ),
+        groups=functools.partial(layer_decay_groups, weight_decay=config.optimizer.weight_decay, layer_decay=config.layer_decay),
         dataset=dataset,
         # A batch counts clips here: unlike in pre-training, the repeats of one video are counted.
         peak=peak_learning_rate(config.optimizer, config.optimizer.batch * config.clips.repeats),

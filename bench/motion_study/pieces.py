@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from stmae import checkpoint
+from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
 from stmae.training import probe
 from stmae.training.config import OptimizerConfig
 from stmae.training.device import choose_precision
 from stmae.training.optimizer import adamw, learning_rate, peak_learning_rate, weight_decay_groups
-
-from stmae import checkpoint
-from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
 
 from . import clips
 

@@ -8,9 +8,9 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
-from stmae.training.device import choose_precision
 
 from stmae import checkpoint
+from stmae.training.device import choose_precision
 
 from . import pieces as pieces_module
 

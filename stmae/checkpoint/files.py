@@ -168,8 +168,7 @@ def _safetensors():
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "reading and writing checkpoints needs safetensors, which is not installed; "
-            "run: pip install 'stmae[train]'"
+            "reading and writing checkpoints needs safetensors, which is not installed; run: pip install 'stmae[train]'"
         ) from error
     return safetensors
 

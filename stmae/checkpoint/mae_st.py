@@ -136,13 +136,9 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
     config = model.config
     if isinstance(model, MaskedAutoencoder):
         if config.class_token and config.decoder_class_token != "own":
-            raise ValueError(
-                "to_mae_st: mae_st's decoder has a class token of its own; this model passes the encoder's through"
-            )
+            raise ValueError("to_mae_st: mae_st's decoder has a class token of its own; this model passes the encoder's through")
         if config.decoder_separable_position not in (None, config.separable_position):
-            raise ValueError(
-                "to_mae_st: mae_st's decoder has position embeddings of the encoder's kind; this model's differ"
-            )
+            raise ValueError("to_mae_st: mae_st's decoder has position embeddings of the encoder's kind; this model's differ")
         if config.frame_choice != "linspace":
             raise ValueError("to_mae_st: mae_st predicts the frames of a linspace; this model, of a stride")
         if config.target == "hog":

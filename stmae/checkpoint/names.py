@@ -32,9 +32,7 @@ _BLOCK = {
 def block_names(prefix: str, their_prefix: str, depth: int) -> dict[str, str]:
     """The table's rows for ``depth`` blocks."""
     return {
-        f"{prefix}{index}.{ours}": f"{their_prefix}{index}.{theirs}"
-        for index in range(depth)
-        for ours, theirs in _BLOCK.items()
+        f"{prefix}{index}.{ours}": f"{their_prefix}{index}.{theirs}" for index in range(depth) for ours, theirs in _BLOCK.items()
     }
 
 

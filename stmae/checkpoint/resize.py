@@ -63,9 +63,7 @@ def _new_head(config: VideoClassifierConfig, state: dict[str, torch.Tensor]) -> 
     }
 
 
-def _resized(
-    state: dict[str, torch.Tensor], old: EncoderConfig, new: EncoderConfig
-) -> dict[str, torch.Tensor]:
+def _resized(state: dict[str, torch.Tensor], old: EncoderConfig, new: EncoderConfig) -> dict[str, torch.Tensor]:
     """Every position embedding in ``state`` carried from the old grid to the new one; the rest as it is."""
     state = {name: value.detach().cpu() for name, value in state.items()}
     if old.grid == new.grid:

@@ -24,10 +24,7 @@ class CheckpointMismatch(ValueError):
         lines = [f"{source} does not fit the model:"]
         lines += [f"  missing: {name}" for name in self.missing]
         lines += [f"  unexpected: {name}" for name in self.unexpected]
-        lines += [
-            f"  shape: {name} expected {list(want)}, got {list(got)}"
-            for name, (want, got) in self.shapes.items()
-        ]
+        lines += [f"  shape: {name} expected {list(want)}, got {list(got)}" for name, (want, got) in self.shapes.items()]
         super().__init__("\n".join(lines))
 
 

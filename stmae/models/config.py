@@ -121,10 +121,7 @@ class EncoderConfig:
 
     def to_dict(self) -> dict:
         """Plain values, for JSON; ``from_dict`` takes them back."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict):

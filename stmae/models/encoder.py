@@ -34,9 +34,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.position = Position(
-            config.grid, config.width, separable=config.separable_position, class_token=config.class_token
-        )
+        self.position = Position(config.grid, config.width, separable=config.separable_position, class_token=config.class_token)
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(1, config.width))
             nn.init.trunc_normal_(self.class_token, std=0.02)
@@ -138,8 +136,7 @@ class VideoModel(nn.Module):
             raise ValueError(f"{name}: expected video to be a tensor, got {type(video).__name__}")
         if video.dim() != 5 or tuple(video.shape[1:]) != expected:
             raise ValueError(
-                f"{name}: expected video [B, {', '.join(map(str, expected))}] (B, C, T, H, W), "
-                f"got {list(video.shape)}"
+                f"{name}: expected video [B, {', '.join(map(str, expected))}] (B, C, T, H, W), got {list(video.shape)}"
             )
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ValueError(f"{name}: expected video uint8 or normalised floating point, got {video.dtype}")

@@ -189,16 +189,11 @@ class MaskedAutoencoder(VideoModel):
         ratio = config.mask_ratio if mask_ratio is None else mask_ratio
         count = num_keep(config.mask_strategy, config.grid, ratio)
         if noise is None:
-            noise = sample_noise(
-                config.mask_strategy, batch, config.grid, ratio, generator=generator, device=device
-            )
+            noise = sample_noise(config.mask_strategy, batch, config.grid, ratio, generator=generator, device=device)
         elif not isinstance(noise, torch.Tensor):
             raise ValueError(f"MaskedAutoencoder: expected noise a tensor, got {type(noise).__name__}")
         elif tuple(noise.shape) != (batch, config.num_tokens):
-            raise ValueError(
-                f"MaskedAutoencoder: expected noise [{batch}, {config.num_tokens}] (B, N), "
-                f"got {list(noise.shape)}"
-            )
+            raise ValueError(f"MaskedAutoencoder: expected noise [{batch}, {config.num_tokens}] (B, N), got {list(noise.shape)}")
         keep, masked = self._ops.random_masking(noise, count)
         hidden = config.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio
         return keep, reconstructed(masked, noise, config.grid, hidden)

@@ -45,9 +45,7 @@ class Position(nn.Module):
         return self.of_patches() if self.separable else self.joint
 
 
-def interpolate_position(
-    values: torch.Tensor, old_grid: tuple[int, int, int], new_grid: tuple[int, int, int]
-) -> torch.Tensor:
+def interpolate_position(values: torch.Tensor, old_grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> torch.Tensor:
     """Carries values [t * h * w, D] on ``old_grid`` over to ``new_grid``: bicubic in space, linear in time,
     float32 inside.
 
@@ -58,10 +56,7 @@ def interpolate_position(
     (t, h, w), (new_t, new_h, new_w) = old_grid, new_grid
     width = values.shape[-1]
     if values.shape[0] != t * h * w:
-        raise ValueError(
-            f"interpolate_position: expected values [{t * h * w}, D] for grid {t}x{h}x{w}, "
-            f"got {list(values.shape)}"
-        )
+        raise ValueError(f"interpolate_position: expected values [{t * h * w}, D] for grid {t}x{h}x{w}, got {list(values.shape)}")
     x = values.float().reshape(t, h, w, width)
     if (h, w) != (new_h, new_w):
         x = F.interpolate(x.permute(0, 3, 1, 2), (new_h, new_w), mode="bicubic", align_corners=False)

@@ -37,9 +37,7 @@ class VideoClassifier(VideoModel):
         x = F.dropout(self.features(video, keep=keep), self.config.dropout, self.training)
         return self._ops.linear(x, self.head.weight, self.head.bias)
 
-    def features(
-        self, video: torch.Tensor, *, keep: torch.Tensor | None = None, pooled: bool = True
-    ) -> torch.Tensor:
+    def features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None, pooled: bool = True) -> torch.Tensor:
         """What the head sees: the normalised mean of the patch tokens, [B, D].
 
         ``pooled=False`` gives the tokens that are averaged, [B, N, D] in grid order ([B, K, D] with

@@ -121,9 +121,7 @@ def _packed_backward(ctx, grad_out, _):
     return _packed_backward_op(checks.dense_rows(grad_out), *ctx.saved_tensors, ctx.scale), None
 
 
-_op = library.define(
-    "attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", fake=_fake, stem="attention"
-)
+_op = library.define("attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", fake=_fake, stem="attention")
 _backward_op = library.define(
     "attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",

@@ -192,6 +192,4 @@ _weight_gradient = library.define(
 )
 
 # Sum over the rows of a matrix, float32: the bias gradient.
-column_sum = library.define(
-    "column_sum", "(Tensor x) -> Tensor", fake=lambda x: x.new_empty(x.shape[1], dtype=torch.float32)
-)
+column_sum = library.define("column_sum", "(Tensor x) -> Tensor", fake=lambda x: x.new_empty(x.shape[1], dtype=torch.float32))

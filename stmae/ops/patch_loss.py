@@ -3,9 +3,7 @@ import torch
 from . import checks, library
 
 
-def patch_loss(
-    pred, video, masked, *, patch_size, frames=None, normalize=True, mean=0.45, std=0.225, reduction="mean"
-):
+def patch_loss(pred, video, masked, *, patch_size, frames=None, normalize=True, mean=0.45, std=0.225, reduction="mean"):
     """Mean squared error of predicted patches against the video's, which are read inside the kernel and never stored.
 
     For each masked token, target = the P pixels of its patch in the order (frame, row, column, channel); normalised,

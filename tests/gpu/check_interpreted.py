@@ -11,6 +11,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from gpu.suite import *  # noqa: E402, F403
 from gpu.suite import _seeded, launch, masks, random, video_of  # noqa: E402, F401
+
 from stmae.kernels import launching  # noqa: E402
 
 

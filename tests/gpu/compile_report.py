@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 import triton
 from gpu import compiler
+
 from stmae.kernels import attention, gather_tokens, masked_patchify, patch_loss, random_masking, restore_tokens
 
 FIGURES = Path(__file__).parent / "figures.json"

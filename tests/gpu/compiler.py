@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 import triton
-from stmae.kernels import launching
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from stmae.kernels import launching
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
