@@ -5,9 +5,13 @@ namespace stmae::STMAE_ISA {
 struct Whole {};  // stands for kLanes where the compiler should see that no lane is masked
 
 template <typename T>
-STMAE_INLINE vec load(const T* p, Whole) { return load(p); }
+STMAE_INLINE vec load(const T* p, Whole) {
+  return load(p);
+}
 template <typename T>
-STMAE_INLINE void store(T* p, vec a, Whole) { store(p, a); }
+STMAE_INLINE void store(T* p, vec a, Whole) {
+  store(p, a);
+}
 STMAE_INLINE vec take(vec a, Whole) { return a; }
 STMAE_INLINE vec take(vec a, int n) {  // the first n lanes, zero beyond
   float lanes[kLanes];

@@ -40,7 +40,8 @@
 #define STMAE_TARGET_END STMAE_PRAGMA(clang attribute pop)
 #else
 #define STMAE_PRAGMA(TEXT) _Pragma(#TEXT)
-#define STMAE_TARGET(FEATURES) STMAE_PRAGMA(GCC push_options) STMAE_PRAGMA(GCC target(FEATURES, "prefer-vector-width=512"))  // Clang has no such feature
+#define STMAE_TARGET(FEATURES) \
+  STMAE_PRAGMA(GCC push_options) STMAE_PRAGMA(GCC target(FEATURES, "prefer-vector-width=512"))  // Clang has no such feature
 #define STMAE_TARGET_END STMAE_PRAGMA(GCC pop_options)
 #endif
 

@@ -25,7 +25,9 @@ Isa detect() {
 Isa parse(const std::string& name) {
   for (Isa candidate : kAll) {
     if (name != isa_name(candidate)) continue;
-    if (candidate > best_isa()) throw std::runtime_error("cpu capability '" + name + "' is not offered by this processor; best is '" + isa_name(best_isa()) + "'");
+    if (candidate > best_isa())
+      throw std::runtime_error("cpu capability '" + name + "' is not offered by this processor; best is '" +
+                               isa_name(best_isa()) + "'");
     return candidate;
   }
   throw std::runtime_error("cpu capability: expected one of portable, avx2, avx512, avx512_bf16, got '" + name + "'");

@@ -8,10 +8,10 @@ namespace stmae {
 
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-Isa isa();                                // the one in use
-Isa best_isa();                           // the most that this processor and this build offer
-const char* isa_name(Isa isa);            // "avx512_bf16", ...
-void set_isa(const std::string& name);    // throws std::runtime_error when unknown or not offered here
+Isa isa();                              // the one in use
+Isa best_isa();                         // the most that this processor and this build offer
+const char* isa_name(Isa isa);          // "avx512_bf16", ...
+void set_isa(const std::string& name);  // throws std::runtime_error when unknown or not offered here
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define STMAE_X86 1
@@ -21,14 +21,14 @@ void set_isa(const std::string& name);    // throws std::runtime_error when unkn
 
 // Calls FUNCTION of the instruction set in use: STMAE_DISPATCH(attention_forward, arguments...).
 #if STMAE_X86
-#define STMAE_DISPATCH(FUNCTION, ...)                                          \
-  do {                                                                         \
-    switch (::stmae::isa()) {                                                  \
+#define STMAE_DISPATCH(FUNCTION, ...)                                            \
+  do {                                                                           \
+    switch (::stmae::isa()) {                                                    \
       case ::stmae::Isa::avx512_bf16: avx512_bf16::FUNCTION(__VA_ARGS__); break; \
-      case ::stmae::Isa::avx512: avx512::FUNCTION(__VA_ARGS__); break;         \
-      case ::stmae::Isa::avx2: avx2::FUNCTION(__VA_ARGS__); break;             \
-      default: portable::FUNCTION(__VA_ARGS__);                                \
-    }                                                                          \
+      case ::stmae::Isa::avx512: avx512::FUNCTION(__VA_ARGS__); break;           \
+      case ::stmae::Isa::avx2: avx2::FUNCTION(__VA_ARGS__); break;               \
+      default: portable::FUNCTION(__VA_ARGS__);                                  \
+    }                                                                            \
   } while (0)
 #else
 #define STMAE_DISPATCH(FUNCTION, ...) portable::FUNCTION(__VA_ARGS__)

@@ -43,7 +43,8 @@ PyMethodDef methods[] = {
     {"set_cpu_capability", set_cpu_capability, METH_O, "Use 'portable', 'avx2', 'avx512' or 'avx512_bf16' from now on."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "stmae._C", "CPU kernels of stmae.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "stmae._C", "CPU kernels of stmae.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -6,7 +6,8 @@ template <typename T>
 static const T* patch_frame(const Patches& s, int64_t b, int64_t token, int64_t iu) {  // the patch's corner in its frame iu
   const int64_t iw = token % s.w, ih = token / s.w % s.h, it = token / s.w / s.h;
   const int64_t frame = it * s.u + iu;
-  return static_cast<const T*>(s.data) + b * s.batch + (s.frames ? s.frames[frame] : frame) * s.frame + ih * s.p * s.row + iw * s.q * s.column;
+  return static_cast<const T*>(s.data) + b * s.batch + (s.frames ? s.frames[frame] : frame) * s.frame + ih * s.p * s.row +
+         iw * s.q * s.column;
 }
 
 // Starts to fetch a patch that is read soon: its rows lie too far apart for the processor to guess.

@@ -14,9 +14,13 @@ struct Float32 {
   STMAE_INLINE vec unit(vec a, vec) { return a; }
   STMAE_INLINE void units(float*, int64_t) {}
   template <typename T, typename Lanes>
-  STMAE_INLINE vec read(const T* p, Lanes lanes) { return load(p, lanes); }  // a vector of units that lie side by side
+  STMAE_INLINE vec read(const T* p, Lanes lanes) {
+    return load(p, lanes);
+  }  // a vector of units that lie side by side
   template <typename T, typename Lanes>
-  STMAE_INLINE vec read(const T* p, const T*, Lanes lanes) { return load(p, lanes); }  // of units from rows of one step
+  STMAE_INLINE vec read(const T* p, const T*, Lanes lanes) {
+    return load(p, lanes);
+  }  // of units from rows of one step
 };
 
 #if STMAE_ISA_LEVEL >= 3
@@ -75,11 +79,15 @@ struct Bfloat16 {  // without instructions for it: units are floats that were ro
   }
   template <typename T, typename Lanes>
   STMAE_INLINE vec read(const T* p, Lanes lanes) {
-    if constexpr (std::is_same_v<T, float>) return unit(load(p, lanes), zero());
-    else return load(p, lanes);
+    if constexpr (std::is_same_v<T, float>)
+      return unit(load(p, lanes), zero());
+    else
+      return load(p, lanes);
   }
   template <typename T, typename Lanes>
-  STMAE_INLINE vec read(const T* p, const T*, Lanes lanes) { return read(p, lanes); }
+  STMAE_INLINE vec read(const T* p, const T*, Lanes lanes) {
+    return read(p, lanes);
+  }
 };
 #endif
 

@@ -12,8 +12,7 @@ namespace stmae {
 template <typename U>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
+  explicit Scratch(int64_t count) : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
     if (!memory_) throw std::bad_alloc();
   }
   U* data() { return static_cast<U*>(memory_.get()); }

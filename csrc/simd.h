@@ -23,8 +23,12 @@ STMAE_INLINE vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(fir
 STMAE_INLINE vec widen(__m256i bits) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))}; }
 STMAE_INLINE vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 STMAE_INLINE vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
-STMAE_INLINE vec load(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))}; }
-STMAE_INLINE vec load(const uint8_t* p, int n) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))}; }
+STMAE_INLINE vec load(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+STMAE_INLINE vec load(const uint8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+}
 STMAE_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a.v); }
 STMAE_INLINE void store(float* p, vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 STMAE_INLINE __m256i narrow(vec a) {  // to bfloat16, nearest even, NaN stays NaN
@@ -85,7 +89,9 @@ STMAE_INLINE vec load(const bf16* p, int n) {
   std::memcpy(part, p, 2 * n);
   return widen(_mm_load_si128(reinterpret_cast<const __m128i*>(part)));
 }
-STMAE_INLINE vec load(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))}; }
+STMAE_INLINE vec load(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 STMAE_INLINE vec load(const uint8_t* p, int n) {
   alignas(8) uint8_t part[8] = {};
   std::memcpy(part, p, n);
@@ -126,7 +132,8 @@ STMAE_INLINE vec select_first(int n, vec yes, vec no) {  // n lanes of yes
 }
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }  // x < 0 ? yes : no
 STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n whole and in [-126, 127]
-  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23)))};
+  return {_mm256_mul_ps(
+      a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23)))};
 }
 STMAE_INLINE void interleave(vec& a, vec& b) {  // a0 b0 a1 b1 ... across both: the first half in a, the second in b
   const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);

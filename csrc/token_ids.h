@@ -15,7 +15,8 @@
 namespace stmae {
 
 // slots[b * num_tokens + n] is the i with ids[b, i] == n, or -1 where there is none. Throws at an id out of range or repeated.
-inline std::unique_ptr<int32_t[]> token_slots(const char* op, const char* name, const torch::stable::Tensor& ids, int64_t num_tokens) {
+inline std::unique_ptr<int32_t[]> token_slots(const char* op, const char* name, const torch::stable::Tensor& ids,
+                                              int64_t num_tokens) {
   const int64_t rows = ids.size(0), count = ids.size(1), row_stride = ids.stride(0), stride = ids.stride(1);
   STMAE_CHECK(num_tokens <= std::numeric_limits<int32_t>::max(), op, ": expected fewer than 2^31 tokens, got ", num_tokens);
   const int64_t* data = ids.const_data_ptr<int64_t>();
@@ -42,7 +43,8 @@ inline std::unique_ptr<int32_t[]> token_slots(const char* op, const char* name, 
   const int64_t bad = first_bad.load();
   if (bad != none) [[unlikely]] {
     const int64_t row = bad / count, column = bad % count, id = data[row * row_stride + column * stride];
-    STMAE_CHECK(id >= 0 && id < num_tokens, op, ": expected ", name, " in [0, ", num_tokens, "), got ", id, " at [", row, ", ", column, "]");
+    STMAE_CHECK(id >= 0 && id < num_tokens, op, ": expected ", name, " in [0, ", num_tokens, "), got ", id, " at [", row, ", ",
+                column, "]");
     fail(op, ": expected ", name, " without repeats in a row, got ", id, " at [", row, ", ", column, "] and before it");
   }
   return slots;

@@ -13,7 +13,7 @@ namespace stmae {
 
 enum class Pixel { uint8, bfloat16, float32 };
 
-struct Patches {                               // of a video [B, C, T, H, W]; strides in elements
+struct Patches {  // of a video [B, C, T, H, W]; strides in elements
   const void* data;
   Pixel pixel;
   int64_t C;
@@ -29,9 +29,20 @@ inline Patches patches(const torch::stable::Tensor& video, int64_t u, int64_t p,
   using torch::headeronly::ScalarType;
   const ScalarType type = video.scalar_type();
   const Pixel pixel = type == ScalarType::Byte ? Pixel::uint8 : is_float32("video", type) ? Pixel::float32 : Pixel::bfloat16;
-  return {video.const_data_ptr(), pixel,
-          video.size(1), video.stride(0), video.stride(1), video.stride(2), video.stride(3), video.stride(4),
-          u, p, q, video.size(3) / p, video.size(4) / q, frames};
+  return {video.const_data_ptr(),
+          pixel,
+          video.size(1),
+          video.stride(0),
+          video.stride(1),
+          video.stride(2),
+          video.stride(3),
+          video.stride(4),
+          u,
+          p,
+          q,
+          video.size(3) / p,
+          video.size(4) / q,
+          frames};
 }
 
 // (x / 255 - mean) / std as x * scale + shift, for each channel.

@@ -6,8 +6,8 @@ namespace {
 
 // One row of `width`; a row fits the first-level cache, so the three passes read memory once.
 template <typename TX, typename TB, typename TO>
-void add_layer_norm_row(const TX* x, const TB* branch, const float* weight, const float* bias, float eps, int64_t width, TX* sum_out,
-                        TO* out, float* mean_out, float* rstd_out) {
+void add_layer_norm_row(const TX* x, const TB* branch, const float* weight, const float* bias, float eps, int64_t width,
+                        TX* sum_out, TO* out, float* mean_out, float* rstd_out) {
   const int64_t full = width - width % kLanes;
   const int rest = static_cast<int>(width - full);
   vec total = zero();
@@ -92,8 +92,8 @@ void add_layer_norm_backward(int64_t begin, int64_t end, const TX* grad_sum, con
                              const float* mean, const float* rstd, int64_t width, TX* grad_x, TB* grad_branch, float* partial) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t at = r * width;
-    add_layer_norm_backward_row(grad_sum ? grad_sum + at : nullptr, grad_out + at, x + at, weight, mean[r], rstd[r], width, grad_x + at,
-                                grad_branch ? grad_branch + at : nullptr, partial, partial + width);
+    add_layer_norm_backward_row(grad_sum ? grad_sum + at : nullptr, grad_out + at, x + at, weight, mean[r], rstd[r], width,
+                                grad_x + at, grad_branch ? grad_branch + at : nullptr, partial, partial + width);
   }
 }
 
@@ -124,7 +124,8 @@ using torch::stable::Tensor;
 template <typename Action>
 void with_types(ScalarType x, ScalarType branch, ScalarType out, const Action& action) {
   auto pick = [](ScalarType type, const auto& next) {
-    STMAE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "add_layer_norm: expected float32 or bfloat16, got another dtype");
+    STMAE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                "add_layer_norm: expected float32 or bfloat16, got another dtype");
     if (type == ScalarType::BFloat16)
       next(static_cast<c10::BFloat16*>(nullptr));
     else
@@ -133,15 +134,16 @@ void with_types(ScalarType x, ScalarType branch, ScalarType out, const Action& a
   pick(x, [&](auto* tx) { pick(branch, [&](auto* tb) { pick(out, [&](auto* to) { action(tx, tb, to); }); }); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight, const Tensor& bias,
-                                                          double eps, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight,
+                                                          const Tensor& bias, double eps, ScalarType dtype) {
   STMAE_CHECK(x.is_contiguous() && branch.is_contiguous() && weight.is_contiguous() && bias.is_contiguous() &&
                   weight.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float,
               "add_layer_norm: expected contiguous tensors and float32 weight and bias");
   const int64_t width = x.size(x.dim() - 1), rows = width ? x.numel() / width : 0;
   Tensor sum = torch::stable::empty_like(x);
   Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
-  Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float), rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float),
+         rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   with_types(x.scalar_type(), branch.scalar_type(), dtype, [&](auto* tx, auto* tb, auto* to) {
     using TX = std::remove_pointer_t<decltype(tx)>;
     using TB = std::remove_pointer_t<decltype(tb)>;

@@ -68,7 +68,8 @@ static void pack_blocks(const Packing& p, int64_t begin, int64_t end) {
     for (int64_t column = 0; column < p.lanes; column += kColumns) {
       const int64_t columns = std::min(kColumns, p.lanes - column);
       for (int64_t s = run * kStepRun; s < last; ++s) {
-        each_unit<Product, T>(p, s, column, column + columns, [&](int64_t i, vec units) STMAE_INLINE_BODY { store(units_of + i, units); });
+        each_unit<Product, T>(p, s, column, column + columns,
+                              [&](int64_t i, vec units) STMAE_INLINE_BODY { store(units_of + i, units); });
         for (int64_t i = 0; i < columns; i += kTileRows)
           std::memcpy(p.panels + (column + i) * p.block_steps + s * kTileRows, units_of + i, kTileRows * sizeof(float));
       }
@@ -107,7 +108,8 @@ static void tiles(const Tiles& p, int64_t begin, int64_t end) {
     const int64_t group = task / blocks, row = task % blocks * kTileRows, rows = std::min<int64_t>(kTileRows, p.rows - row);
     const Element* left[kTileRows];  // past the last row, the last again: computed and dropped
     for (int64_t r = 0; r < kTileRows; ++r)
-      left[r] = static_cast<const Element*>(p.left) + (kStep > Product::kPack ? row * p.left_stride + r * Product::kPack : std::min(row + r, p.rows - 1) * p.left_stride);
+      left[r] = static_cast<const Element*>(p.left) + (kStep > Product::kPack ? row * p.left_stride + r * Product::kPack
+                                                                              : std::min(row + r, p.rows - 1) * p.left_stride);
     for (int64_t panel = panels * group / p.groups; panel < panels * (group + 1) / p.groups; ++panel) {
       const float* right = p.panels + panel * p.steps * kWidth;
       const int64_t column = panel * kWidth, columns = std::min(kWidth, p.columns - column);
@@ -173,17 +175,17 @@ struct Packing {
   bool bfloat16, source_float;  // of the product, of the source
   const void* source;           // a matrix with `stride` elements from row to row
   int64_t stride, lanes, depth, steps;
-  float* panels;                // [ceil(lanes / kWidth)][steps][kWidth]; blocks: [ceil(lanes / kTileRows)][block_steps][kTileRows]
+  float* panels;  // [ceil(lanes / kWidth)][steps][kWidth]; blocks: [ceil(lanes / kTileRows)][block_steps][kTileRows]
   int64_t block_steps;
 };
 
 struct Tiles {
   bool bfloat16, left_packed, out_float, add;
   int64_t rows, columns, steps, groups;
-  const void* left;             // rows with left_stride elements from one to the next, or blocks of kTileRows
+  const void* left;  // rows with left_stride elements from one to the next, or blocks of kTileRows
   int64_t left_stride;
-  const float *panels, *bias;   // bias [columns] or null
-  void* out;                    // [rows, columns], out_stride elements from row to row
+  const float *panels, *bias;  // bias [columns] or null
+  void* out;                   // [rows, columns], out_stride elements from row to row
   int64_t out_stride;
 };
 
@@ -201,7 +203,8 @@ using torch::stable::Tensor;
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 void check_matrix(const char* op, const char* name, const Tensor& tensor) {
-  STMAE_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), op, ": expected ", name, " to be a contiguous matrix, got ", shape(tensor));
+  STMAE_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), op, ": expected ", name, " to be a contiguous matrix, got ",
+              shape(tensor));
 }
 
 int64_t elements_of_unit(bool bfloat16) {
@@ -210,16 +213,20 @@ int64_t elements_of_unit(bool bfloat16) {
   return elements;
 }
 
-int64_t packing_tasks(const Packing& p) { return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepRun); }
+int64_t packing_tasks(const Packing& p) {
+  return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepRun);
+}
 
 void pack(const Packing& p) {
-  for_pieces_in_turn(packing_tasks(p), 1, 1, [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
+  for_pieces_in_turn(packing_tasks(p), 1, 1,
+                     [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
 }
 
 void multiply(Tiles& p) {
   const int64_t blocks = divide_up(p.rows, kTileRows), panels = divide_up(p.columns, kWidth);
   p.groups = std::clamp<int64_t>(divide_up(8 * torch::stable::get_num_threads(), blocks), 1, panels);
-  for_pieces_in_turn(blocks * p.groups, 1, 1, [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
+  for_pieces_in_turn(blocks * p.groups, 1, 1,
+                     [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
 }
 
 // Packs a panel and multiplies it right away, so that it never leaves the thread's cache.
@@ -250,17 +257,39 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
   check_matrix("linear", "out", out), check_matrix("linear", "x", x), check_matrix("linear", "weight", weight);
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(transposed ? 1 : 0);
   const bool bfloat16 = !is_float32("linear", x.scalar_type()), weight_float = is_float32("linear", weight.scalar_type());
-  STMAE_CHECK(weight.size(transposed ? 0 : 1) == K && out.size(0) == M && out.size(1) == N, "linear: expected matching shapes, got ", shape(out),
-              ", ", shape(x), " and ", shape(weight));
-  STMAE_CHECK(out.scalar_type() == x.scalar_type() && (bfloat16 || weight_float), "linear: expected out of x's dtype, and float32 weights for float32");
+  STMAE_CHECK(weight.size(transposed ? 0 : 1) == K && out.size(0) == M && out.size(1) == N,
+              "linear: expected matching shapes, got ", shape(out), ", ", shape(x), " and ", shape(weight));
+  STMAE_CHECK(out.scalar_type() == x.scalar_type() && (bfloat16 || weight_float),
+              "linear: expected out of x's dtype, and float32 weights for float32");
   STMAE_CHECK(K > 0 && (!bfloat16 || K % 2 == 0), "linear: expected a positive depth, in bfloat16 an even one, got ", K);
-  STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float), "linear: expected bias [",
-              N, "] float32, got ", bias ? shape(*bias) : "");
+  STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float),
+              "linear: expected bias [", N, "] float32, got ", bias ? shape(*bias) : "");
   if (M == 0 || N == 0) return;
   const int64_t steps = divide_up(K, elements_of_unit(bfloat16));
-  Packing packing{transposed ? Order::columns : Order::rows, bfloat16, weight_float, weight.const_data_ptr(), weight.size(1), N, K, steps, nullptr, 0};
-  Tiles tiles{bfloat16, false, !bfloat16, false, M, N, steps, 1, x.const_data_ptr(), K, nullptr, bias ? bias->const_data_ptr<float>() : nullptr,
-              out.mutable_data_ptr(), N};
+  Packing packing{transposed ? Order::columns : Order::rows,
+                  bfloat16,
+                  weight_float,
+                  weight.const_data_ptr(),
+                  weight.size(1),
+                  N,
+                  K,
+                  steps,
+                  nullptr,
+                  0};
+  Tiles tiles{bfloat16,
+              false,
+              !bfloat16,
+              false,
+              M,
+              N,
+              steps,
+              1,
+              x.const_data_ptr(),
+              K,
+              nullptr,
+              bias ? bias->const_data_ptr<float>() : nullptr,
+              out.mutable_data_ptr(),
+              N};
   if (M <= kFewRows && divide_up(N, kWidth) >= 4 * torch::stable::get_num_threads())
     return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
   Scratch<float> panels(divide_up(N, kWidth) * kWidth * steps);
@@ -275,9 +304,10 @@ void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, boo
   check_matrix("linear", "out", out), check_matrix("linear", "grad", grad), check_matrix("linear", "x", x);
   const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
   const bool bfloat16 = !is_float32("linear", x.scalar_type());
-  STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out), ", ", shape(grad),
-              " and ", shape(x));
-  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && out.scalar_type() == ScalarType::Float, "linear: expected grad of x's dtype and out float32");
+  STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out),
+              ", ", shape(grad), " and ", shape(x));
+  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && out.scalar_type() == ScalarType::Float,
+              "linear: expected grad of x's dtype and out float32");
   if (M == 0 && !add) torch::stable::zero_(out);
   if (M == 0 || N == 0 || K == 0) return;
   const int64_t parts = divide_up(M, kMostRows), most = divide_up(divide_up(M, parts), 2) * 2;
@@ -291,7 +321,20 @@ void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, boo
     const auto rows_of = [&](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + first * t.size(1) * size; };
     pack({Order::blocks, bfloat16, !bfloat16, rows_of(grad), N, N, depth, steps, blocks.data(), block_steps});
     pack({Order::columns, bfloat16, !bfloat16, rows_of(x), K, K, depth, steps, panels.data(), 0});
-    Tiles tiles{bfloat16, true, true, add || first > 0, N, K, steps, 1, blocks.data(), block_steps * elements, panels.data(), nullptr, out.mutable_data_ptr(), K};
+    Tiles tiles{bfloat16,
+                true,
+                true,
+                add || first > 0,
+                N,
+                K,
+                steps,
+                1,
+                blocks.data(),
+                block_steps * elements,
+                panels.data(),
+                nullptr,
+                out.mutable_data_ptr(),
+                K};
     multiply(tiles);
   }
 }

@@ -25,7 +25,9 @@ static void multiply_tile(const Element* const* rows, const float* panel, int64_
   }
 }
 
-STMAE_INLINE int64_t token_of(const Patchify& p, int64_t index) { return p.keep[index / p.K * p.keep_batch + index % p.K * p.keep_token]; }
+STMAE_INLINE int64_t token_of(const Patchify& p, int64_t index) {
+  return p.keep[index / p.K * p.keep_batch + index % p.K * p.keep_token];
+}
 
 // Patch `index` of the batch as normalised floats [P]; `row` has room for two patches.
 template <typename T>
@@ -190,7 +192,8 @@ static void backward_tiles(const Patchify& p, int64_t begin, int64_t end) {
   const int64_t P = p.P, D = p.D, steps = (p.count + Product::kPack - 1) / Product::kPack, blocks = (D + kRows - 1) / kRows;
   float tile[kRows * kPanel];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t panel = task / blocks, block = task % blocks, pixel = panel * kPanel, pixels = std::min<int64_t>(kPanel, P - pixel);
+    const int64_t panel = task / blocks, block = task % blocks, pixel = panel * kPanel,
+                  pixels = std::min<int64_t>(kPanel, P - pixel);
     const element* rows[kRows];
     for (int r = 0; r < kRows; ++r) rows[r] = reinterpret_cast<const element*>(p.packed_grad + block * steps * kRows + r);
     multiply_tile<Product, kRows * Product::kPack>(rows, p.panels + panel * steps * kPanel, steps, pixels, tile);
@@ -276,27 +279,27 @@ static void patchify_grad_position(const Patchify& p, const void** rows, int64_t
 
 namespace stmae {
 
-constexpr int64_t kPanel = 48;    // lanes of a panel, three of the widest vectors
-constexpr int64_t kRows = 16;     // rows that a task multiplies with a panel
-constexpr int64_t kGroup = 16;    // patches that are transposed into a panel together, the lanes of the widest vector
-constexpr int64_t kPart = 960;    // patches that are gathered before they are multiplied, so that they take some megabytes
+constexpr int64_t kPanel = 48;  // lanes of a panel, three of the widest vectors
+constexpr int64_t kRows = 16;   // rows that a task multiplies with a panel
+constexpr int64_t kGroup = 16;  // patches that are transposed into a panel together, the lanes of the widest vector
+constexpr int64_t kPart = 960;  // patches that are gathered before they are multiplied, so that they take some megabytes
 
 struct Patchify {
   Patches patches;
-  const float *scale, *shift;             // of each channel
-  const int64_t* keep;                    // [B, K]
-  int64_t keep_batch, keep_token;         // its strides
+  const float *scale, *shift;      // of each channel
+  const int64_t* keep;             // [B, K]
+  int64_t keep_batch, keep_token;  // its strides
   int64_t B, K, N, D, P;
   bool weight_float, out_float;
-  const void *weight, *bias, *position;   // [D, P] with weight_row from row to row, [D] or null, [N, D] or null
+  const void *weight, *bias, *position;  // [D, P] with weight_row from row to row, [D] or null, [N, D] or null
   int64_t weight_row;
-  void* out;                              // [B, K, D]
-  int64_t total, first, count;            // patches of the batch, and the part that is gathered now
+  void* out;                    // [B, K, D]
+  int64_t total, first, count;  // patches of the batch, and the part that is gathered now
   float* panels;
   // Only the backward's:
-  const void* grad_out;                   // [B, K, D]
-  const int32_t* slots;                   // [B, N]
-  float *packed_grad, *weight_sum;        // weight_sum [D, P]: grad_weight itself if that is float32
+  const void* grad_out;             // [B, K, D]
+  const int32_t* slots;             // [B, N]
+  float *packed_grad, *weight_sum;  // weight_sum [D, P]: grad_weight itself if that is float32
   void *grad_weight, *grad_bias, *grad_position;
 };
 
@@ -331,8 +334,8 @@ Patchify describe(const Tensor& video, const Tensor& keep, const Tensor& weight,
   return p;
 }
 
-Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> position,
-                       std::vector<double> mean, std::vector<double> std) {
+Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> position, std::vector<double> mean, std::vector<double> std) {
   const Normalization normalization(mean, std);
   Patchify p = describe(video, keep, weight, normalization);
   token_slots("masked_patchify", "keep", keep, p.N);
@@ -368,8 +371,9 @@ Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& we
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_out, const Tensor& video, const Tensor& keep, const Tensor& weight,
-                                                            std::optional<Tensor> bias, std::optional<Tensor> position, std::vector<double> mean,
+std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_out, const Tensor& video, const Tensor& keep,
+                                                            const Tensor& weight, std::optional<Tensor> bias,
+                                                            std::optional<Tensor> position, std::vector<double> mean,
                                                             std::vector<double> std) {
   const Normalization normalization(mean, std);
   Patchify p = describe(video, keep, weight, normalization);
@@ -412,7 +416,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
       if (position) STMAE_DISPATCH(patchify_grad_position, p, clips.get() + part * p.B, share(p.N), next_share(p.N));
     });
     const int64_t tasks = (p.P + kPanel - 1) / kPanel * ((p.D + kRows - 1) / kRows);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_backward_tiles, p, begin, end); });
+    torch::stable::parallel_for(0, tasks, 1,
+                                [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_backward_tiles, p, begin, end); });
   }
   return {grad_weight, grad_bias, grad_position};
 }

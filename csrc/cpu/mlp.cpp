@@ -118,8 +118,8 @@ Tensor gelu(const Tensor& hidden) {
     const int64_t count = hidden.numel();
     torch::stable::parallel_for(0, (count + kPiece - 1) / kPiece, 4, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * kPiece;
-      STMAE_DISPATCH(gelu<T>, static_cast<const T*>(hidden.const_data_ptr()) + first, static_cast<T*>(out.mutable_data_ptr()) + first,
-                     std::min(count, end * kPiece) - first);
+      STMAE_DISPATCH(gelu<T>, static_cast<const T*>(hidden.const_data_ptr()) + first,
+                     static_cast<T*>(out.mutable_data_ptr()) + first, std::min(count, end * kPiece) - first);
     });
   });
   return out;

@@ -117,7 +117,7 @@ struct PatchLoss {
   float *loss, *patch_mean, *patch_rstd;  // [B, M]; the backward only reads the last two
   const float* grad_loss;                 // [B, M], null in the forward
   int64_t grad_batch, grad_token;
-  void* grad_pred;                        // [B, M, P], null in the forward
+  void* grad_pred;  // [B, M, P], null in the forward
 
   int64_t token(int64_t index) const { return masked[index / M * masked_batch + index % M * masked_token]; }
 };
@@ -175,8 +175,9 @@ void run(const PatchLoss& l) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& video, const Tensor& masked, std::vector<int64_t> patch_size,
-                                              std::vector<int64_t> frames, bool normalize, std::vector<double> mean, std::vector<double> std) {
+std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& video, const Tensor& masked,
+                                              std::vector<int64_t> patch_size, std::vector<int64_t> frames, bool normalize,
+                                              std::vector<double> mean, std::vector<double> std) {
   const int64_t B = pred.size(0), M = pred.size(1);
   const Values values(mean, std, pred.size(2));
   PatchLoss l = describe(pred, video, masked, patch_size, frames, values);
@@ -191,9 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& 
   return {loss, patch_mean, patch_rstd};
 }
 
-Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Tensor& video, const Tensor& masked, const Tensor& patch_mean,
-                           const Tensor& patch_rstd, std::vector<int64_t> patch_size, std::vector<int64_t> frames, std::vector<double> mean,
-                           std::vector<double> std) {
+Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Tensor& video, const Tensor& masked,
+                           const Tensor& patch_mean, const Tensor& patch_rstd, std::vector<int64_t> patch_size,
+                           std::vector<int64_t> frames, std::vector<double> mean, std::vector<double> std) {
   const int64_t B = pred.size(0), M = pred.size(1), P = pred.size(2);
   const Values values(mean, std, P);
   PatchLoss l = describe(pred, video, masked, patch_size, frames, values);

@@ -31,7 +31,8 @@ static int64_t count_below(const uint32_t* keys, int64_t count, uint32_t limit) 
   return total;
 }
 
-static void masking_row(const float* noise, int64_t stride, int64_t N, int64_t K, uint32_t* keys, int64_t* keep, int64_t* masked, int64_t* nan) {
+static void masking_row(const float* noise, int64_t stride, int64_t N, int64_t K, uint32_t* keys, int64_t* keep, int64_t* masked,
+                        int64_t* nan) {
   *nan = ordered_keys(noise, stride, N, keys);
   if (*nan >= 0) return;
   uint32_t kth = 0;  // the largest key with fewer than K keys below it: the K-th smallest

@@ -92,9 +92,11 @@ static void restore_backward(const RestoreBackward& r, float* mask_part, int64_t
 
 static void restore_backward_rows(const RestoreBackward& r, float* mask_part, int64_t begin, int64_t end) {
   if (r.out_float) {
-    r.tokens_float ? restore_backward<float, float>(r, mask_part, begin, end) : restore_backward<float, bf16>(r, mask_part, begin, end);
+    r.tokens_float ? restore_backward<float, float>(r, mask_part, begin, end)
+                   : restore_backward<float, bf16>(r, mask_part, begin, end);
   } else {
-    r.tokens_float ? restore_backward<bf16, float>(r, mask_part, begin, end) : restore_backward<bf16, bf16>(r, mask_part, begin, end);
+    r.tokens_float ? restore_backward<bf16, float>(r, mask_part, begin, end)
+                   : restore_backward<bf16, bf16>(r, mask_part, begin, end);
   }
 }
 
@@ -144,9 +146,18 @@ Tensor restore_tokens(const Tensor& tokens, const Tensor& keep, const Tensor& ma
   const int64_t B = tokens.size(0), N = position.size(0), D = position.size(1);
   const auto slots = token_slots("restore_tokens", "keep", keep, N);
   Tensor out = torch::stable::new_empty(position, {B, N, D});
-  const Restore r{tokens.const_data_ptr(), mask_token.const_data_ptr(), position.const_data_ptr(), slots.get(), out.mutable_data_ptr(),
-                  B, N, D, tokens.stride(0), tokens.stride(1),
-                  is_float32("restore_tokens", tokens.scalar_type()), is_float32("restore_tokens", out.scalar_type())};
+  const Restore r{tokens.const_data_ptr(),
+                  mask_token.const_data_ptr(),
+                  position.const_data_ptr(),
+                  slots.get(),
+                  out.mutable_data_ptr(),
+                  B,
+                  N,
+                  D,
+                  tokens.stride(0),
+                  tokens.stride(1),
+                  is_float32("restore_tokens", tokens.scalar_type()),
+                  is_float32("restore_tokens", out.scalar_type())};
   const int64_t grain = std::max<int64_t>(1, 16384 / (B * D + 1));
   torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(restore_rows, r, begin, end); });
   return out;
@@ -158,16 +169,26 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_ou
   Tensor grad_tokens = torch::stable::new_empty(grad_out, {B, K, D}, tokens_dtype);
   Tensor grad_mask_token = torch::stable::new_empty(grad_out, {D});
   Tensor grad_position = torch::stable::new_empty(grad_out, {N, D});
-  const RestoreBackward r{grad_out.const_data_ptr(), slots.get(), grad_tokens.mutable_data_ptr(), grad_position.mutable_data_ptr(),
-                          B, N, K, D, grad_out.stride(0), grad_out.stride(1),
-                          is_float32("restore_tokens", tokens_dtype), is_float32("restore_tokens", grad_out.scalar_type())};
+  const RestoreBackward r{grad_out.const_data_ptr(),
+                          slots.get(),
+                          grad_tokens.mutable_data_ptr(),
+                          grad_position.mutable_data_ptr(),
+                          B,
+                          N,
+                          K,
+                          D,
+                          grad_out.stride(0),
+                          grad_out.stride(1),
+                          is_float32("restore_tokens", tokens_dtype),
+                          is_float32("restore_tokens", grad_out.scalar_type())};
   // The mask token's gradient sums over nearly all tokens: over the batch, over the tokens of a block, over blocks. Blocks
   // depend on the shape alone, so the result is the same at any number of threads.
   const int64_t block = 32, blocks = (N + block - 1) / block;
   std::unique_ptr<float[]> parts(new float[blocks * D]);
   const int64_t grain = std::max<int64_t>(1, 16384 / (block * B * D + 1));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) STMAE_DISPATCH(restore_backward_rows, r, parts.get() + i * D, i * block, std::min(N, (i + 1) * block));
+    for (int64_t i = begin; i < end; ++i)
+      STMAE_DISPATCH(restore_backward_rows, r, parts.get() + i * D, i * block, std::min(N, (i + 1) * block));
   });
   std::vector<double> sum(D, 0.);
   for (int64_t i = 0; i < blocks; ++i)
