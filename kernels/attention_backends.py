@@ -1,13 +1,13 @@
 """Other implementations of attention, one adapter each, and which of all `impl="auto"` takes.
 
 Every adapter has the signature of `stmae.ops.attention`, q, k, v [B, N, H, D] and a scale, and gives [B, N, H, D]. A package is
-imported when its adapter is first called; whether it is there is looked up without importing it.
+imported when its adapter is first called; whether it is there is looked up once, with this file, without importing it.
 """
-
-import importlib.util
 
 import torch
 import torch.nn.functional as F
+
+from . import support
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "flash_attn", "xformers")
 
@@ -36,24 +36,28 @@ def xformers(q, k, v, scale):
 
 
 ADAPTERS = {"sdpa": sdpa, "flash_attn": flash_attn, "xformers": xformers}
+INSTALLED = {name: support.is_installed(name) for name in ("flash_attn", "xformers")}
 
 
-def unusable(impl, *, device_type, dtype):
-    """Why `impl` cannot serve tensors of this device and dtype here, in a few words; None where it can."""
+def unusable(impl, *, device_type, dtype, device_index=None):
+    """Why `impl` cannot serve tensors of this device and dtype here, in a few words; None where it can.
+
+    device_index: which GPU; None for the current one.
+    """
     if impl == "sdpa":
         return None
-    if impl != "triton" and importlib.util.find_spec(impl) is None:
+    if impl != "triton" and not INSTALLED[impl]:
         return f"{impl} is not installed"
     if device_type != "cuda":
         return f"{impl} needs CUDA tensors, got {device_type}"
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if impl == "triton":
+        return support.gpu_problem(device_index)
     if impl == "flash_attn" and dtype not in (torch.float16, torch.bfloat16):
         return f"flash_attn takes float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     return None
 
 
-def choose(impl="auto", *, device_type="cuda", dtype=torch.bfloat16):
+def choose(impl="auto", *, device_type="cuda", dtype=torch.bfloat16, device_index=None):
     """(implementation, reason) for a request.
 
     `auto` takes the project's own kernels where they run, then SDPA, and never a package for being installed: those are for
@@ -65,11 +69,11 @@ def choose(impl="auto", *, device_type="cuda", dtype=torch.bfloat16):
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention: expected impl one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl != "auto":
-        problem = unusable(impl, device_type=device_type, dtype=dtype)
+        problem = unusable(impl, device_type=device_type, dtype=dtype, device_index=device_index)
         if problem:
             raise ValueError(f"attention: impl={impl!r} cannot be used: {problem}")
         return impl, "asked for"
-    problem = unusable("triton", device_type=device_type, dtype=dtype)
+    problem = unusable("triton", device_type=device_type, dtype=dtype, device_index=device_index)
     if problem is None:
         return "triton", "reads packed projections in place, one packed gradient, the same bits every time"
     return "sdpa", problem

@@ -38,6 +38,7 @@ def launch(kernel, grid, *args, configs, key=(), **constants):
     never while a CUDA graph is captured, and never under torch.use_deterministic_algorithms(True) or STMAE_AUTOTUNE=0.
     The choice holds for all launches that agree in the arguments named in `key`, and is cached on disk.
     """
+    constants["enable_fp_fusion"] = True  # the default of Triton up to 3.9; without it, other instructions and other bits
     with torch.cuda.device_of(args[0]):
         if len(configs) > 1 and may_tune(args[0]):
             _tuner(kernel, configs, key)[grid](*args, **constants)

@@ -58,15 +58,15 @@ def packages(monkeypatch):
     flash.flash_attn_func = flash_attn_func
     top.ops, ops.memory_efficient_attention = ops, memory_efficient_attention
     for module in (flash, top, ops):
-        module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in backends.INSTALLED:
+        monkeypatch.setitem(backends.INSTALLED, name, True)
 
 
 @pytest.fixture
 def no_packages(monkeypatch):
-    find = importlib.util.find_spec
-    missing = ("flash_attn", "xformers")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
+    for name in backends.INSTALLED:
+        monkeypatch.setitem(backends.INSTALLED, name, False)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])

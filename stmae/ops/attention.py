@@ -11,7 +11,8 @@ def attention(q, k, v, *, scale=None, impl="auto"):
             projection are read in place. D a multiple of 8, at most 128.
         k, v: [B, Nk, H, D], q's dtype. Nk is N for self-attention.
         scale: what the scores are multiplied by; D ** -0.5 when None.
-        impl: "auto": the project's own kernels (on a GPU without Triton, SDPA). By name: "triton", "sdpa", "flash_attn",
+        impl: "auto": the project's own kernels (where they cannot run, on a GPU below sm_80 or without Triton 3.6
+            or later, SDPA). By name: "triton", "sdpa", "flash_attn",
             "xformers".
 
     Returns:
@@ -36,7 +37,7 @@ def attention(q, k, v, *, scale=None, impl="auto"):
         checks.rows(op, name, x)
     checks.same_device(op, q=q, k=k, v=v)
     scale = _scale(op, scale, D)
-    adapter = _adapter(impl, q.device.type, q.dtype)
+    adapter = _adapter(impl, q.device, q.dtype)
     return _op(q, k, v, scale)[0] if adapter is None else adapter(q, k, v, scale)
 
 
@@ -61,17 +62,17 @@ def packed_attention(qkv, *, scale=None, impl="auto"):
     checks.rows(op, "qkv", qkv)
     _head_dim(op, qkv.shape[4])
     scale = _scale(op, scale, qkv.shape[4])
-    adapter = _adapter(impl, qkv.device.type, qkv.dtype)
+    adapter = _adapter(impl, qkv.device, qkv.dtype)
     return _packed_op(qkv, scale)[0] if adapter is None else adapter(*qkv.unbind(2), scale)
 
 
 def _adapter(impl, device, dtype):
     """The function that stands in for the project's kernels; None for these."""
-    if impl == "auto" and device != "cuda":
+    if impl == "auto" and device.type != "cuda":
         return None
     from stmae.kernels import attention_backends
 
-    chosen, _ = attention_backends.choose(impl, device_type=device, dtype=dtype)
+    chosen, _ = attention_backends.choose(impl, device_type=device.type, dtype=dtype, device_index=device.index)
     return attention_backends.ADAPTERS.get(chosen)
 
 

@@ -81,7 +81,8 @@ def whole_numbers(op, name, values, count=None):
 def video(op, x):
     if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: expected a video that needs no gradient (it gets none), got requires_grad=True; detach it")
-    tensor(op, "video", x, "[B, C, T, H, W]", (None,) * 5, (torch.uint8, torch.float32, torch.bfloat16))
+    dtypes = (torch.uint8, *floating(x)) if isinstance(x, torch.Tensor) else (torch.uint8, torch.float32, torch.bfloat16)
+    tensor(op, "video", x, "[B, C, T, H, W]", (None,) * 5, dtypes)
     if x.shape[1] == 0:
         raise ValueError(f"{op}: expected video with at least one channel, got {describe(x)}")
 
@@ -93,6 +94,8 @@ def ids(op, name, x, batch, limit):
     if x.shape[1] > limit:
         raise ValueError(f"{op}: expected {name} with at most {limit} tokens, got {describe(x)}")
     if DEBUG and x.device.type != "cpu" and not torch.compiler.is_compiling() and x.numel():
+        if x.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op}: the values of {name} cannot be checked while a CUDA graph is captured; unset STMAE_DEBUG")
         ordered = x.sort(dim=1).values
         if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= limit or (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError(f"{op}: expected {name} in [0, {limit}) without repeats in a row, got {describe(x)} that has others")
@@ -101,7 +104,7 @@ def ids(op, name, x, batch, limit):
 def autocast_dtype(op, x):
     """The dtype that autocast asks for on x's device; None where autocast is off."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):  # "meta", say, has none
         return None
     dtype = torch.get_autocast_dtype(device)
     if dtype not in floating(x):

@@ -27,6 +27,8 @@ def define(name, schema, *, fake, stem=None, cpu=None):
     if stem is not None:
 
         def launch(*arguments):
+            support = importlib.import_module("stmae.kernels.support")
+            support.require(name, arguments[0])
             return getattr(importlib.import_module(f"stmae.kernels.{stem}"), name)(*arguments)
 
         torch.library.impl(f"stmae::{name}", "CUDA")(launch)

@@ -13,7 +13,8 @@ def masked_patchify(video, keep, weight, bias, position, *, mean=0.45, std=0.225
 
     Args:
         video: [B, C, T, H, W], any strides (a decoder's [T, H, W, C] frames are a permuted view). uint8 is normalised in
-            the kernel, (x / 255 - mean) / std; float32 or bfloat16 is taken as it is. It gets no gradient.
+            the kernel, (x / 255 - mean) / std; float32, bfloat16 or (on GPUs) float16 is taken as
+            it is. It gets no gradient.
         keep: [B, K] int64 in [0, N), no id twice in a row.
         weight: [D, C, pt, ph, pw], as of Conv3d. Its dtype (or autocast's) is that of the product; sums are float32.
         bias: [D] or None.
