@@ -28,7 +28,7 @@ bench: $(STAMP)
 	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-json bench-results.json
 
 study: $(STAMP)
-	$(VENV)/bin/python -m bench.motion_study --images '$(IMAGES)'
+	$(VENV)/bin/python -m studies.motion --images '$(IMAGES)'
 
 $(STAMP): $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 import stmae.training
 from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
-from stmae.training.dataset import PretrainClips, as_video, collate
-from stmae.training.listing import find_videos
-from stmae.training.order import Order
-from stmae.training.sources import choose_decoder
+from stmae.training.data.batch_sampler import Order
+from stmae.training.data.dataset import PretrainClips, as_video, collate
+from stmae.training.data.decoders import choose_decoder
+from stmae.training.data.video_list import find_videos
 
 REPEATS, WORKERS = 4, 2
 FRAMES, SIZE, LENGTH = 16, (224, 224), 300

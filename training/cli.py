@@ -41,7 +41,7 @@ def main(argv=None):
     try:
         from . import config as configuration
 
-        module = importlib.import_module(f".{name}", __package__)
+        module = importlib.import_module(f".commands.{name}", __package__)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "stmae":
             raise
@@ -50,9 +50,9 @@ def main(argv=None):
 
     from stmae.checkpoint import CheckpointError, CheckpointMismatch
 
-    from .dataset import worker_died
-    from .run_folder import RunFolderError
-    from .video import VideoError
+    from .data.dataset import worker_died
+    from .data.video import VideoError
+    from .engine.run_folder import RunFolderError
 
     config = configuration.parse(module.Config, argv, prog=f"stmae {command}", description=description.capitalize() + ".")
     try:

@@ -1,0 +1,499 @@
+"""What every kernel has to do, written once: run interpreted anywhere (check_interpreted.py) and on a GPU (test_on_gpu.py).
+
+Both ways go through the dispatcher's CUDA entry, so that registration and launcher are part of what is tested. The fixture
+`device` says where tensors live; `guarded` wraps the launches (the sanitiser, where there is one).
+"""
+
+import pytest
+import torch
+
+from stmae import reference
+from stmae.reference.patch_loss import patchify
+from tests.support.tolerance import assert_as_good_as
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MEAN, STD = [0.4, 0.45, 0.5, 0.6], [0.2, 0.225, 0.25, 0.3]
+
+name_of = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}.get
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+
+def launch(op, *arguments):
+    """stmae::op as a CUDA tensor would reach it; tensors on the CPU are handed to the same entry."""
+    overload = getattr(torch.ops.stmae, op).default
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments):
+        return overload(*arguments)
+    return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(nan_filled):
+    torch.manual_seed(0)
+
+
+def random(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape).to(dtype).to(device)
+
+
+def masks(B, N, K, device):
+    return reference.random_masking(torch.rand(B, N, device=device), K)
+
+
+def expected(function, arguments, options, grad):
+    """Of a reference: output and gradients of its arguments, in their own dtypes, and in float64."""
+    results = []
+    for exact in (False, True):
+        leaves = [x.detach().to(torch.float64 if exact else x.dtype).requires_grad_() for x in arguments]
+        out = function(*leaves, **options)
+        grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        results.append((out.detach(), *grads))
+    return results
+
+
+def assert_all(names, plain, exact, kernel):
+    for name, a, b, c in zip(names, plain, exact, kernel, strict=True):
+        assert_as_good_as(a, b, c, name=name)
+
+
+# random_masking
+
+
+@pytest.mark.parametrize("N, K", [(1, 0), (1, 1), (7, 3), (157, 0), (157, 157), (157, 31), (1568, 156), (5000, 777)])
+def test_random_masking(device, guarded, N, K):
+    noise = torch.rand(2, N, device=device)
+    with guarded():
+        keep, masked = launch("random_masking", noise, K)
+    assert torch.equal(keep, reference.random_masking(noise, K)[0])
+    assert torch.equal(masked, reference.random_masking(noise, K)[1])
+
+
+def test_random_masking_ties_zeros_infinities_and_nan(device, guarded):
+    noise = torch.rand(4, 96).round(decimals=1)
+    noise[1] = 0.0
+    noise[1, ::2] = -0.0
+    noise[2, :8], noise[2, 8:16], noise[2, 16:80] = float("inf"), -float("inf"), float("nan")
+    noise[3] = -noise[3]
+    noise = noise.to(device)
+    for K in (1, 20, 50, 90):
+        with guarded():
+            result = launch("random_masking", noise, K)
+        for ours, theirs in zip(result, reference.random_masking(noise, K)):
+            assert torch.equal(ours, theirs)
+
+
+def test_random_masking_strided(device, guarded):
+    noise = torch.rand(50, 6, device=device).t()[::2]
+    with guarded():
+        result = launch("random_masking", noise, 20)
+    for ours, theirs in zip(result, reference.random_masking(noise, 20)):
+        assert torch.equal(ours, theirs)
+
+
+# gather_tokens
+
+
+@each_dtype
+@pytest.mark.parametrize("D", [8, 72, 768])
+def test_gather_tokens(device, guarded, dtype, D):
+    x = random(2, 37, D, dtype=dtype, device=device)
+    ids, _ = masks(2, 37, 19, device)
+    grad = random(2, 19, D, dtype=dtype, device=device)
+    with guarded():
+        out = launch("gather_tokens", x, ids)
+        grad_x = launch("gather_tokens_backward", grad, ids, 37)
+    assert torch.equal(out, reference.gather_tokens(x, ids))
+    assert torch.equal(grad_x, torch.zeros_like(x).scatter(1, ids.unsqueeze(-1).expand_as(grad), grad))
+
+
+def test_gather_tokens_strided(device, guarded):
+    x = random(24, 2, 37, 2, device=device)[..., 1].permute(1, 2, 0)  # no stride is 1
+    ids = masks(2, 37, 19, device)[0].flip(1).repeat(1, 2)[:, ::2]  # neither ascending nor dense
+    ids = torch.stack([row.unique()[:8].flip(0) for row in ids])
+    with guarded():
+        assert torch.equal(launch("gather_tokens", x, ids), reference.gather_tokens(x, ids))
+
+
+@pytest.mark.parametrize("wild", [-1, 37, 2**31, -(2**40), 2**62])
+def test_ids_out_of_range_touch_nothing(device, guarded, wild):
+    ids, masked = masks(2, 37, 5, device)
+    ids[0, 2] = wild
+    x, tokens = random(2, 37, 24, device=device), random(2, 5, 24, device=device)
+    with guarded():
+        taken = launch("gather_tokens", x, ids)
+        put = launch("restore_tokens", tokens, ids, random(24, device=device), random(37, 24, device=device))
+        grad_tokens, _, _ = launch("restore_tokens_backward", x, ids, torch.float32)
+        grad_x = launch("gather_tokens_backward", tokens, ids, 37)
+    assert (taken[0, 2] == 0).all() and torch.equal(taken[1], x[1, ids[1]])
+    assert (grad_tokens[0, 2] == 0).all() and torch.equal(grad_tokens[1], x[1, ids[1]])
+    assert put.isfinite().all() and grad_x.isfinite().all()
+
+    video = torch.randint(0, 256, (2, 1, 37, 4, 4), dtype=torch.uint8, device=device)
+    weight, position = random(8, 1, 1, 4, 4, device=device), random(37, 8, device=device)
+    pred = random(2, 5, 16, device=device)
+    with guarded():
+        rows = launch("masked_patchify", video, ids, weight, None, position, [0.5], [0.2])
+        grads = launch("masked_patchify_backward", rows, video, ids, weight, None, position, [0.5], [0.2])
+        losses = launch("patch_loss", pred, video, ids, [1, 4, 4], list(range(37)), True, [0.5], [0.2])
+        rest = [1, 4, 4], list(range(37)), [0.5], [0.2]
+        grad_pred = launch("patch_loss_backward", losses[0], pred, video, ids, *losses[1:], *rest)
+    assert (rows[0, 2] == 0).all()
+    torch.testing.assert_close(losses[0][0, 2], pred[0, 2].square().mean())  # against a patch of zeros
+    assert all(x.isfinite().all() for x in (rows, *grads, *losses, grad_pred))
+
+
+# restore_tokens
+
+
+@pytest.mark.parametrize(
+    "dtype, position_dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("N, K, D", [(37, 11, 72), (50, 0, 8), (33, 33, 512)])
+def test_restore_tokens(device, guarded, dtype, position_dtype, N, K, D):
+    keep, _ = masks(3, N, K, device)
+    tokens = random(3, K, D, dtype=dtype, device=device)
+    mask_token, position = random(D, dtype=position_dtype, device=device), random(N, D, dtype=position_dtype, device=device)
+    grad = random(3, N, D, dtype=position_dtype, device=device)
+    with guarded():
+        out = launch("restore_tokens", tokens, keep, mask_token, position)
+        grads = launch("restore_tokens_backward", grad, keep, dtype)
+    plain, exact = expected(lambda t, m, p: reference.restore_tokens(t, keep, m, p), (tokens, mask_token, position), {}, grad)
+    assert_all(("out", "grad_tokens", "grad_mask_token", "grad_position"), plain, exact, (out, *grads))
+
+
+def test_restore_tokens_strided(device, guarded):
+    keep = torch.stack([torch.randperm(30)[:7] for _ in range(2)]).to(device)  # in any order
+    tokens = random(7, 24, 2, device=device).permute(2, 0, 1)
+    mask_token, position = random(48, device=device)[::2], random(24, 30, device=device).t()
+    grad = random(24, device=device).expand(2, 30, 24)
+    with guarded():
+        out = launch("restore_tokens", tokens, keep, mask_token, position)
+        grads = launch("restore_tokens_backward", grad, keep, torch.float32)
+    plain, exact = expected(lambda t, m, p: reference.restore_tokens(t, keep, m, p), (tokens, mask_token, position), {}, grad)
+    assert_all(("out", "grad_tokens", "grad_mask_token", "grad_position"), plain, exact, (out, *grads))
+
+
+# masked_patchify
+
+
+def video_of(layout, dtype, shape, device):
+    """[B, C, T, H, W]: as a decoder gives it, as a Conv3d wants it, or a crop with no dense dimension."""
+    B, C, T, H, W = shape
+    if layout == "channels-last":
+        x = torch.randint(0, 256, (B, T, H, W, C), dtype=torch.uint8).permute(0, 4, 1, 2, 3)
+    elif layout == "planar":
+        x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    else:
+        x = torch.randint(0, 256, (B, H + 3, T, 2 * W, C), dtype=torch.uint8).permute(0, 4, 2, 1, 3)[..., 2 : H + 2, ::2]
+    return x.to(device) if dtype == torch.uint8 else (x.float() / 255 - 0.5).to(dtype).to(device)
+
+
+PATCHIFY = {  # layout, video, weight, position, [B, C, T, H, W], patch, D, K, bias
+    "channels-last": ("channels-last", torch.uint8, torch.bfloat16, torch.float32, (3, 3, 4, 32, 48), (2, 16, 16), 72, 9, True),
+    "planar": ("planar", torch.uint8, torch.bfloat16, torch.bfloat16, (3, 3, 4, 32, 48), (2, 16, 16), 136, 9, True),
+    "float32": ("channels-last", torch.uint8, torch.float32, torch.float32, (2, 3, 2, 32, 32), (2, 16, 16), 72, 3, True),
+    "float16": ("planar", torch.uint8, torch.float16, torch.float16, (2, 3, 2, 32, 32), (2, 16, 16), 72, 3, True),
+    "floating video": ("planar", torch.float32, torch.float32, torch.float32, (2, 2, 2, 28, 42), (1, 14, 14), 40, 5, True),
+    "bfloat16 video": ("channels-last", torch.bfloat16, torch.bfloat16, None, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, False),
+    "float16 video": ("channels-last", torch.float16, torch.float16, torch.float32, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, True),
+    "float16 video, bfloat16": ("crop", torch.float16, torch.bfloat16, None, (2, 4, 4, 24, 16), (2, 8, 8), 24, 7, False),
+    "patch 14": ("channels-last", torch.uint8, torch.bfloat16, torch.float32, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, True),
+    "no dense dimension": ("crop", torch.uint8, torch.float32, None, (2, 4, 4, 24, 16), (2, 8, 8), 24, 7, False),
+    "grey": ("planar", torch.uint8, torch.float32, torch.float32, (40, 1, 2, 8, 8), (1, 4, 4), 16, 4, True),
+}
+
+
+@pytest.mark.parametrize("case", PATCHIFY.values(), ids=PATCHIFY)
+def test_masked_patchify(device, guarded, case):
+    layout, video_dtype, dtype, position_dtype, shape, patch, D, K, has_bias = case
+    C = shape[1]
+    N = (shape[2] // patch[0]) * (shape[3] // patch[1]) * (shape[4] // patch[2])
+    video = video_of(layout, video_dtype, shape, device)
+    keep, _ = masks(shape[0], N, K, device)
+    weight = (random(D, C, *patch) * 0.05).to(dtype).to(device)
+    bias = random(D, dtype=dtype, device=device) if has_bias else None
+    position = None if position_dtype is None else random(N, D, dtype=position_dtype, device=device)
+    mean, std = MEAN[:C], STD[:C]
+    grad = random(shape[0], K, D, dtype=position_dtype or dtype, device=device)
+    with guarded():
+        out = launch("masked_patchify", video, keep, weight, bias, position, mean, std)
+        grads = launch("masked_patchify_backward", grad, video, keep, weight, bias, position, mean, std)
+    given = [x for x in (weight, bias, position) if x is not None]
+    for grad_x, x in zip(grads, (weight, bias, position)):
+        assert grad_x.shape == ((0,) if x is None else x.shape) and grad_x.is_contiguous()
+
+    def function(weight, *rest):
+        rest = list(rest)
+        b = rest.pop(0) if has_bias else None
+        p = rest.pop(0) if position is not None else None
+        # Pixels in float32, as the kernel makes them, also where the weight is float64.
+        return reference.masked_patchify(video, keep, weight, b, p, mean=mean, std=std)
+
+    plain, exact = expected(function, given, {}, grad)
+    kernel = (out, *(x for x in grads if x.numel()))
+    names = ("out", "grad_weight", *(n for n, x in (("grad_bias", bias), ("grad_position", position)) if x is not None))
+    assert_all(names, plain, exact, kernel)
+
+
+def test_masked_patchify_sums_in_parts(device, guarded):
+    """Rows enough for several programs along each axis, and for the weight's gradient to be summed in two stages."""
+    shape, patch, D = (2, 3, 2, 96, 96), (1, 4, 4), 72
+    video = video_of("channels-last", torch.uint8, shape, device)
+    keep, _ = masks(2, 1152, 500, device)
+    weight = (random(D, 3, *patch) * 0.2).bfloat16().to(device)
+    grad = random(2, 500, D, dtype=torch.bfloat16, device=device)
+    mean, std = MEAN[:3], STD[:3]
+    with guarded():
+        out = launch("masked_patchify", video, keep, weight, None, None, mean, std)
+        grad_weight, _, _ = launch("masked_patchify_backward", grad, video, keep, weight, None, None, mean, std)
+    plain, exact = expected(
+        lambda w: reference.masked_patchify(video, keep, w, None, None, mean=mean, std=std), [weight], {}, grad
+    )
+    assert_all(("out", "grad_weight"), plain, exact, (out, grad_weight))
+
+
+# patch_loss
+
+PATCH_LOSS = {  # layout, video, pred, [B, C, T, H, W], patch, frames, M, normalize
+    "channels-last": ("channels-last", torch.uint8, torch.bfloat16, (2, 3, 8, 32, 48), (1, 16, 16), [0, 2, 4, 7], 17, True),
+    "planar": ("planar", torch.uint8, torch.bfloat16, (2, 3, 8, 32, 48), (1, 16, 16), [0, 2, 4, 6], 17, True),
+    "two frames": ("channels-last", torch.uint8, torch.float32, (2, 3, 4, 32, 32), (2, 16, 16), [0, 1, 2, 3], 5, True),
+    "pixels": ("channels-last", torch.uint8, torch.float32, (2, 3, 4, 32, 32), (2, 16, 16), [3, 1], 3, False),
+    "patch 14": ("planar", torch.uint8, torch.float16, (2, 3, 2, 28, 42), (1, 14, 14), [1], 5, True),
+    "floating video": ("channels-last", torch.float32, torch.float32, (2, 2, 2, 16, 16), (1, 8, 8), [0, 1], 6, True),
+    "bfloat16 video": ("planar", torch.bfloat16, torch.bfloat16, (2, 3, 2, 16, 16), (1, 8, 8), [0, 1], 6, True),
+    "float16 video": ("channels-last", torch.float16, torch.float16, (2, 3, 2, 16, 16), (1, 8, 8), [0, 1], 6, True),
+    "no dense dimension": ("crop", torch.uint8, torch.float32, (2, 4, 4, 24, 16), (2, 8, 8), [0, 2, 1, 3], 7, True),
+}
+
+
+@pytest.mark.parametrize("case", PATCH_LOSS.values(), ids=PATCH_LOSS)
+def test_patch_loss(device, guarded, case):
+    layout, video_dtype, dtype, shape, patch, frames, M, normalize = case
+    B, C, _, H, W = shape
+    N = len(frames) // patch[0] * (H // patch[1]) * (W // patch[2])
+    video = video_of(layout, video_dtype, shape, device)
+    _, masked = masks(B, N, N - M, device)
+    wide = random(B, M + 1, C * patch[0] * patch[1] * patch[2] + 8, dtype=dtype, device=device)
+    pred = wide[:, 1:, :-8]  # a view: rows are dense, the array is not
+    options = dict(patch_size=patch, frames=frames, normalize=normalize, mean=MEAN[:C], std=STD[:C], reduction="none")
+    grad = torch.rand(M, device=device).expand(B, M)
+    arguments = (list(patch), frames, MEAN[:C], STD[:C])
+    with guarded():
+        loss, mean, rstd = launch("patch_loss", pred, video, masked, *arguments[:2], normalize, *arguments[2:])
+        grad_pred = launch("patch_loss_backward", grad, pred, video, masked, mean, rstd, *arguments)
+    exact_pred = pred.double().requires_grad_()
+    exact_video = video
+    if video_dtype == torch.uint8:
+        scale = (-1, 1, 1, 1)
+        m, s = (torch.tensor(x[:C], dtype=torch.float64, device=device).view(scale) for x in (MEAN, STD))
+        exact_video = (video.double() / 255 - m) / s
+    target = reference.gather_tokens(patchify(exact_video.double()[:, :, frames], patch), masked)
+    if normalize:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+    exact = (exact_pred - target).square().mean(-1)
+    (exact_grad,) = torch.autograd.grad(exact, exact_pred, grad.double())
+    plain_pred = pred.detach().requires_grad_()
+    plain = reference.patch_loss(plain_pred, video, masked, **options)
+    (plain_grad,) = torch.autograd.grad(plain, plain_pred, grad)
+    assert_all(("loss", "grad_pred"), (plain.detach(), plain_grad), (exact.detach(), exact_grad), (loss, grad_pred))
+
+
+# attention
+
+ATTENTION = [  # dtype, B, N, H, D
+    (torch.bfloat16, 1, 157, 2, 64),
+    (torch.bfloat16, 2, 33, 2, 32),
+    (torch.bfloat16, 1, 77, 1, 80),
+    (torch.bfloat16, 1, 40, 2, 96),
+    (torch.bfloat16, 1, 70, 1, 128),
+    (torch.bfloat16, 1, 300, 1, 32),
+    (torch.bfloat16, 1, 1, 3, 8),
+    (torch.float16, 1, 65, 2, 64),
+    (torch.float16, 1, 20, 1, 72),
+    (torch.float32, 1, 77, 1, 64),
+    (torch.float32, 1, 33, 2, 80),
+    (torch.float32, 1, 40, 1, 128),
+    (torch.float32, 1, 17, 1, 24),
+]
+
+
+def attention_errors(device, guarded, q, k, v, scale):
+    grad = random(*q.shape, dtype=q.dtype, device=device)
+    with guarded():
+        out, lse = launch("attention", q, k, v, scale)
+        grads = launch("attention_backward", grad, q, k, v, out, lse, scale)
+    plain, exact = expected(reference.attention, (q, k, v), dict(scale=scale), grad)
+    scores = scale * torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double())
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert_all(("out", "grad_q", "grad_k", "grad_v"), plain, exact, (out, *grads))
+
+
+@pytest.mark.parametrize("dtype, B, N, H, D", ATTENTION, ids=lambda x: name_of(x) or str(x))
+def test_packed_attention(device, guarded, dtype, B, N, H, D):
+    qkv, grad = random(B, N, 3, H, D, dtype=dtype, device=device), random(B, N, H, D, dtype=dtype, device=device)
+    scale = D**-0.5
+    with guarded():
+        out, lse = launch("packed_attention", qkv, scale)
+        grad_qkv = launch("packed_attention_backward", grad, qkv, out, lse, scale)
+    plain, exact = expected(reference.packed_attention, (qkv,), dict(scale=scale), grad)
+    assert_all(("out", "grad_qkv"), plain, exact, (out, grad_qkv))
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.0, -0.3])
+def test_attention_of_other_lengths_and_strides(device, guarded, scale):
+    q = random(1, 2, 41, 32, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    k = random(1, 75, 2, 64, device=device, dtype=torch.bfloat16)[..., ::2]
+    v = random(1, 75, 3, 40, device=device, dtype=torch.bfloat16)[:, :, 1:, 8:]
+    attention_errors(device, guarded, q, k, v, scale)
+
+
+def test_attention_of_large_scores(device, guarded):
+    """Scores of hundreds: the exponentials of raw scores would overflow, and the backward's would without their maximum."""
+    q, k, v = (random(1, 40, 1, 32, device=device) * s for s in (10, 10, 1))
+    grad = random(1, 40, 1, 32, device=device)
+    with guarded():
+        out, lse = launch("attention", q, k, v, 1.0)
+        grads = launch("attention_backward", grad, q, k, v, out, lse, 1.0)
+    _, exact = expected(reference.attention, (q, k, v), dict(scale=1.0), grad)
+    # A score of 1000 is rounded by 1000 eps, which the exponential makes a relative error.
+    for ours, theirs in zip((out, *grads), exact):
+        assert (ours - theirs).abs().max() < 1e-3 * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("choice", [0, -1])
+def test_every_tile_gives_the_same(device, guarded, choice, monkeypatch):
+    """The largest and the smallest tiles that would be tuned between, at a length that both fit."""
+    from stmae.kernels import attention as kernels
+
+    pick = kernels._pick
+    monkeypatch.setattr(kernels, "_pick", lambda choices, queries, keys: (pick(choices, 1536, 1536)[choice],))
+    q, k, v = (random(1, 140, 1, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    attention_errors(device, guarded, q, k, v, 0.125)
+
+
+def test_tf32_only_where_torch_allows_it(device, guarded, monkeypatch):
+    q, k, v = (random(1, 48, 1, 64, device=device) for _ in range(3))
+    exact = reference.attention(q.double(), k.double(), v.double())
+    errors = {}
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            with guarded():
+                out, _ = launch("attention", q, k, v, 0.125)
+            errors[precision] = (out - exact).abs().max().item()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert errors["ieee"] < 2e-6
+    assert 1e-5 < errors["tf32"] < 5e-3
+
+
+# what holds for all
+
+
+def far(x):
+    """x with its first two dimensions so far apart that the third entry of the one and the fifth of the other lie 2^31 elements
+    on, by strides that themselves fit 32 bits. Memory that is never touched is never there."""
+    inner = x[0, 0].numel()
+    gap = (2**30 + inner, 2**29 + inner)  # no two entries overlap: where b * 2^30 + n * 2^29 agree, b + n does not
+    storage = torch.empty(sum((n - 1) * s for n, s in zip(x.shape[:2], gap)) + inner, dtype=x.dtype, device=x.device)
+    y = storage.as_strided(x.shape, (*gap, *x[0, 0].contiguous().stride()))
+    return y.copy_(x)
+
+
+@pytest.mark.parametrize("op", ["gather_tokens", "restore_tokens", "attention", "masked_patchify", "patch_loss"])
+def test_offsets_beyond_32_bits(device, guarded, op, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    keep, _ = (ids.flip(1).contiguous() for ids in masks(3, 6, 5, device))
+    x, tokens, position = (random(*shape, dtype=torch.bfloat16) for shape in ((3, 6, 16), (3, 5, 16), (6, 16)))
+    if op == "gather_tokens":
+        call = lambda x, grad: (launch(op, x, keep), launch("gather_tokens_backward", grad, keep, 6))  # noqa: E731
+        near = (x, tokens)
+    elif op == "restore_tokens":
+        call = lambda tokens, grad: (  # noqa: E731
+            launch(op, tokens, keep, position[0].to(device), position.to(device)),
+            *launch("restore_tokens_backward", grad, keep, torch.bfloat16),
+        )
+        near = (tokens, x)
+    elif op == "attention":
+
+        def call(qkv, grad):
+            out, lse = launch("packed_attention", qkv, 0.3)
+            return out, launch("packed_attention_backward", grad, qkv, out, lse, 0.3)
+
+        near = (random(3, 5, 3, 1, 16, dtype=torch.bfloat16), random(3, 5, 1, 16, dtype=torch.bfloat16))
+    else:  # clips and colours far apart, then clips and frames
+        near = tuple(torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((3, 5, 6, 4, 4), (3, 6, 4, 4, 3)))
+        weights = [random(16, C, 1, 4, 4, dtype=torch.bfloat16).to(device) for C in (5, 3)]
+        grad, preds = random(3, 5, 16).to(device), [random(3, 5, 16 * C).to(device) for C in (5, 3)]
+
+        def call(planar, channels_last):
+            results = []
+            for video, weight, pred in zip((planar, channels_last.permute(0, 4, 1, 2, 3)), weights, preds):
+                constants = ([0.5] * video.shape[1], [0.2] * video.shape[1])
+                if op == "masked_patchify":
+                    results.append(launch(op, video, keep, weight, None, None, *constants))
+                    results.append(launch("masked_patchify_backward", grad, video, keep, weight, None, None, *constants)[0])
+                else:
+                    shapes = [1, 4, 4], list(range(6))
+                    loss, mean, rstd = launch(op, pred, video, keep, *shapes, True, *constants)
+                    results += [loss, launch("patch_loss_backward", loss, pred, video, keep, mean, rstd, *shapes, *constants)]
+            return results
+
+    near = tuple(y.to(device) for y in near)
+    with guarded():
+        results = call(*(far(y) for y in near))
+    for a, b in zip(results, call(*near), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_empty(device, guarded):
+    for B, K in ((0, 3), (2, 0)):
+        ids = torch.zeros(B, K, dtype=torch.int64, device=device)
+        tokens, position = random(B, K, 16, device=device), random(9, 16, device=device)
+        assert launch("gather_tokens", random(B, 9, 16, device=device), ids).shape == (B, K, 16)
+        assert (launch("gather_tokens_backward", tokens, ids, 9) == 0).all()
+        out = launch("restore_tokens", tokens, ids, position[0], position)
+        grads = launch("restore_tokens_backward", out, ids, torch.float32)
+        assert [x.shape for x in (out, *grads)] == [(B, 9, 16), (B, K, 16), (16,), (9, 16)]
+        assert all(x.isfinite().all() for x in grads)
+        video = torch.zeros(B, 1, 1, 12, 12, dtype=torch.uint8, device=device)
+        weight = random(16, 1, 1, 4, 4, device=device)
+        rows = launch("masked_patchify", video, ids, weight, None, position, [0.5], [0.2])
+        grads = launch("masked_patchify_backward", rows, video, ids, weight, position[0], position, [0.5], [0.2])
+        assert rows.shape == (B, K, 16) and all((x == 0).all() for x in grads)
+        losses = launch("patch_loss", tokens, video, ids, [1, 4, 4], [0], True, [0.5], [0.2])
+        assert all(x.shape == (B, K) for x in losses)
+        qkv = random(B, K, 3, 2, 8, device=device)
+        out, lse = launch("packed_attention", qkv, 1.0)
+        assert launch("packed_attention_backward", out, qkv, out, lse, 1.0).shape == qkv.shape
+
+
+@pytest.mark.parametrize("op", ["masked_patchify", "restore_tokens", "attention"])
+def test_same_bits_every_time(device, guarded, op):
+    keep, _ = masks(3, 96, 40, device)
+
+    def run():
+        if op == "attention":
+            qkv = random(1, 45, 3, 1, 32, dtype=torch.bfloat16, device=device)
+            out, lse = launch("packed_attention", qkv, 0.2)
+            return [launch("packed_attention_backward", out, qkv, out, lse, 0.2)]
+        grad = random(3, 96 if op == "restore_tokens" else 40, 24, device=device)
+        if op == "restore_tokens":
+            return launch("restore_tokens_backward", grad, keep, torch.float32)
+        video = video_of("planar", torch.uint8, (3, 1, 6, 16, 16), device)
+        weight, position = random(24, 1, 1, 4, 4, device=device), random(96, 24, device=device)
+        return launch("masked_patchify_backward", grad, video, keep, weight, position[0], position, [0.5], [0.2])
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(run())
+    assert all(torch.equal(a, b) for a, b in zip(*results))

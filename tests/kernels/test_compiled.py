@@ -1,0 +1,130 @@
+"""Every shipped configuration of the Triton kernels, compiled for GPUs that are not there: see compile_report.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+UPDATE = "python tests/kernels/compile_report.py --update"
+PRODUCTS = ("masked_patchify", "grad_weight", "attention", "grad_q", "grad_kv")
+# The most shared memory that one block may have, and what consumer cards of the sm_80 family (sm_86, sm_89) have at most.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+CONSUMER = 99 * 1024
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The table as it is now, {"kernel | case | tiles | target": figures}, and what the command prints."""
+    path = tmp_path_factory.mktemp("figures") / "figures.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, HERE / "compile_report.py", "--out", path]
+    run = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    assert path.exists(), run.stdout + run.stderr
+    return json.loads(path.read_text()), run.stdout
+
+
+def failing(report, holds, select=lambda kernel, case, tiles, target: True):
+    """The keys and figures for which a property does not hold."""
+    table = ((key.split(" | "), value) for key, value in report[0]["kernels"].items())
+    return [f"{' | '.join(key)}: {value}" for key, value in table if select(*key) and not holds(key, value)]
+
+
+def test_figures_are_those_checked_in(report):
+    recorded = json.loads((HERE / "figures.json").read_text())
+    assert report[0]["triton"] == recorded["triton"], f"the table is of triton {recorded['triton']}: look, then {UPDATE}"
+    assert report[0]["kernels"] == recorded["kernels"], f"figures changed; if for the better, {UPDATE}\n{report[1]}"
+
+
+def test_every_kernel_and_target_is_there(report):
+    kernels = {(key.split(" | ")[0], key.split(" | ")[3]) for key in report[0]["kernels"]}
+    sources = "".join(file.read_text() for file in (HERE.parents[1] / "kernels").glob("*.py"))
+    names = set(re.findall(r"@triton\.jit\ndef _(\w+)\(", sources))
+    helpers = {"accumulate", "attend", "grad_kv_tile", "grad_q_tile", "head", "load", "load2", "load_patches", "patch_origins"}
+    helpers |= {"patch_values", "scores", "sort_keys", "store2", "target", "where"}  # called by kernels
+    assert kernels == {(name, target) for name in names - helpers for target in SHARED}
+
+
+def test_nothing_spills(report):
+    assert not failing(report, lambda key, x: x["spilled"] == 0)
+
+
+def test_no_atomics(report):
+    assert not failing(report, lambda key, x: x["atomics"] == 0)
+
+
+def test_shared_memory_and_registers_leave_room(report):
+    assert not failing(report, lambda key, x: x["shared"] <= SHARED[key[3]] and x["blocks_per_sm"] >= 1)
+    assert not failing(report, lambda key, x: x["shared"] <= CONSUMER or not x["default"], lambda *key: key[3] == "sm_80")
+
+
+def test_memory_bound_kernels_fill_a_multiprocessor(report):
+    """Latency is hidden by warps in flight: a quarter or more of what a multiprocessor takes (64, or 32 waves on gfx942)."""
+
+    def holds(key, x):
+        return x["blocks_per_sm"] * x["warps"] >= (8 if key[3] == "gfx942" else 16)
+
+    assert not failing(report, holds, lambda *key: key[0] not in (*PRODUCTS, "random_masking"))
+
+
+def test_products_run_on_tensor_cores(report):
+    """Of the generation: on sm_90 those of warp groups, on sm_100 of tensor memory, where the tile has the 64 rows they take."""
+
+    def holds(key, x):
+        tiles = dict(tile.split("=") for tile in key[2].split())
+        rows = int(tiles["N" if key[0] == "grad_kv" else "D" if key[0] == "grad_weight" else "M"])
+        large = rows >= 64
+        kind = {"sm_80": "HMMA", "sm_90": "HGMMA" if large else "HMMA", "sm_100": "UTCMMA" if large else "HMMA"}.get(
+            key[3], "MFMA"
+        )
+        return kind in x["mma"]
+
+    assert not failing(report, holds, lambda *key: key[0] in PRODUCTS)
+    assert not failing(report, lambda key, x: not x["mma"], lambda *key: key[0] not in PRODUCTS)
+
+
+def test_loads_and_stores_are_wide_where_the_layout_allows(report):
+    """Rows of a multiple of 8 elements (16 for bytes) are loaded and stored 128 bits at a time. Not: patches of 14.
+    Of head dims, those that are split into pieces of 16 columns have narrower loads beside."""
+    streams = ("gather_rows", "restore_tokens", "restore_tokens_backward", "patch_loss_backward", *PRODUCTS)
+
+    def select(kernel, case, tiles, target):
+        return kernel in streams and "patch 14" not in case and not (target == "gfx942" and "head" in case)
+
+    def holds(key, x):  # gfx942 leaves 4 neighbouring values of a product in a lane: half of 128 bits
+        return x["loads"][0] > 0 and (x["stores"][0] > 0 or key[3] == "gfx942" and x["stores"][1] > 0)
+
+    assert not failing(report, holds, select)
+
+
+def test_bounds_count_what_the_model_multiplies():
+    """Against torch's own counter, run over the reference's forward of a small model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
+    from tests.kernels import lower_bounds
+
+    encoder = dict(image_size=64, num_frames=4, width=48, depth=3, num_heads=2)
+    config = MaskedAutoencoderConfig(**encoder, decoder_width=32, decoder_depth=2, decoder_num_heads=2, mask_ratio=0.75)
+    model = MaskedAutoencoder(config)
+    model.backend = "reference"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = model(torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8))
+    work = lower_bounds.step_work(model, 2)
+    forward = {op: calls * operations for op, (calls, _, operations) in work.items() if "backward" not in op}
+    (linear,) = (operations for op, (_, _, operations) in work.items() if op.startswith("linear"))
+    # The reference embeds every patch, ours the visible ones.
+    embedding = forward.pop("`masked_patchify`") * config.num_tokens // out.keep.shape[1]
+    assert counter.get_total_flops() == sum(forward.values()) + embedding + linear // 3
+
+
+def test_readme_has_the_tables_that_the_command_prints():
+    run = subprocess.run([sys.executable, HERE / "lower_bounds.py"], capture_output=True, text=True, check=True)
+    readme = (HERE.parents[1] / "README.md").read_text().splitlines()
+    missing = [line for line in run.stdout.splitlines() if line.startswith("|") and line not in readme]
+    assert not missing, "paste what python tests/kernels/lower_bounds.py prints into README.md:\n" + "\n".join(missing)

@@ -1,0 +1,213 @@
+"""Runs of ``stmae`` that start in milliseconds and can be made to die at a chosen moment: for tests that kill many.
+
+``python fork_server.py`` imports everything once and then, for each line of JSON it reads, forks a process that runs the command.
+Nothing of torch has run in the server, so it has no threads and the fork is a fresh start. The line is
+
+    {"argv": [...], "output": FILE, "fault": null or [KIND, POSITION]}
+
+and the answer is ``started PID``; to the next line, ``wait``, it is ``ended STATUS`` (negative: the signal that ended it).
+
+A position is a moment in the writing of the run's folder; they are numbered in the order in which a run comes to them. At the
+given one, the process either is killed (``kill``), or its disk is full (``full``): there, and wherever it writes from then on.
+"""
+
+import dataclasses
+import errno
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 300  # seconds; a run takes one or two
+
+
+class ForkServer:
+    """The server, seen from a test. Context manager."""
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            # One thread: the steps are tiny, and threads that wait for each other on a busy machine take a hundred times as long.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.running = None
+        return self
+
+    def __exit__(self, *exception):
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+    def start(self, argv, output, fault=None):
+        """Starts ``stmae ARGV``, its words going to the file ``output``; returns its process number."""
+        if self.running:  # of a test that failed before it waited
+            os.kill(self.running, signal.SIGKILL)
+            self.wait()
+        request = {"argv": list(map(str, argv)), "output": str(output), "fault": fault}
+        self._say(json.dumps(request))
+        self.running = int(self._answer("started"))
+        return self.running
+
+    def wait(self):
+        """The exit status of the process started last, whose number is not given to another before this."""
+        self._say("wait")
+        status = int(self._answer("ended"))
+        self.running = None
+        return status
+
+    def run(self, argv, output, fault=None):
+        """(exit status, what it said)."""
+        self.start(argv, output, fault)
+        return self.wait(), Path(output).read_text()
+
+    def _say(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def _answer(self, expected):
+        late = not select.select([self.process.stdout], [], [], PATIENCE)[0]
+        if late and expected == "ended":
+            os.kill(self.running, signal.SIGKILL)  # the server lives on, for the next run
+            self.running = None
+        elif late:
+            self.process.kill()
+        line = self.process.stdout.readline()
+        if late:
+            raise RuntimeError(f"fork server: no {expected!r} in {PATIENCE} s")
+        word, _, value = line.strip().partition(" ")
+        if word != expected:
+            raise RuntimeError(f"fork server: expected {expected!r}, got {line!r}")
+        return value
+
+
+class Faults:
+    """Stands at every position, and lets the run pass, kills it or fails it."""
+
+    def __init__(self, kind, position, folder):
+        self.kind, self.position, self.folder, self.passed, self.full = kind, position, folder, 0, False
+
+    def __call__(self, what, half=None):
+        """The run has come to ``what``; ``half`` does a part of it, as an interruption would leave it."""
+        here = self.passed == self.position
+        self.passed += 1
+        if not here and not self.full:
+            return
+        if here:
+            os.write(1, f"FAULT {what}\n".encode())
+        if half is not None:
+            half()
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.full = True
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def install(self):
+        import safetensors.torch
+        from safetensors import SafetensorError
+
+        from stmae.training.engine import run_folder
+
+        save, save_file, append = safetensors.torch.save, safetensors.torch.save_file, run_folder.RunFolder._append
+
+        @functools.wraps(save_file)
+        def faulty_save_file(tensors, file, metadata=None):
+            def half():
+                data = save(tensors, metadata)
+                Path(file).write_bytes(data[: len(data) // 2])
+
+            try:
+                self(f"half of {Path(file).name[:7]}", half)
+            except OSError as error:
+                raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from error  # as it says it
+            save_file(tensors, file, metadata)
+
+        def faulty_append(folder, name, line):
+            def half():
+                with open(folder.path / name, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line)[:20])
+
+            try:
+                self(f"half a line of {name}", half)
+            except OSError as error:
+                raise run_folder.RunFolderError(f"cannot write {name}: {error.strerror}{folder.standing()}") from error
+            append(folder, name, line)
+
+        safetensors.torch.save_file = run_folder.save_file = faulty_save_file
+        run_folder.RunFolder._append = faulty_append
+        for name in ("open", "fsync", "replace", *(["unlink"] if self.kind == "kill" else [])):  # a full disk can be cleared
+            setattr(os, name, self._before(name, getattr(os, name)))
+
+    def _before(self, name, function):
+        def faulty(*arguments, **options):
+            place = str(arguments[0])
+            if name == "unlink" and place.endswith(".tmp"):  # left by the last kill or not: positions would depend on it
+                return function(*arguments, **options)
+            if name == "fsync" or (place.startswith(self.folder) and (name != "open" or arguments[1] & os.O_CREAT)):
+                self(name if name == "fsync" else f"{name} {Path(place).name[:7]}")
+            return function(*arguments, **options)
+
+        return faulty
+
+
+def serve():
+    import matplotlib.figure  # noqa: F401 (this and the next take seconds, and are imported where they are used)
+    import torch._dynamo  # noqa: F401
+    from PIL import Image
+
+    from stmae.training import cli, config
+    from stmae.training.commands import pretrain
+    from stmae.training.engine import loop
+
+    Image.init()
+    loop.ceiling = lambda device, dtype: 1e12  # measuring it would be most of a start; it is only for the log's mfu
+
+    @functools.cache
+    def parsed(*argv):
+        return config.parse(pretrain.Config, argv, prog="stmae pretrain", description="")
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        command, *argv = request["argv"]
+        place = argv.index("--output") + 1
+        settings = parsed(*argv[:place], "", *argv[place + 1 :])  # takes as long as all the rest of a start
+        child = os.fork()
+        if child == 0:
+            descriptor = os.open(request["output"], os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            for number in (1, 2):
+                os.dup2(descriptor, number)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.close(descriptor)
+            if request["fault"]:
+                Faults(*request["fault"], argv[place]).install()
+            config.parse = functools.partial(lambda made, *_, **__: made, dataclasses.replace(settings, output=argv[place]))
+            status = 1
+            try:
+                status = cli.main([command, *argv])
+            except BaseException:
+                traceback.print_exc()
+            finally:  # also where the death of a data worker is told in the middle of this
+                try:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                finally:
+                    os._exit(status)  # taking all the imported modules down takes longer than the run
+        print(f"started {child}", flush=True)
+        sys.stdin.readline()
+        _, status = os.waitpid(child, 0)
+        print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,73 @@
+"""Two processes of a training run, without a launcher: what torchrun would set up, in half the time."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, os, sys
+from stmae.training import cli
+for port, argv in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    if cli.main(argv):
+        sys.exit(1)
+"""
+
+
+def start(*commands, before_second=None):
+    """Two processes that run the ``commands`` (lists of arguments of ``stmae``), one after the other.
+
+    before_second: called in the second one before it starts.
+    """
+    program = json.dumps([(free_port(), [str(word) for word in command]) for command in commands])
+    processes = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **own, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        options = {"preexec_fn": before_second} if rank == 1 else {}
+        argv = [sys.executable, "-c", PROGRAM, program]
+        processes.append(
+            subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                **options,
+            )
+        )
+    return processes
+
+
+def finish(processes, status=0):
+    """What they said, together; they must have ended with this ``status``."""
+    said = []
+    try:
+        for process in processes:
+            try:
+                said.append(process.communicate(timeout=600)[0])
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said.append(process.communicate()[0])
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [status, status], "\n".join(said)
+    return "".join(said)
+
+
+def free_port():
+    """One that no connection takes by chance before it is used: the system's own choice begins at 32768."""
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", random.randrange(20000, 32768)))
+            return listener.getsockname()[1]

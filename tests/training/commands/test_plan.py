@@ -1,0 +1,171 @@
+"""``stmae plan``: the numbers of a recipe on given GPUs, and the memory that it expects."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from stmae import checkpoint
+from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
+from stmae.training import cli
+from stmae.training.commands import plan
+from stmae.training.config import FinetuneConfig, PretrainConfig, parse
+from tests.support.synthetic_video import write_video
+
+ENCODER = {"image_size": 64, "num_frames": 8, "patch_size": 8, "width": 64, "depth": 3, "num_heads": 2}
+AUTOENCODER = MaskedAutoencoderConfig(**ENCODER, decoder_width=48, decoder_depth=2, decoder_num_heads=3)
+CLASSIFIER = VideoClassifierConfig(**ENCODER, num_classes=5)
+
+
+def saved_bytes(config, batch, bf16, checkpointed):
+    """Bytes of all that the forward pass keeps for the backward pass, but parameters and the video."""
+    torch.manual_seed(0)
+    model = (MaskedAutoencoder if isinstance(config, MaskedAutoencoderConfig) else VideoClassifier)(config)
+    model.checkpoint_activations = checkpointed
+    video = torch.randint(0, 256, (batch, *config.video_shape), dtype=torch.uint8)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (video, *model.parameters())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address is given out twice
+        return tensor
+
+    if checkpointed:  # a block's input is then held by what computes it again, not by the graph
+        for block in model.blocks():
+            block.register_forward_pre_hook(lambda block, inputs: [keep(x) for x in inputs[:2] if x is not None] and None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, bf16):
+        model(video)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        AUTOENCODER,
+        AUTOENCODER.replace(mask_ratio=0.5, predicted_frames=8, class_token=False),
+        AUTOENCODER.replace(mask_strategy="tube", decoder_depth=1),
+        AUTOENCODER.replace(decoder_mask_ratio=0.5),
+        AUTOENCODER.replace(target="hog"),
+        CLASSIFIER,
+        CLASSIFIER.replace(class_token=False, mlp_ratio=2.0),
+    ],
+    ids=["plain", "half", "tube", "dual", "hog", "classifier", "narrow classifier"],
+)
+def test_the_estimate_of_activations_is_what_a_forward_pass_keeps(config, bf16, checkpointed):
+    """Within 5 %: what is left out are ids and the ends' small tensors. The difference of two batches, for copies of weights."""
+    measured = (saved_bytes(config, 4, bf16, checkpointed) - saved_bytes(config, 2, bf16, checkpointed)) / 2
+    expected, _ = plan.activation_bytes(config, bf16=bf16, checkpointed=checkpointed, gpu=False)
+    assert expected == pytest.approx(measured, rel=0.05)
+
+
+def test_state_is_16_bytes_a_parameter_and_what_ddp_fsdp_and_bf16_add():
+    size, blocks = plan.parameters(AUTOENCODER)
+    assert size == sum(p.numel() for p in MaskedAutoencoder(AUTOENCODER).parameters()) and len(blocks) == 5
+    alone = plan.Config(recipe="", memory=1, precision="float32")
+
+    def state(**changes):
+        return plan.estimate(AUTOENCODER, dataclasses.replace(alone, **changes)).state
+
+    assert state() == 16 * size
+    assert state(precision="bf16") == 18 * size
+    assert state(gpus=4) == 20 * size
+    assert state(gpus=4, parallel="fsdp") == 4 * size + 8 * max(blocks)
+    assert state(checkpoint_activations=True, precision="bf16") == 16 * size + 2 * max(blocks)
+
+
+def make(**settings):
+    return plan.run(plan.Config(**{"recipe": "paper-large", "memory": 80, "gpus": 8, **settings}))
+
+
+def test_the_papers_plan(capsys):
+    numbers = make()
+    assert numbers["steps"] == 93_750 and numbers["steps of warm-up"] == 14_062  # 200 passes over 240,000 videos; 30 of them
+    assert numbers["learning rate"] == pytest.approx(1.6e-3) and numbers["clips a step"] == 2048
+    assert numbers["clips on a GPU at a time"] * 8 * numbers["parts that a step is computed in"] == 2048
+    said = capsys.readouterr().out
+    assert re.search(r"GPUs +8 +128\n", said) and re.search(r"videos a step +512 +512\n", said)
+    assert numbers["command"].startswith(
+        "torchrun --nproc_per_node 8 -m stmae.training pretrain --preset paper-large --data DATA"
+    )
+
+
+def test_another_batch_and_data_change_rate_and_steps_by_the_rule(capsys):
+    numbers = make(batch=64, gpus=1, videos=1000)
+    assert numbers["learning rate"] == pytest.approx(2e-4) and numbers["steps"] == 3125  # 200 * 1000 / 64
+    assert "--optimizer.batch 64" in numbers["command"] and numbers["command"].startswith("stmae pretrain")
+    assert re.search(r"videos a step +64 +512\n", capsys.readouterr().out)  # what the paper used stands beside it
+
+
+def test_repeats_count_in_finetunings_rate():
+    numbers = make(recipe="paper-large-finetune", memory=24, batch=128)
+    assert numbers["learning rate"] == pytest.approx(2.4e-3)  # 4.8e-3 at 512 clips, here 256
+    assert "--checkpoint WEIGHTS" in numbers["command"]
+
+
+@pytest.mark.parametrize("memory", [16, 80])
+def test_what_is_planned_fits_and_fewer_parts_would_not(memory):
+    numbers = make(memory=memory, gpus=4)
+    parts = numbers["parts that a step is computed in"]
+    estimate = plan.estimate(plan.read_recipe("paper-large")[1].model, plan.Config(recipe="", memory=memory, gpus=4))
+    assert numbers["GB of a GPU: in all, expected"] <= memory
+    assert parts == 1 or estimate.total(128 // (parts // 2) * 4) > memory * 1e9
+
+
+@pytest.mark.parametrize("name", ["paper-huge", "videomae-base-ssv2", "paper-base-finetune"])
+def test_the_planned_command_is_understood(name):
+    numbers = make(recipe=name, gpus=4, memory=80, parallel="fsdp", checkpoint_activations=True)
+    command, *options = numbers["command"].partition("stmae.training ")[2].split()
+    made = parse(PretrainConfig if command == "pretrain" else FinetuneConfig, options, prog="stmae", description="")
+    assert made.optimizer.accumulate == numbers["parts that a step is computed in"]
+    assert made.run.parallel == "fsdp" and made.run.checkpoint_activations
+
+
+def test_several_machines():
+    words = make(gpus=16)["command"]
+    assert words.startswith("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29400 --nproc_per_node 8 ")
+
+
+def test_a_file_of_settings_and_weights_are_recipes_too(tmp_path):
+    write_video(tmp_path / "clip.mp4", 20)
+    checkpoint.save(VideoClassifier(CLASSIFIER), tmp_path / "model.safetensors")
+    (tmp_path / "mine.yaml").write_text("command: finetune\noptimizer: {batch: 4}\n")
+    numbers = make(
+        recipe=str(tmp_path / "mine.yaml"), gpus=1, data=str(tmp_path), encoder=str(tmp_path / "model.safetensors"), memory=2
+    )
+    assert numbers["videos in the data"] == 1 and numbers["videos a step"] == 4
+    assert f"finetune --config {tmp_path}/mine.yaml --data {tmp_path}" in numbers["command"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"memory": 4},
+            r"a single video of 4 clips needs 10\.\d GB, of which 7\.\d GB .* a GPU has 4 GB; .*both needs 2\.\d GB$",
+        ),
+        ({"memory": 4, "gpus": 1}, r"a GPU has 4 GB; --checkpoint_activations true needs \d\.\d GB$"),
+        ({"gpus": 3}, r"a batch of 512 videos does not divide into 3 GPUs: try --batch 510 or 513"),
+        ({"batch": 2}, r"try --batch 8$"),
+        ({"gpus": 0}, "gpus: expected more than 0, got 0"),
+        ({"memory": 0}, "memory: expected more than 0, got 0"),
+        ({"videos": 0}, "videos: expected 1 or more, got 0"),
+        ({"recipe": "nonsense"}, "recipe: expected a file of settings or one of the presets cpu-small, "),
+    ],
+)
+def test_what_cannot_be_is_said(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_a_recipe_must_say_its_command(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("optimizer: {batch: 4}\n")
+    assert cli.main(["plan", "--recipe", str(tmp_path / "mine.yaml"), "--memory", "24"]) == 1
+    assert "expected 'preset: NAME', 'command: pretrain' or 'command: finetune' at its top" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="encoder: expected a pre-training preset or weights"):
+        (tmp_path / "mine.yaml").write_text("command: finetune\n")
+        make(recipe=str(tmp_path / "mine.yaml"))

@@ -1,0 +1,323 @@
+"""From videos to batches: lists, clips, crops, order, and what is done about broken files."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from stmae.masking import sample_noise
+from stmae.training.config import ClipConfig
+from stmae.training.data import clip_sampling, transforms
+from stmae.training.data.batch_sampler import Order
+from stmae.training.data.dataset import PretrainClips, ViewClips, as_video, collate, require_readable
+from stmae.training.data.video import Video, VideoError
+from stmae.training.data.video_list import Entry, find_videos
+from tests.support.synthetic_video import read_number, write_audio, write_video
+
+GRID = (2, 4, 4)
+
+
+# Lists
+
+
+def test_a_folder_is_searched_recursively_and_sorted(tmp_path):
+    for name in ("b.mp4", "deep/er/a.MKV", "notes.txt", "deep/.hidden.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path) == [Entry(str(tmp_path / "b.mp4"), -1), Entry(str(tmp_path / "deep/er/a.MKV"), -1)]
+
+
+@pytest.mark.parametrize(
+    "line, name, label",
+    [
+        ("a.mp4 3", "a.mp4", 3),
+        ("a.mp4,3", "a.mp4", 3),
+        ("a.mp4, 3", "a.mp4", 3),
+        ("with spaces in it.mp4 17", "with spaces in it.mp4", 17),
+        ("with spaces, and commas.mp4,17", "with spaces, and commas.mp4", 17),
+        ("with spaces, and commas.mp4 17", "with spaces, and commas.mp4", 17),
+        ("take 2.mp4", "take 2.mp4", -1),
+        ("a.mp4", "a.mp4", -1),
+        ('"quoted name.mp4",4', "quoted name.mp4", 4),
+        ("folder/a.mp4 -1", "folder/a.mp4", -1),
+    ],
+)
+def test_a_line_of_a_list(line, name, label, tmp_path):
+    (tmp_path / "list.csv").write_text(f"# a comment\n\n{line}\n")
+    assert find_videos(tmp_path / "list.csv") == [Entry(str(tmp_path / name), label)]
+
+
+def test_absolute_paths_stay_absolute(tmp_path):
+    (tmp_path / "list.txt").write_text("/videos/a.mp4 1\n")
+    assert find_videos(tmp_path / "list.txt")[0].path == "/videos/a.mp4"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such folder or list file"),
+        ("", "names no videos"),
+        ("fine.mp4 1\nnonsense here\n", "line 2: expected 'path label'"),
+    ],
+)
+def test_a_bad_list_is_refused(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        find_videos(tmp_path / "list.txt")
+
+
+def test_a_folder_without_videos_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no videos in folder"):
+        find_videos(tmp_path)
+
+
+# Which frames
+
+
+def test_stride_and_linspace_spacing():
+    assert clip_sampling.clip_indices(5, 16, 4).tolist() == list(range(5, 66, 4))
+    # The published code's 16 of 64 frames: linspace(0, 63, 16) rounded down.
+    expected = [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
+    assert clip_sampling.clip_indices(0, 16, 4, "linspace").tolist() == expected
+
+
+@pytest.mark.parametrize("spacing, span", [("stride", 61), ("linspace", 64)])
+def test_random_clips_cover_every_start_and_nothing_else(spacing, span):
+    rng = np.random.default_rng(0)
+    starts = {int(clip_sampling.random_clip(rng, span + 3, 16, 4, spacing)[0]) for _ in range(200)}
+    assert starts == {0, 1, 2, 3}
+    assert clip_sampling.random_clip(rng, span - 1, 16, 4, spacing) is None
+
+
+def test_spaced_clips_reach_from_the_first_to_the_last_frame():
+    clips = clip_sampling.spaced_clips(3, 100, 16, 4)
+    assert [int(clip[0]) for clip in clips] == [0, 19, 39] and clips[-1][-1] == 99
+    assert int(clip_sampling.spaced_clips(1, 101, 16, 4)[0][0]) == 20
+    assert clip_sampling.spaced_clips(2, 60, 16, 4) is None
+
+
+# Crops
+
+
+def test_random_crops_keep_to_their_area_and_aspect():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        top, left, h, w = transforms.random_crop_box(rng, 180, 320, (0.5, 1.0), (0.75, 1.3333))
+        assert 0 <= top <= 180 - h and 0 <= left <= 320 - w
+        assert 0.49 < h * w / (180 * 320) < 1 or (h, w) == (180, 240)  # the last: nothing fitted in ten draws
+        assert 0.74 < w / h < 1.35
+
+
+@pytest.mark.parametrize("position, left", [(0.0, 0), (0.5, 70), (1.0, 140)])
+def test_view_boxes_slide_along_the_longer_side(position, left):
+    assert transforms.view_box(180, 320, (224, 224), position) == (0, left, 180, 180)
+
+
+def test_resized_crop_is_uint8_and_close_to_float_resizing():
+    frames = torch.randint(0, 256, (4, 90, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    out = transforms.resized_crop(frames.numpy(), (10, 20, 60, 80), (32, 48))
+    assert out.dtype == torch.uint8 and out.shape == (4, 32, 48, 3) and out.is_contiguous()
+    cut = frames[:, 10:70, 20:100].permute(0, 3, 1, 2).float()
+    exact = torch.nn.functional.interpolate(cut, size=(32, 48), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    assert (out.float() - exact).abs().max() <= 2  # uint8 filter weights
+
+
+# Order
+
+
+def keys(**options):
+    return list(Order(5, 4, seed=3, num_steps=7, **options))
+
+
+def test_every_video_comes_once_an_epoch_though_batches_cross_epochs():
+    flat = [key for batch in keys() for key in batch]
+    assert len(flat) == 28
+    for epoch in range(5):
+        assert sorted(video for e, video in flat if e == epoch) == list(range(5))
+    assert [v for e, v in flat if e == 0] != [v for e, v in flat if e == 1]
+
+
+def test_order_continues_anywhere():
+    assert keys(first_step=3) == keys()[3:]
+    assert keys() == keys()
+    assert keys() != list(Order(5, 4, seed=4, num_steps=7))
+
+
+def test_ranks_and_accumulated_parts_divide_the_same_batches():
+    whole = keys()
+    ranks = [keys(rank=rank, world_size=2) for rank in range(2)]
+    assert [sum(parts, []) for parts in zip(*ranks)] == whole
+    parts = keys(accumulate=2)
+    assert [parts[2 * i] + parts[2 * i + 1] for i in range(7)] == whole
+    with pytest.raises(ValueError, match="a batch of 4 videos does not divide into 3"):
+        Order(5, 4, seed=0, num_steps=1, accumulate=3)
+
+
+# Clips
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for name in "abcd":
+        write_video(folder / f"{name}.mp4", 60, size=(64, 96))
+    return folder
+
+
+def dataset(entries, *, seed=0, noise="random", **clips):
+    clips = ClipConfig(**{"stride": 4, "repeats": 2, **clips})
+    draw = functools.partial(sample_noise, noise, 1, GRID, 0.75)
+    return PretrainClips(entries, clips, frames=4, size=(32, 32), sample_noise=draw, seed=seed)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_video(folder):
+    entries = find_videos(folder)
+    first = dataset(entries)[(2, 1)]
+    assert first["clips"].shape == (2, 4, 32, 32, 3) and first["clips"].dtype == torch.uint8
+    assert first["noise"].shape == (2, 32) and first["skipped"] == []
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = dataset(entries)
+    again[(0, 3)]  # what was asked before does not matter
+    again = again[(2, 1)]
+    assert torch.equal(first["clips"], again["clips"]) and torch.equal(first["noise"], again["noise"])
+    for other in (dataset(entries)[(3, 1)], dataset(entries, seed=1)[(2, 1)]):
+        assert not torch.equal(first["clips"], other["clips"]) and not torch.equal(first["noise"], other["noise"])
+
+
+def test_repeats_are_different_clips_of_one_video(folder):
+    item = dataset(find_videos(folder), repeats=4)[(0, 0)]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(item["clips"][i], item["clips"][j]) and not torch.equal(item["noise"][i], item["noise"][j])
+
+
+def test_clips_hold_the_frames_they_should(folder):
+    # The whole frame, not flipped, at its own size: the numbers can be read.
+    clips = ClipConfig(stride=7, repeats=3, scale=(1, 1), aspect=(1.5, 1.5), flip=False)
+    draw = functools.partial(sample_noise, "random", 1, GRID, 0.75)
+    item = PretrainClips(find_videos(folder), clips, frames=4, size=(64, 96), sample_noise=draw, seed=0)[(0, 2)]
+    for clip in item["clips"]:
+        numbers = [read_number(frame.numpy()) for frame in clip]
+        assert [b - a for a, b in zip(numbers, numbers[1:])] == [7, 7, 7]
+
+
+def test_the_batch_reaches_the_model_as_a_view(folder):
+    data = dataset(find_videos(folder))
+    batch = collate([data[(0, 0)], data[(0, 1)]])
+    video = as_video(batch["clips"])
+    assert video.shape == (4, 3, 4, 32, 32) and batch["noise"].shape == (4, 32)
+    assert video.data_ptr() == batch["clips"].data_ptr() and video.stride(1) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(folder, workers):
+    entries = find_videos(folder)
+    order = Order(len(entries), 3, seed=0, num_steps=4)
+    alone = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate))
+    spread = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=workers))
+    assert len(alone) == 4
+    for a, b in zip(alone, spread):
+        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
+
+
+def test_a_loader_continues_in_mid_epoch(folder):
+    entries = find_videos(folder)
+    whole = list(DataLoader(dataset(entries), batch_sampler=Order(4, 3, seed=0, num_steps=5), collate_fn=collate))
+    order = Order(4, 3, seed=0, num_steps=5, first_step=2)
+    rest = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=1))
+    for a, b in zip(whole[2:], rest):
+        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
+
+
+# Broken files
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """One good video among six that are not."""
+    good = write_video(tmp_path / "good.mp4", 60)
+    data = good.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("not a video")
+    write_audio(tmp_path / "sound.mp4")
+    write_video(tmp_path / "short.mp4", 5)
+    entries = find_videos(tmp_path)
+    return [*entries, Entry(str(tmp_path / "absent.mp4"), -1)]
+
+
+REASONS = {
+    "cut.mp4": "cannot be opened",
+    "empty.mp4": "empty",
+    "text.mp4": "cannot be opened",
+    "sound.mp4": "no video stream",
+    "short.mp4": "too short: 5 frames, a clip of 4 at stride 4 needs 13",
+    "absent.mp4": "cannot be opened",
+}
+
+
+def test_broken_videos_are_replaced_and_named(mixed):
+    data = dataset(mixed)
+    seen = {}
+    for number in range(len(mixed)):
+        item = data[(0, number)]
+        assert item["clips"].shape == (2, 4, 32, 32, 3)  # always something: only the good one is left
+        for path, reason in item["skipped"]:
+            seen[path.rpartition("/")[2]] = reason
+    assert seen.keys() == REASONS.keys()
+    for name, reason in REASONS.items():
+        assert reason in seen[name]
+
+
+def test_the_substitute_does_not_depend_on_what_a_worker_has_seen(mixed):
+    fresh, used = dataset(mixed), dataset(mixed)
+    for number in range(len(mixed)):
+        used[(0, number)]
+    for number in range(len(mixed)):
+        a, b = dataset(mixed)[(1, number)], used[(1, number)]
+        assert torch.equal(a["clips"], b["clips"]) and a["skipped"] == b["skipped"]
+    assert fresh.broken == {}
+
+
+def test_no_usable_video_is_an_error_before_training(mixed):
+    broken = [entry for entry in mixed if not entry.path.endswith("good.mp4")]
+    with pytest.raises(ValueError) as error:
+        require_readable(broken, 4, ClipConfig(stride=4))
+    assert "none of the 6 videos can be used" in str(error.value)
+    for name, reason in REASONS.items():
+        assert any(name in line and reason in line for line in str(error.value).splitlines())
+    require_readable(mixed, 4, ClipConfig(stride=4))
+
+
+def test_an_epidemic_of_broken_videos_ends(mixed, monkeypatch):
+    monkeypatch.setattr("stmae.training.data.dataset.SUBSTITUTES", 5)
+    broken = [entry for entry in mixed if not entry.path.endswith("good.mp4")]
+    with pytest.raises(RuntimeError, match="6 videos in a row could not be read"):
+        dataset(broken)[(0, 0)]
+
+
+def test_evaluation_never_substitutes(mixed):
+    views = ViewClips(mixed, ClipConfig(stride=4), frames=4, size=(32, 32))
+    for number, entry in enumerate(mixed):
+        if entry.path.endswith("good.mp4"):
+            assert views[number]["clips"].shape == (1, 4, 32, 32, 3)
+        else:
+            with pytest.raises(VideoError):
+                views[number]
+
+
+def test_views_are_deterministic_temporal_times_spatial(folder):
+    entries = [entry._replace(label=7) for entry in find_videos(folder)]
+    views = ViewClips(entries, ClipConfig(stride=4), frames=4, size=(64, 64), temporal=2, spatial=3)
+    item = views[1]
+    assert item["clips"].shape == (6, 4, 64, 64, 3) and item["label"] == 7
+    assert torch.equal(item["clips"], views[1]["clips"])
+    with Video(entries[1].path) as video:
+        frames = video.frames(clip_sampling.spaced_clips(2, 60, 4, 4)[1])
+    assert np.array_equal(item["clips"][3].numpy(), frames[:, :, :64])  # second clip, left
+    assert np.array_equal(item["clips"][5].numpy(), frames[:, :, 32:])  # second clip, right

@@ -1,0 +1,206 @@
+"""Reading videos: every frame asked for is the frame that comes, and what cannot be read says so."""
+
+import os
+import pickle
+import random
+
+import av
+import numpy as np
+import pytest
+
+from stmae.training.data.video import Video, VideoError
+from tests.support.synthetic_video import numbered_frame, read_number, rotate_mp4, write_audio, write_video
+from tests.support.video_files import FILES, FRAMES, UNEVEN, write
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_frame_is_the_one_asked_for(name, tmp_path):
+    path = write(tmp_path / name, **FILES[name])
+    draw = random.Random(0)
+    with Video(path) as video:
+        assert len(video) == FRAMES
+        for index in draw.sample(range(FRAMES), 12):  # each a seek of its own
+            assert read_number(video.frames([index])[0]) == index
+        several = [draw.randrange(FRAMES) for _ in range(10)]  # unsorted, with repeats
+        assert [read_number(frame) for frame in video.frames(several)] == several
+
+
+def test_frames_equal_decoding_from_the_start(tmp_path):
+    path = write(tmp_path / "a.mp4")
+    with av.open(str(path)) as file:
+        expected = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    with Video(path) as video:
+        got = video.frames([50, 3, 27])
+    assert np.array_equal(got, np.stack([expected[50], expected[3], expected[27]]))
+    assert got.dtype == np.uint8
+
+
+def test_times_and_rate_of_a_variable_rate_video(tmp_path):
+    path = write(tmp_path / "a.mkv", times=UNEVEN)
+    with Video(path) as video:
+        assert np.allclose(video.times, np.array(UNEVEN) / 1000, atol=1e-3)
+        assert video.rate == pytest.approx((FRAMES - 1) / (UNEVEN[-1] / 1000), rel=1e-3)
+        assert video.size == (64, 96)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_display_matrix_turns_the_frame_clockwise(degrees, tmp_path):
+    path = rotate_mp4(write(tmp_path / "a.mp4", 10), degrees)
+    with Video(path) as video:
+        frame = video.frames([5])[0]
+    assert frame.shape == ((96, 64, 3) if degrees % 180 else (64, 96, 3))
+    assert read_number(np.rot90(frame, degrees // 90)) == 5  # turned back, counter-clockwise
+
+
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("h264.mp4", "odd_size.mp4", "odd_size.webm", "odd_width.webm", "h264_10bit.mp4", "hevc_10bit.mp4", "12bit.mkv"),
+        *("full_range.mp4", "interlaced.mp4", "nv12.mkv"),
+    ],
+)
+def test_colours_of_every_depth_range_and_size_come_as_the_same_rgb(name, tmp_path):
+    path = write(tmp_path / name, 10, **FILES[name])
+    with Video(path) as video:
+        got, size = video.frames([5])[0], video.size
+    expected = numbered_frame(5, *size)
+    assert got.shape == expected.shape and size == FILES[name].get("size", (64, 96))
+    # Away from the blocks' edges, where chroma is subsampled, to the last row and column.
+    difference = np.abs(got.astype(int) - expected)
+    assert difference.mean() < 6 and difference[-1].mean() < 10 and difference[:, -1].mean() < 10
+
+
+@pytest.mark.parametrize("name", ["grey.mp4", "grey.avi", "grey_16bit.mkv"])
+def test_grey_comes_as_rgb_of_equal_channels(name, tmp_path):
+    with Video(write(tmp_path / name, 10, **FILES[name])) as video:
+        got = video.frames([5])[0]
+    assert got.shape == (64, 96, 3) and np.ptp(got, axis=2).max() <= 1
+    expected = numbered_frame(5, 64, 96) @ LUMA
+    if name == "grey.mp4":  # H.264's luma is 16 to 235 unless it says otherwise; what was written here is not
+        expected = ((expected - 16) * 255 / 219).clip(0, 255)
+    assert np.abs(got[..., 0] - expected).mean() < 3
+
+
+def test_an_odd_size_turned_is_whole(tmp_path):
+    """Telephones write these: 67 x 101 with a display matrix."""
+    path = rotate_mp4(write(tmp_path / "a.mp4", 10, **FILES["odd_size.mp4"]), 90)
+    with Video(path) as video:
+        frames = video.frames([5, 6])
+    assert frames.shape == (2, 101, 67, 3)
+    assert np.abs(np.rot90(frames[1], 1).astype(int) - numbered_frame(6, 67, 101)).mean() < 6
+
+
+def test_a_variable_rate_is_sampled_by_frames_in_one_pass_or_many(tmp_path):
+    """A pause of four seconds in the middle, and bursts: frame i stays frame i."""
+    times, now = [], 0
+    for number in range(FRAMES):
+        now += 4000 if number == 30 else 10 + 90 * (number % 7 == 0)
+        times.append(now)
+    with Video(write(tmp_path / "a.mp4", times=times)) as video:
+        assert len(video) == FRAMES
+        together = video.frames(range(FRAMES))
+        assert [read_number(frame) for frame in together] == list(range(FRAMES))
+        assert all(np.array_equal(video.frames([i])[0], together[i]) for i in (59, 29, 30, 31, 0))
+        assert np.allclose(np.diff(video.times), np.diff(times) / 1000, atol=2e-3)
+
+
+def test_a_seek_that_lands_after_its_target_is_backed_off(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4")
+    with Video(path) as video:
+        late, container = [], video._container
+
+        class Late:
+            def __getattr__(self, name):
+                return getattr(container, name)
+
+            def seek(self, target, **options):
+                if not late:  # the first seek lands half a second too far
+                    late.append(target)
+                    target += int(0.5 / video._seconds)
+                container.seek(target, **options)
+
+        video._container = Late()
+        assert read_number(video.frames([20])[0]) == 20
+        assert late
+        video._container = container
+
+
+def test_a_truncated_video_has_the_frames_that_came(tmp_path):
+    path = write(tmp_path / "whole.mkv", gop=10)
+    data = path.read_bytes()
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(data[: len(data) // 2])
+    with Video(cut) as video:
+        assert 0 < len(video) < FRAMES
+        last = len(video) - 2  # of the last packet only a part came
+        assert read_number(video.frames([last])[0]) == last
+
+
+def test_damage_in_the_middle_leaves_what_lies_behind_it(tmp_path):
+    path = write(tmp_path / "whole.mp4", gop=10)
+    data = bytearray(path.read_bytes())
+    first, last = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    noise, start = random.Random(0), first + (last - first) // 2
+    data[start : start + 300] = bytes(noise.randrange(256) for _ in range(300))
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(data)
+    with Video(damaged) as video:
+        assert len(video) == FRAMES
+        assert read_number(video.frames([FRAMES - 1])[0]) == FRAMES - 1
+        assert read_number(video.frames([3])[0]) == 3
+
+
+def unusable(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", 20)
+    data = whole.read_bytes()
+    files = {
+        "empty.mp4": b"",
+        "text.mp4": b"this is not a video\n" * 50,
+        "no_index.mp4": data[: len(data) // 3],  # the index of an mp4 is at its end
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    write_audio(tmp_path / "sound.mp4")
+    return {
+        "empty.mp4": "empty",
+        "text.mp4": "cannot be opened",
+        "no_index.mp4": "cannot be opened",
+        "sound.mp4": "no video stream",
+        "absent.mp4": "No such file",
+    }
+
+
+@pytest.mark.parametrize("name", ["empty.mp4", "text.mp4", "no_index.mp4", "sound.mp4", "absent.mp4"])
+def test_an_unusable_file_says_which_and_why(name, tmp_path):
+    expected = unusable(tmp_path)[name]
+    with pytest.raises(VideoError) as error:
+        Video(tmp_path / name)
+    assert name in str(error.value) and expected in error.value.reason
+    assert "\n" not in str(error.value)
+    again = pickle.loads(pickle.dumps(error.value))  # it crosses from a data worker
+    assert str(again) == str(error.value) and again.path == error.value.path
+
+
+def test_frames_out_of_range_are_refused(tmp_path):
+    with Video(write(tmp_path / "a.mp4", 10)) as video:
+        with pytest.raises(IndexError, match=r"expected indices in \[0, 10\), got 3..10"):
+            video.frames([3, 10])
+        with pytest.raises(ValueError, match="at least one"):
+            video.frames([])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists open files as Linux does")
+def test_closing_frees_the_file(tmp_path):
+    def held():
+        links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return [link for link in links if os.path.exists(link) and str(tmp_path) in os.readlink(link)]
+
+    with Video(write(tmp_path / "a.mp4", 10)) as video:
+        video.frames([3])
+        assert held()
+    with pytest.raises(VideoError):
+        Video(write_audio(tmp_path / "sound.mp4"))
+    assert held() == []

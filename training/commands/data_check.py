@@ -1,0 +1,109 @@
+"""``stmae data check``: which videos of a data set cannot be used and why, and what the others are like."""
+
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..config import CheckConfig, ClipConfig
+from ..data.clip_sampling import clip_indices, spaced_clips
+from ..data.dataset import length_of
+from ..data.decoders import choose_decoder, open_entry
+from ..data.video import VideoError
+from ..data.video_list import find_videos
+
+Config = CheckConfig
+
+
+def run(config):
+    """Prints what is broken and a summary; returns (usable entries, VideoErrors)."""
+    entries = find_videos(config.data, config.data_root, config.data_labels)
+    decoder = choose_decoder(config.decoder)
+    loader = DataLoader(Examination(entries, config), batch_size=None, num_workers=config.workers, collate_fn=unchanged)
+    good, errors, facts = [], [], []
+    for entry, result in zip(entries, tqdm(loader, total=len(entries), unit="video", disable=None)):
+        if isinstance(result, VideoError):
+            errors.append(result)
+            tqdm.write(str(result))
+        else:
+            good.append(entry)
+            facts.append(result)
+    print(f"{len(entries)} videos: {len(good)} can be used, {len(errors)} cannot (decoder: {decoder})")
+    if facts:
+        moving = [fact for fact in facts if not fact.still]
+        timed = [fact for fact in moving if fact.rate > 0]  # a folder of images does not say how fast
+        if len(moving) < len(facts):
+            print(f"  images:  {len(facts) - len(moving)}, each a still clip")
+        if moving:
+            print(f"  frames:  {spread([fact.frames for fact in moving], '.0f')}")
+        if timed:
+            seconds = [fact.frames / fact.rate for fact in timed]
+            print(f"  seconds: {spread(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
+            print(f"  rate:    {spread([fact.rate for fact in timed], '.4g')} frames a second")
+        sizes = [fact.size for fact in facts]
+        commonest = Counter(sizes).most_common(5)
+        shown = ", ".join(f"{w}x{h} ({n})" for (h, w), n in commonest)
+        print(f"  size:    {shown}" + (f" and {len(set(sizes)) - 5} others" if len(set(sizes)) > 5 else ""))
+    labels = Counter(entry.label for entry in entries if entry.label >= 0)
+    if labels:
+        print(f"  labels:  {len(labels)} classes, {min(labels.values())} to {max(labels.values())} videos each")
+    if config.output:
+        Path(config.output).write_text("".join(f"{line_of(entry)}\n" for entry in good), encoding="utf-8")
+        print(f"  list of the usable ones: {config.output}")
+    return good, errors
+
+
+class Facts(NamedTuple):
+    """Of one video: its frames, frames a second (NaN: unknown), (height, width), and whether it is an image."""
+
+    frames: int
+    rate: float
+    size: tuple
+    still: bool
+
+
+class Examination(Dataset):
+    """Item i: the Facts of video i, or the VideoError that it raises."""
+
+    def __init__(self, entries, config):
+        self.entries, self.config = entries, config
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, number):
+        config = self.config
+        try:
+            with open_entry(self.entries[number], config.decoder) as video:
+                count = length_of(video, config.frames, ClipConfig(stride=config.stride))
+                if config.every_frame:
+                    for start in range(0, count, 64):
+                        video.frames(clip_indices(start, min(64, count - start), 1))
+                else:
+                    for clip in spaced_clips(3, count, config.frames, config.stride):
+                        video.frames(clip)
+                return Facts(len(video), video.rate, tuple(video.size), video.still)
+        except VideoError as error:
+            return error
+
+
+def line_of(entry):
+    """The entry as a line of a list, which find_videos reads as the same entry."""
+    words = [str(Path(entry.path).absolute())]
+    if entry.frames:
+        words.append(str(entry.frames))
+    if entry.frames or entry.label >= 0:
+        words.append(str(entry.label))
+    return " ".join(words)
+
+
+def unchanged(item):
+    """Instead of PyTorch's own conversion, which turns tuples into lists."""
+    return item
+
+
+def spread(values, form):
+    return f"{min(values):{form}} to {max(values):{form}}, median {statistics.median(values):{form}}"

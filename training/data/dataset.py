@@ -1,0 +1,209 @@
+"""Videos as clips: uint8 all the way, R clips from one opened file, broken files replaced.
+
+What a sample holds is a pure function of (seed, epoch, video number, repeat): frame choice, crop, flip and masking noise all come
+from a generator seeded with these, never from a worker's own random state. So the number of workers changes nothing, and a run
+resumes in mid-epoch exactly.
+"""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from .clip_sampling import clip_span, random_clip, spaced_clips
+from .decoders import open_entry
+from .randaugment import rand_augment
+from .transforms import random_clip_view, random_erasing, resized_crop, view_box
+from .video import VideoError
+
+SUBSTITUTES = 200  # samples tried in the place of a broken one before the run stops
+
+
+class RandomClips(Dataset):
+    """Random clips of the videos ``entries``, for training; indexed by (epoch, video number).
+
+    An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``companion`` adds for each clip, and ``skipped``, a list of
+    (path, reason) of the broken videos that were passed over to find it.
+
+    clips: a ClipConfig; frames, size: of a clip, T and (H, W).
+    """
+
+    def __init__(self, entries, clips, *, frames, size, seed):
+        self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
+        self.broken = {}  # number -> VideoError: what this worker has already found, to spare a second try
+
+    def companion(self, rng, entry):
+        """{name: tensor [1, ...]} that belongs to a clip."""
+        raise NotImplementedError
+
+    def view(self, rng, frames):
+        """The augmented clip uint8 [T, H, W, C] of frames uint8 [T, H', W', C]."""
+        clip = random_clip_view(rng, distinct(frames), self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
+        return as_long_as(frames, clip)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        skipped = []
+        for attempt in range(SUBSTITUTES + 1):
+            if attempt:  # another video instead, drawn by the same key so that every run draws the same
+                number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
+            if number not in self.broken:
+                try:
+                    return {**self._read(epoch, number), "skipped": skipped}
+                except VideoError as error:
+                    self.broken[number] = error
+            error = self.broken[number]
+            skipped.append((error.path, error.reason))
+        raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {error}; see 'stmae data check'")
+
+    def _read(self, epoch, number):
+        entry = self.entries[number]
+        wanted, rngs = [], [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(self.clips.repeats)]
+        with open_entry(entry, self.clips.decoder) as video:
+            length = length_of(video, self.frames, self.clips)
+            for rng in rngs:
+                wanted.append(random_clip(rng, length, self.frames, self.clips.stride, self.clips.spacing))
+            pixels = video.frames(np.concatenate(wanted))  # one sorted pass for all repeats
+        clips, companions = [], []
+        for rng, part in zip(rngs, np.split(pixels, len(rngs))):
+            clips.append(self.view(rng, part))
+            companions.append(self.companion(rng, entry))
+        together = {name: torch.cat([companion[name] for companion in companions]) for name in companions[0]}
+        return {"clips": torch.stack(clips), **together}
+
+
+class PretrainClips(RandomClips):
+    """Adds each clip's masking noise, ``noise`` float32 [R, N].
+
+    sample_noise: called with generator=..., gives the noise [1, N] of one clip.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, seed, sample_noise):
+        super().__init__(entries, clips, frames=frames, size=size, seed=seed)
+        self.sample_noise = sample_noise
+
+    def companion(self, rng, entry):
+        return {"noise": self.sample_noise(generator=torch.Generator().manual_seed(int(rng.integers(2**63))))}
+
+
+class LabelledClips(RandomClips):
+    """Adds each clip's ``label`` int64 [R]; clips are augmented by ``randaugment`` and ``erasing`` too, where they are set.
+
+    augmentation: an AugmentationConfig.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, seed, augmentation):
+        super().__init__(entries, clips, frames=frames, size=size, seed=seed)
+        self.augmentation = augmentation
+
+    def view(self, rng, frames):
+        clip = super().view(rng, frames)
+        clip = rand_augment(rng, clip, self.augmentation.operations, self.augmentation.magnitude, self.augmentation.magnitude_std)
+        return random_erasing(rng, clip, self.augmentation.erasing)
+
+    def companion(self, rng, entry):
+        return {"label": torch.tensor([entry.label])}
+
+
+class ViewClips(Dataset):
+    """Deterministic views for evaluation: ``temporal`` clips spread over the video times ``spatial`` crops along the longer side.
+    A single clip lies at ``start``, from 0 (the video's start) to 1 (its end).
+
+    Item i is a dict: ``clips`` uint8 [temporal * spatial, T, H, W, C] (temporal outermost), ``label`` int, ``number`` i.
+    A video that
+    cannot be read raises VideoError: an evaluation never puts another in its place.
+    """
+
+    def __init__(self, entries, clips, *, frames, size, temporal=1, spatial=1, start=0.5):
+        self.entries, self.clips, self.frames, self.size = entries, clips, frames, tuple(size)
+        self.temporal, self.spatial, self.start = temporal, spatial, start
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, number):
+        entry = self.entries[number]
+        with open_entry(entry, self.clips.decoder) as video:
+            length = length_of(video, self.frames, self.clips)
+            wanted = spaced_clips(self.temporal, length, self.frames, self.clips.stride, self.clips.spacing, self.start)
+            pixels = video.frames(np.concatenate(wanted))
+        positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
+        boxes = [view_box(pixels.shape[1], pixels.shape[2], self.size, position) for position in positions]
+        parts = np.split(pixels, self.temporal)
+        clips = [as_long_as(part, resized_crop(distinct(part), box, self.size)) for part in parts for box in boxes]
+        return {"clips": torch.stack(clips), "label": entry.label, "number": number}
+
+
+def length_of(video, frames, clips):
+    """How many frames there are to take a clip from: of a still, as many as it needs. Raises VideoError for too short a video."""
+    needed = clip_span(frames, clips.stride, clips.spacing)
+    if video.still:
+        return needed
+    if len(video) < needed:
+        reason = f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}"
+        raise VideoError(video.path, reason)
+    return len(video)
+
+
+def distinct(frames):
+    """``frames`` [T, H, W, C], or the one frame [1, H, W, C] that a still repeats without a copy: cropped and resized once."""
+    return np.array(frames[:1]) if frames.strides[0] == 0 else frames
+
+
+def as_long_as(frames, clip):
+    """The clip [1 or T, H, W, C], contiguous, with as many frames as ``frames`` has."""
+    return clip.expand(len(frames), -1, -1, -1).contiguous() if len(clip) != len(frames) else clip
+
+
+class ReadableViews(Dataset):
+    """The items of a ViewClips, with {"error": VideoError} in the place of one that cannot be read, so that a loader goes on."""
+
+    def __init__(self, views):
+        self.views = views
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, number):
+        try:
+            return self.views[number]
+        except VideoError as error:
+            return {"error": error}
+
+
+def collate(items):
+    """A batch of items, the clips of all videos in one dimension: ``clips`` [B*R, T, H, W, C], ``noise`` [B*R, N] or
+    ``label`` [B*R]; ``skipped``: a list."""
+    skipped = [pair for item in items for pair in item["skipped"]]
+    batch = default_collate([{name: value for name, value in item.items() if name != "skipped"} for item in items])
+    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, "skipped": skipped}
+
+
+def worker_died(error):
+    """Whether this RuntimeError is torch's word that a data worker was killed. It comes from a signal handler: anywhere."""
+    return "DataLoader worker" in str(error)
+
+
+def as_video(clips):
+    """uint8 [B, T, H, W, C] -> [B, C, T, H, W], a view: what the model and its kernels take, with no copy."""
+    return clips.permute(0, 4, 1, 2, 3)
+
+
+def require_readable(entries, frames, clips):
+    """Look for one video that can give a clip, so that a data set with none is an error before training starts.
+
+    Returns the list of VideoError passed over on the way to it. Raises ValueError when there is none.
+    """
+    errors = []
+    for entry in entries:
+        try:
+            with open_entry(entry, clips.decoder) as video:
+                video.frames(spaced_clips(1, length_of(video, frames, clips), frames, clips.stride, clips.spacing)[0])
+            return errors
+        except VideoError as error:
+            errors.append(error)
+    shown = "".join(f"\n  {error}" for error in errors[:10])
+    more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
+    raise ValueError(f"none of the {len(entries)} videos can be used:{shown}{more}")

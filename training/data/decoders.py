@@ -1,0 +1,85 @@
+"""What an entry of a data set is opened as: a video, by one of two decoders, a still image, or a folder of frames.
+
+PyAV is the default and reads everything. torchcodec, where it is installed and finds an FFmpeg, gives the same bytes for the
+videos that it is trusted with; every frame's time stamp is compared with what PyAV's scan of the file says, and PyAV decodes
+where they differ or torchcodec gives up. So the decoder is a matter of speed alone.
+"""
+
+import functools
+import os
+
+import numpy as np
+
+from .images import IMAGE_EXTENSIONS, FrameFolder, Still
+from .video import Video, reason_of
+
+DECODERS = ("pyav", "torchcodec", "auto")
+
+# What both FFmpegs turn into RGB in the same way, compared bit for bit: progressive frames with an even height in these formats.
+# Elsewhere (10-bit, NV12, odd heights) their roundings differ by a few levels, and PyAV decodes.
+SAME_IN_BOTH = frozenset(["yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray"])
+PROGRESSIVE = (0, 1)  # FFmpeg's AVFieldOrder: unknown, or said to be
+
+
+def open_entry(entry, decoder="pyav"):
+    """The opened ``entry`` (listing.Entry): a Video, a Still or a FrameFolder, to be used as a context manager.
+
+    decoder: 'pyav', 'torchcodec', or 'auto', torchcodec where it works; of videos alone. Raises VideoError where the file
+    cannot be used, ValueError for a decoder that there is not.
+    """
+    if entry.frames:
+        return FrameFolder(entry.path, entry.frames)
+    if os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS:
+        return Still(entry.path)
+    return Video(entry.path) if choose_decoder(decoder) == "pyav" else TorchcodecVideo(entry.path)
+
+
+def choose_decoder(name):
+    """'pyav' or 'torchcodec'. Raises ValueError for an unknown one, or where torchcodec is asked for and does not work."""
+    if name not in DECODERS:
+        raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {name!r}")
+    if name == "pyav":
+        return name
+    decoder, reason = _torchcodec()
+    if name == "torchcodec" and decoder is None:
+        raise ValueError(f"decoder: torchcodec was asked for and cannot be used: {reason}")
+    return "pyav" if decoder is None else "torchcodec"
+
+
+@functools.cache
+def _torchcodec():
+    """(its VideoDecoder, None), or (None, why not)."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except Exception as error:  # not installed; no FFmpeg that it can load; built for another torch
+        return None, reason_of(error)
+    return VideoDecoder, None
+
+
+class TorchcodecVideo(Video):
+    """A Video whose frames torchcodec decodes, where it can be trusted to give what PyAV does."""
+
+    _decoder = None
+
+    def close(self):
+        super().close()
+        self._decoder = None
+
+    def _by_stamp(self, wanted):
+        found = self._by_torchcodec(wanted)
+        return super()._by_stamp(wanted) if found is None else found
+
+    def _by_torchcodec(self, wanted):
+        """{index: frame}, or None: not to be trusted here."""
+        context = self._stream.codec_context
+        if context.pix_fmt not in SAME_IN_BOTH or context.height % 2 or getattr(context, "field_order", 0) not in PROGRESSIVE:
+            return None
+        try:
+            if self._decoder is None:
+                self._decoder = _torchcodec()[0](self.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+            batch = self._decoder.get_frames_at(indices=wanted)
+        except Exception:  # IndexError, RuntimeError and more: a damaged file, or one whose frames it counts otherwise
+            return None
+        if not np.allclose(batch.pts_seconds.numpy(), self.times[wanted], rtol=0, atol=0.5 * self._seconds):
+            return None  # other frames than those asked for
+        return dict(zip(wanted, batch.data.numpy()))

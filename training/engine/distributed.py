@@ -1,0 +1,118 @@
+"""One process or many: what torchrun started, and the few things the loop asks of the others.
+
+    torchrun --nproc_per_node 8 -m stmae.training pretrain --preset paper-large --data ... --output ...
+
+A batch counts videos over all processes, so the same command computes the same on any number of them. The output folder must
+be seen by all of them.
+"""
+
+import contextlib
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from .fsdp import shard
+
+
+class Processes:
+    """This process among its peers. Context manager: joins the group on entry where torchrun set one up, leaves it at the end.
+
+    rank, world_size: 0 of 1 where there is no torchrun; ``first``: whether this is rank 0, which writes and speaks.
+    environment: where torchrun says what it started.
+    """
+
+    def __init__(self, environment=os.environ):
+        self.rank = int(environment.get("RANK", "0"))
+        self.world_size = int(environment.get("WORLD_SIZE", "1"))
+        self.local_rank = int(environment.get("LOCAL_RANK", "0"))
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def own_device(self, device):
+        """cuda without a number becomes this process's GPU."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(device)
+        return device
+
+    @contextlib.contextmanager
+    def joined(self, device):
+        """Inside, the processes are a group (NCCL between GPUs, gloo between CPUs)."""
+        if self.world_size == 1:
+            yield
+            return
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield
+            # Leave together, and with nothing of the group alive: a gloo thread that still lets go of a Python object while the
+            # interpreter ends aborts the process. DistributedDataParallel is freed by the collector alone, for it holds cycles.
+            gc.collect()
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+    def wrap(self, model, device, parallel):
+        """The model whose gradients are averaged over the processes; with "fsdp" it is itself sharded, in place."""
+        if self.world_size == 1:
+            return model
+        if parallel == "fsdp":
+            shard(model, device, self.world_size)
+            return model
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def unsynchronised(self, model, last):
+        """Context for a part of an accumulated batch: gradients are exchanged only after the last one."""
+        if isinstance(model, DistributedDataParallel):
+            return contextlib.nullcontext() if last else model.no_sync()
+        if self.world_size > 1:
+            model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def wait(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean(self, *values, device):
+        """The means of numbers over the processes, as floats: every process sees the same."""
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values.tolist()
+
+    def gather(self, value):
+        """Every process's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def first_does(self, work):
+        """Rank 0 calls ``work``, the others wait for it; what it raises is raised in all of them."""
+        error = None
+        if self.first:
+            try:
+                work()
+            except Exception as failure:
+                error = failure
+        if self.world_size > 1:
+            error = self.gather(error)[0]
+        if error is not None:
+            raise error
+
+    def union(self, mapping):
+        """All processes' mappings in one."""
+        return {key: value for part in self.gather(mapping) for key, value in part.items()}
+
+    def share(self, items):
+        """This process's part of ``items``, in order: one in world_size."""
+        return items[self.rank :: self.world_size]
+
+
+ALONE = Processes({})  # for what reads a run's folder outside a run

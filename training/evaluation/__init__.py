@@ -1,0 +1,1 @@
+"""What a model is worth: features, probes, classification, losses and pictures."""

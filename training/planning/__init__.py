@@ -1,0 +1,1 @@
+"""What a model costs: its FLOPs and its memory."""
