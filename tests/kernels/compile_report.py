@@ -1,9 +1,10 @@
 """Compiles every shipped configuration of every kernel for every target; prints, or checks in, what the compilers made of them.
 
-    python tests/kernels/compile_report.py            compare with figures.json, print what differs
-    python tests/kernels/compile_report.py --update   write figures.json
+    python tests/kernels/compile_report.py            compare with the figures checked in for this Triton, print what differs
+    python tests/kernels/compile_report.py --update   write them: figures/triton-<version>.json, of the Triton that it runs under
 
-No GPU is needed. Triton's cache makes the second run quick.
+No GPU is needed. Triton's cache makes the second run quick. Each Triton makes other code of a kernel: figures are kept for the
+oldest and the newest that are supported.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # what a GPU process would get from Triton 3.9, whatever the default becomes
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
@@ -25,7 +25,7 @@ import triton
 from stmae.kernels import attention, gather_tokens, masked_patchify, patch_loss, random_masking, restore_tokens
 from tests.support import compiler
 
-FIGURES = Path(__file__).parent / "figures.json"
+FIGURES = Path(__file__).parent / "figures"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MEAN, STD = [0.45] * 3, [0.225] * 3
 
@@ -164,14 +164,19 @@ def difference(old, new):
     return lines
 
 
-def write(table, path=FIGURES):
+def figures_of(version=triton.__version__):
+    """Where the figures of a Triton are kept, if they are: one file for all patch releases of a minor one."""
+    return FIGURES / f"triton-{'.'.join(version.split('.')[:2])}.json"
+
+
+def write(table, path):
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
     path.write_text(f'{{\n"triton": {json.dumps(triton.__version__)},\n"kernels": {{\n{lines}\n}}\n}}\n')
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="write figures.json")
+    parser.add_argument("--update", action="store_true", help="write the figures of this Triton")
     parser.add_argument("--out", type=Path, help="write the table here, too")
     parser.add_argument("--case", action="append", choices=CASES, help="this case only, or several")
     parser.add_argument("--target", action="append", choices=compiler.TARGETS, help="this target only, or several")
@@ -182,11 +187,14 @@ if __name__ == "__main__":
     if arguments.update:
         if arguments.case or arguments.target:
             parser.error("--update takes all cases and targets")
-        write(new)
+        figures_of().parent.mkdir(exist_ok=True)
+        write(new, figures_of())
+    elif not figures_of().exists():
+        print(f"no figures are kept for triton {triton.__version__}: nothing to compare with")
     else:
-        old = json.loads(FIGURES.read_text())["kernels"]
+        old = json.loads(figures_of().read_text())["kernels"]
         if arguments.case or arguments.target:
             old = {key: value for key, value in old.items() if key in new}
         lines = difference(old, new)
-        print("\n".join(lines) or f"all {len(new)} kernels as in {FIGURES.name}")
+        print("\n".join(lines) or f"all {len(new)} kernels as in {figures_of().name}")
         sys.exit(bool(lines))

@@ -1,6 +1,6 @@
 """What no GPU can be faster than, from what the kernels must move and multiply, and what the compilers made of them.
 
-    python tests/kernels/lower_bounds.py [--batch 32]     two tables in Markdown: lower bounds in time, and figures.json in short
+    python tests/kernels/lower_bounds.py [--batch 32]     two tables in Markdown: lower bounds, and Triton 3.9's figures in short
 
 A bound is the larger of the least bytes over the memory's peak and the operations executed over the tensor cores' peak; a
 measured time is above it, by how much nobody knows without measuring. The tests hold the kernels to these counts: bytes within
@@ -19,7 +19,7 @@ import torch
 
 from stmae import models
 
-FIGURES = Path(__file__).parent / "figures.json"
+FIGURES = Path(__file__).parent / "figures" / "triton-3.9.json"
 # Peak bytes and dense bfloat16 operations a second. Sources: NVIDIA's data sheets of the A100 80GB SXM, of the H100 SXM and of
 # HGX B200 (both: half of the rates given with sparsity), AMD's data sheet of the MI300X.
 PEAKS = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12), "B200": (8.0e12, 2250e12), "MI300X": (5.3e12, 1307e12)}

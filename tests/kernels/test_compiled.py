@@ -36,8 +36,10 @@ def failing(report, holds, select=lambda kernel, case, tiles, target: True):
 
 
 def test_figures_are_those_checked_in(report):
-    recorded = json.loads((HERE / "figures.json").read_text())
-    assert report[0]["triton"] == recorded["triton"], f"the table is of triton {recorded['triton']}: look, then {UPDATE}"
+    tables = {json.loads(path.read_text())["triton"]: path for path in sorted((HERE / "figures").glob("*.json"))}
+    if report[0]["triton"] not in tables:
+        pytest.skip(f"figures are kept for triton {' and '.join(tables)}, this is {report[0]['triton']}: its code has no others")
+    recorded = json.loads(tables[report[0]["triton"]].read_text())
     assert report[0]["kernels"] == recorded["kernels"], f"figures changed; if for the better, {UPDATE}\n{report[1]}"
 
 

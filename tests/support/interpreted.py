@@ -89,6 +89,14 @@ def install():
         setattr(Builder, function.__name__, function)
     for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc"):
         setattr(Builder, name, lambda self, source, to: self.cast_impl(source, to))
+    # An index is an array of one element: NumPy 2.4 no longer makes a number of it by int(), which Triton 3.6 asks for.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     # Tensors are on the host: copying each storage onto itself and back only costs time, and for a huge one, memory.
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), dict(kwargs))
     interpreter.GridExecutor._restore_args_dev = lambda self, args, host_args, kwargs, host_kwargs: None
