@@ -14,7 +14,7 @@ IMAGES ?= /usr/share/datasets/fashion-mnist
 
 # One stamp per choice of torch and triton: another choice installs anew.
 STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(TORCH)-$(TRITON)))))
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
 
 .PHONY: demo test bench study clean
 

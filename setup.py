@@ -32,7 +32,8 @@ def extension():
         sys.exit(f"stmae needs torch {oldest} or later, found {torch.__version__}; run: pip install --upgrade torch")
     module = CppExtension(
         "stmae._C",
-        sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp")),
+        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        include_dirs=[str(Path("csrc").resolve())],
         depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
         py_limited_api=True,
         define_macros=[

@@ -4,7 +4,7 @@
 
 #include <exception>
 
-#include "isa.h"
+#include "base/isa.h"
 
 namespace {
 

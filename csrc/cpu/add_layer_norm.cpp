@@ -108,11 +108,11 @@ void add_layer_norm_backward(int64_t begin, int64_t end, const TX* grad_sum, con
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../check.h"
-#include "../row_sums.h"
+#include "base/check.h"
+#include "base/sum_over_rows.h"
 
 #define STMAE_KERNEL_FILE "cpu/add_layer_norm.cpp"
-#include "../for_each_isa.h"
+#include "base/for_each_isa.h"
 
 namespace stmae {
 namespace {

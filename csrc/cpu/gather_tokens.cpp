@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../token_ids.h"
+#include "base/token_ids.h"
 
 namespace stmae {
 namespace {
@@ -17,7 +17,7 @@ constexpr int64_t kGrainBytes = 1 << 16;  // copied by a thread at least
 
 Tensor gather_tokens(const Tensor& x, const Tensor& ids) {  // x [B, N, D], ids [B, M] -> [B, M, D]
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2), M = ids.size(1);
-  token_slots("gather_tokens", "ids", ids, N);
+  inverse_ids("gather_tokens", "ids", ids, N);
   Tensor out = torch::stable::new_empty(x, {B, M, D});
   const int64_t item = static_cast<int64_t>(x.element_size()), row = D * item;
   const int64_t batch_stride = x.stride(0) * item, token_stride = x.stride(1) * item;
@@ -36,7 +36,7 @@ Tensor gather_tokens(const Tensor& x, const Tensor& ids) {  // x [B, N, D], ids 
 
 Tensor gather_tokens_backward(const Tensor& grad_out, const Tensor& ids, int64_t num_tokens) {  // [B, M, D] -> [B, N, D]
   const int64_t B = grad_out.size(0), N = num_tokens, D = grad_out.size(2);
-  const auto slots = token_slots("gather_tokens", "ids", ids, N);
+  const auto inverse = inverse_ids("gather_tokens", "ids", ids, N);
   Tensor grad_x = torch::stable::new_empty(grad_out, {B, N, D});
   const int64_t item = static_cast<int64_t>(grad_out.element_size()), row = D * item;
   const int64_t batch_stride = grad_out.stride(0) * item, token_stride = grad_out.stride(1) * item;
@@ -44,10 +44,10 @@ Tensor gather_tokens_backward(const Tensor& grad_out, const Tensor& ids, int64_t
   char* to = static_cast<char*>(grad_x.mutable_data_ptr());
   torch::stable::parallel_for(0, B * N, std::max<int64_t>(1, kGrainBytes / (row + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (slots[i] < 0) {
+      if (inverse[i] < 0) {
         std::memset(to + i * row, 0, row);
       } else {
-        std::memcpy(to + i * row, from + i / N * batch_stride + slots[i] * token_stride, row);
+        std::memcpy(to + i * row, from + i / N * batch_stride + inverse[i] * token_stride, row);
       }
     }
   });

@@ -3,13 +3,13 @@
 // rows stay in the first cache, and the panels stream past them in the order in which they lie in memory.
 #ifdef STMAE_ISA
 
-#include "../each_vector.h"
-#include "../product.h"
+#include "simd/vector_loop.h"
+#include "simd/gemm.h"
 
 namespace stmae::STMAE_ISA {
 
 // Panels [begin, end): the source's rows become lanes.
-template <typename Product, typename T>
+template <typename E, typename T>
 static void pack_rows(const Packing& p, int64_t begin, int64_t end) {
   const T* source = static_cast<const T*>(p.source);
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -19,7 +19,7 @@ static void pack_rows(const Packing& p, int64_t begin, int64_t end) {
       each_vector(p.steps, [&](int64_t s, auto lanes) {
         vec rows[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          rows[i] = first + i < p.lanes ? Product::read(source + (first + i) * p.stride + s * Product::kPack, lanes) : zero();
+          rows[i] = first + i < p.lanes ? E::read(source + (first + i) * p.stride + s * E::kPack, lanes) : zero();
         transpose(rows);
         for (int i = 0; i < std::min<int64_t>(kLanes, p.steps - s); ++i) store(to + (s + i) * kWidth + lane, rows[i]);
       });
@@ -27,28 +27,27 @@ static void pack_rows(const Packing& p, int64_t begin, int64_t end) {
   }
 }
 
-// body(i, units) for the columns [begin, end) of the source at step s, a vector of units from column begin + i on.
-template <typename Product, typename T, typename Body>
-STMAE_INLINE void each_unit(const Packing& p, int64_t s, int64_t begin, int64_t end, const Body& body) {
-  const T* even = static_cast<const T*>(p.source) + s * Product::kPack * p.stride;
-  const T* odd = (s + 1) * Product::kPack <= p.depth ? even + p.stride : nullptr;
-  prefetch(even + end, (end - begin) * sizeof(T));  // what comes next: a run's rows lie pages apart
-  if (Product::kPack == 2 && odd) prefetch(odd + end, (end - begin) * sizeof(T));
-  each_vector(end - begin, [&](int64_t i, auto lanes) STMAE_INLINE_BODY {
-    body(i, Product::read(even + begin + i, odd ? odd + begin + i : nullptr, lanes));
-  });
+// body(i, packed) for the columns [begin, end) of the source at step s, a vector of lanes from column begin + i on.
+template <typename E, typename T, typename Body>
+STMAE_INLINE void each_packed(const Packing& p, int64_t s, int64_t begin, int64_t end, const Body& body) {
+  const T* even = static_cast<const T*>(p.source) + s * E::kPack * p.stride;
+  const T* odd = (s + 1) * E::kPack <= p.depth ? even + p.stride : nullptr;
+  prefetch(even, end, end - begin);  // what comes next: rows lie pages apart
+  if (E::kPack == 2 && odd) prefetch(odd, end, end - begin);
+  each_vector(end - begin, [&](int64_t i, auto lanes)
+                               STMAE_INLINE_BODY { body(i, E::read(even + begin + i, odd ? odd + begin + i : nullptr, lanes)); });
 }
 
-// Runs of kStepRun steps [begin, end): the source's columns become lanes, or, in blocks, the rows of tiles.
-template <typename Product, typename T>
+// Blocks of kStepBlock steps, [begin, end): the source's columns become lanes, or, in blocks, the rows of tiles.
+template <typename E, typename T>
 static void pack_columns(const Packing& p, int64_t begin, int64_t end) {
-  for (int64_t run = begin; run < end; ++run) {
-    const int64_t last = std::min(p.steps, (run + 1) * kStepRun);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t last = std::min(p.steps, (block + 1) * kStepBlock);
     for (int64_t lane = 0; lane < p.lanes; lane += kWidth) {
-      for (int64_t s = run * kStepRun; s < last; ++s) {
+      for (int64_t s = block * kStepBlock; s < last; ++s) {
         float* to = p.panels + lane * p.steps + s * kWidth;
         const int64_t lanes = std::min(kWidth, p.lanes - lane);
-        each_unit<Product, T>(p, s, lane, lane + lanes, [&](int64_t i, vec units) STMAE_INLINE_BODY { store(to + i, units); });
+        each_packed<E, T>(p, s, lane, lane + lanes, [&](int64_t i, vec packed) STMAE_INLINE_BODY { store(to + i, packed); });
         if (lanes < kWidth) {
           const int64_t written = (lanes + kLanes - 1) / kLanes * kLanes;
           std::memset(to + written, 0, (kWidth - written) * sizeof(float));
@@ -58,31 +57,31 @@ static void pack_columns(const Packing& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename Product, typename T>
+template <typename E, typename T>
 static void pack_blocks(const Packing& p, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 32 * kTileRows;  // whole lines of the source, which may lie pages apart
   static_assert(kColumns % kLanes == 0);
-  alignas(64) float units_of[kColumns] = {};
-  for (int64_t run = begin; run < end; ++run) {
-    const int64_t last = std::min(p.steps, (run + 1) * kStepRun);
+  alignas(64) float packed_row[kColumns] = {};
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t last = std::min(p.steps, (block + 1) * kStepBlock);
     for (int64_t column = 0; column < p.lanes; column += kColumns) {
       const int64_t columns = std::min(kColumns, p.lanes - column);
-      for (int64_t s = run * kStepRun; s < last; ++s) {
-        each_unit<Product, T>(p, s, column, column + columns,
-                              [&](int64_t i, vec units) STMAE_INLINE_BODY { store(units_of + i, units); });
+      for (int64_t s = block * kStepBlock; s < last; ++s) {
+        each_packed<E, T>(p, s, column, column + columns,
+                          [&](int64_t i, vec packed) STMAE_INLINE_BODY { store(packed_row + i, packed); });
         for (int64_t i = 0; i < columns; i += kTileRows)
-          std::memcpy(p.panels + (column + i) * p.block_steps + s * kTileRows, units_of + i, kTileRows * sizeof(float));
+          std::memcpy(p.panels + (column + i) * p.block_steps + s * kTileRows, packed_row + i, kTileRows * sizeof(float));
       }
     }
   }
 }
 
-template <typename Product, typename T>
+template <typename E, typename T>
 STMAE_INLINE void pack(const Packing& p, int64_t begin, int64_t end) {
   switch (p.order) {
-    case Order::rows: return pack_rows<Product, T>(p, begin, end);
-    case Order::columns: return pack_columns<Product, T>(p, begin, end);
-    case Order::blocks: return pack_blocks<Product, T>(p, begin, end);
+    case Order::rows: return pack_rows<E, T>(p, begin, end);
+    case Order::columns: return pack_columns<E, T>(p, begin, end);
+    case Order::blocks: return pack_blocks<E, T>(p, begin, end);
   }
 }
 
@@ -94,27 +93,27 @@ static void linear_pack(const Packing& p, int64_t begin, int64_t end) {
   }
 }
 
-static void linear_units(bool bfloat16, int64_t* elements) {  // how many elements of a sum a unit holds
+static void linear_pack_size(bool bfloat16, int64_t* elements) {  // how many elements of a sum a lane holds
   *elements = bfloat16 ? Bfloat16::kPack : Float32::kPack;
 }
 
 // Tasks [begin, end): kTileRows rows and a group of panels each.
-template <typename Product, typename Element, int kStep, typename Out>
+template <typename E, typename Element, int kStep, typename Out>
 static void tiles(const Tiles& p, int64_t begin, int64_t end) {
   constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;  // with kTileRows rows, what 32 or 16 registers hold
   const int64_t blocks = (p.rows + kTileRows - 1) / kTileRows, panels = (p.columns + kWidth - 1) / kWidth;
   alignas(64) float tile[kTileRows * kWidth];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / blocks, row = task % blocks * kTileRows, rows = std::min<int64_t>(kTileRows, p.rows - row);
-    const Element* left[kTileRows];  // past the last row, the last again: computed and dropped
+    ScatteredRows<Element, kStep, kTileRows> left;  // past the last row, the last again: computed and dropped
     for (int64_t r = 0; r < kTileRows; ++r)
-      left[r] = static_cast<const Element*>(p.left) + (kStep > Product::kPack ? row * p.left_stride + r * Product::kPack
-                                                                              : std::min(row + r, p.rows - 1) * p.left_stride);
+      left.row[r] = static_cast<const Element*>(p.left) +
+                    (kStep > E::kPack ? row * p.left_stride + r * E::kPack : std::min(row + r, p.rows - 1) * p.left_stride);
     for (int64_t panel = panels * group / p.groups; panel < panels * (group + 1) / p.groups; ++panel) {
       const float* right = p.panels + panel * p.steps * kWidth;
       const int64_t column = panel * kWidth, columns = std::min(kWidth, p.columns - column);
       for (int64_t lane = 0; lane < columns; lane += kVectors * kLanes)
-        multiply<Product, Element, kStep, kTileRows, kVectors, kWidth>(left, right + lane, p.steps, tile + lane);
+        gemm_tile_in_blocks<E, kTileRows, kVectors>(left, right + lane, Fixed<kWidth>(), p.steps, tile + lane, Fixed<kWidth>());
       for (int64_t r = 0; r < rows; ++r) {
         Out* out = static_cast<Out*>(p.out) + (row + r) * p.out_stride + column;
         each_vector(columns, [&](int64_t i, auto lanes) STMAE_INLINE_BODY {
@@ -128,16 +127,16 @@ static void tiles(const Tiles& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename Product, typename Element, int kStep>
+template <typename E, typename Element, int kStep>
 STMAE_INLINE void tiles_to(const Tiles& p, int64_t begin, int64_t end) {
-  p.out_float ? tiles<Product, Element, kStep, float>(p, begin, end) : tiles<Product, Element, kStep, bf16>(p, begin, end);
+  p.out_float ? tiles<E, Element, kStep, float>(p, begin, end) : tiles<E, Element, kStep, bf16>(p, begin, end);
 }
 
 static void linear_tiles(const Tiles& p, int64_t begin, int64_t end) {
   if (!p.bfloat16) {
     p.left_packed ? tiles_to<Float32, float, kTileRows>(p, begin, end) : tiles_to<Float32, float, 1>(p, begin, end);
   } else if (p.left_packed) {
-    // Where a bfloat16 unit is a widened float, so is the packed operand.
+    // Where a bfloat16 lane is a widened float, so is the packed operand.
     using element = std::conditional_t<Bfloat16::kPack == 1, float, bf16>;
     tiles_to<Bfloat16, element, kTileRows * Bfloat16::kPack>(p, begin, end);
   } else {
@@ -156,17 +155,17 @@ static void linear_tiles(const Tiles& p, int64_t begin, int64_t end) {
 #include <optional>
 #include <type_traits>
 
-#include "../check.h"
-#include "../parallel.h"
-#include "../scratch.h"
+#include "base/check.h"
+#include "base/parallel.h"
+#include "base/buffer.h"
 
 namespace stmae {
 
-constexpr int64_t kWidth = 64;       // lanes of a panel, four of the widest vectors
-constexpr int kTileRows = 6;         // rows of a tile
-constexpr int64_t kMostRows = 2048;  // of which a gradient sums at a time: they are packed into some megabytes
-constexpr int64_t kFewRows = 1024;   // up to here they stay in cache while panel after panel is packed and multiplied
-constexpr int64_t kStepRun = 16;     // steps that are packed together, so that every panel gets some cache lines at a time
+constexpr int64_t kWidth = 64;      // lanes of a panel, four of the widest vectors
+constexpr int kTileRows = 6;        // rows of a tile
+constexpr int64_t kMaxRows = 2048;  // of which a gradient sums at a time: they are packed into some megabytes
+constexpr int64_t kFewRows = 1024;  // up to here they stay in cache while panel after panel is packed and multiplied
+constexpr int64_t kStepBlock = 16;  // steps that are packed together, so that every panel gets some cache lines at a time
 
 enum class Order { rows, columns, blocks };
 
@@ -192,7 +191,7 @@ struct Tiles {
 }  // namespace stmae
 
 #define STMAE_KERNEL_FILE "cpu/linear.cpp"
-#include "../for_each_isa.h"
+#include "base/for_each_isa.h"
 
 namespace stmae {
 namespace {
@@ -207,33 +206,33 @@ void check_matrix(const char* op, const char* name, const Tensor& tensor) {
               shape(tensor));
 }
 
-int64_t elements_of_unit(bool bfloat16) {
+int64_t elements_in_lane(bool bfloat16) {
   int64_t elements = 1;
-  STMAE_DISPATCH(linear_units, bfloat16, &elements);
+  STMAE_DISPATCH(linear_pack_size, bfloat16, &elements);
   return elements;
 }
 
 int64_t packing_tasks(const Packing& p) {
-  return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepRun);
+  return p.order == Order::rows ? divide_up(p.lanes, kWidth) : divide_up(p.steps, kStepBlock);
 }
 
 void pack(const Packing& p) {
-  for_pieces_in_turn(packing_tasks(p), 1, 1,
-                     [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
+  parallel_for_dynamic(packing_tasks(p), 1, 1,
+                       [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_pack, p, begin, end); });
 }
 
 void multiply(Tiles& p) {
   const int64_t blocks = divide_up(p.rows, kTileRows), panels = divide_up(p.columns, kWidth);
   p.groups = std::clamp<int64_t>(divide_up(8 * torch::stable::get_num_threads(), blocks), 1, panels);
-  for_pieces_in_turn(blocks * p.groups, 1, 1,
-                     [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
+  parallel_for_dynamic(blocks * p.groups, 1, 1,
+                       [&](int64_t, int64_t begin, int64_t end) { STMAE_DISPATCH(linear_tiles, p, begin, end); });
 }
 
 // Packs a panel and multiplies it right away, so that it never leaves the thread's cache.
 void pack_and_multiply(const Packing& all_lanes, const Tiles& all_columns, int64_t source_size, int64_t out_size) {
   const int64_t count = divide_up(all_lanes.lanes, kWidth), size = kWidth * all_lanes.steps;
-  Scratch<float> memory(pieces(count, 1) * size);
-  for_pieces_in_turn(count, 1, 1, [&](int64_t thread, int64_t begin, int64_t end) {
+  Buffer<float> memory(num_workers(count, 1) * size);
+  parallel_for_dynamic(count, 1, 1, [&](int64_t thread, int64_t begin, int64_t end) {
     float* panel = memory.data() + thread * size;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kWidth;
@@ -265,7 +264,7 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
   STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float),
               "linear: expected bias [", N, "] float32, got ", bias ? shape(*bias) : "");
   if (M == 0 || N == 0) return;
-  const int64_t steps = divide_up(K, elements_of_unit(bfloat16));
+  const int64_t steps = divide_up(K, elements_in_lane(bfloat16));
   Packing packing{transposed ? Order::columns : Order::rows,
                   bfloat16,
                   weight_float,
@@ -292,7 +291,7 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
               N};
   if (M <= kFewRows && divide_up(N, kWidth) >= 4 * torch::stable::get_num_threads())
     return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
-  Scratch<float> panels(divide_up(N, kWidth) * kWidth * steps);
+  Buffer<float> panels(divide_up(N, kWidth) * kWidth * steps);
   packing.panels = panels.data();
   tiles.panels = panels.data();
   pack(packing);
@@ -310,14 +309,14 @@ void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, boo
               "linear: expected grad of x's dtype and out float32");
   if (M == 0 && !add) torch::stable::zero_(out);
   if (M == 0 || N == 0 || K == 0) return;
-  const int64_t parts = divide_up(M, kMostRows), most = divide_up(divide_up(M, parts), 2) * 2;
-  const int64_t elements = elements_of_unit(bfloat16), most_steps = divide_up(most, elements);
-  // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a run of steps is written to all of them.
-  const int64_t block_steps = divide_up(most_steps, 128) * 128 + kStepRun;
-  Scratch<float> panels(divide_up(K, kWidth) * kWidth * most_steps), blocks(divide_up(N, kTileRows) * kTileRows * block_steps);
+  const int64_t parts = divide_up(M, kMaxRows), max_depth = divide_up(divide_up(M, parts), 2) * 2;
+  const int64_t elements = elements_in_lane(bfloat16), max_steps = divide_up(max_depth, elements);
+  // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a block of steps is written to all of them.
+  const int64_t block_steps = divide_up(max_steps, 128) * 128 + kStepBlock;
+  Buffer<float> panels(divide_up(K, kWidth) * kWidth * max_steps), blocks(divide_up(N, kTileRows) * kTileRows * block_steps);
   const int64_t size = bfloat16 ? 2 : 4;
-  for (int64_t first = 0; first < M; first += most) {
-    const int64_t depth = std::min(most, M - first), steps = divide_up(depth, elements);
+  for (int64_t first = 0; first < M; first += max_depth) {
+    const int64_t depth = std::min(max_depth, M - first), steps = divide_up(depth, elements);
     const auto rows_of = [&](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()) + first * t.size(1) * size; };
     pack({Order::blocks, bfloat16, !bfloat16, rows_of(grad), N, N, depth, steps, blocks.data(), block_steps});
     pack({Order::columns, bfloat16, !bfloat16, rows_of(x), K, K, depth, steps, panels.data(), 0});

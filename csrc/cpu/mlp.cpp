@@ -88,11 +88,11 @@ void column_sum(int64_t begin, int64_t end, int64_t width, const T* x, float* co
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../check.h"
-#include "../row_sums.h"
+#include "base/check.h"
+#include "base/sum_over_rows.h"
 
 #define STMAE_KERNEL_FILE "cpu/mlp.cpp"
-#include "../for_each_isa.h"
+#include "base/for_each_isa.h"
 
 namespace stmae {
 namespace {

@@ -2,8 +2,8 @@
 // what moves through memory is the prediction once and the video's bytes once, in the forward and again in the backward.
 #ifdef STMAE_ISA
 
-#include "../each_vector.h"
-#include "../pixels.h"
+#include "simd/vector_loop.h"
+#include "simd/read_patch.h"
 
 namespace stmae::STMAE_ISA {
 
@@ -12,14 +12,14 @@ template <typename T>
 static float read_target(const PatchLoss& l, int64_t index, float* target) {
   const int64_t b = index / l.M, token = l.token(index);
   T* raw = reinterpret_cast<T*>(target + (std::is_same_v<T, float> ? 0 : l.P));
-  read_colour_last(l.patches, b, token, raw);
+  read_channels_last(l.patches, b, token, raw);
   if (index + 1 < l.count) prefetch_patch<T>(l.patches, (index + 1) / l.M, l.token(index + 1));
-  Chains sums = empty_chains();
-  each_vector_of_chains(l.P, [&](int64_t i, auto lanes, int chain) STMAE_INLINE_BODY {
+  Accumulators sums = zero_accumulators();
+  each_vector_unrolled(l.P, [&](int64_t i, auto lanes, int accumulator) STMAE_INLINE_BODY {
     vec x = load(raw + i, lanes);
-    if constexpr (std::is_same_v<T, uint8_t>) x = take(fma(x, load(l.scale + i, lanes), load(l.shift + i, lanes)), lanes);
+    if constexpr (std::is_same_v<T, uint8_t>) x = keep_first(fma(x, load(l.scale + i, lanes), load(l.shift + i, lanes)), lanes);
     if constexpr (!std::is_same_v<T, float>) store(target + i, x, lanes);
-    sums.chain[chain] = sums.chain[chain] + x;
+    sums.v[accumulator] = sums.v[accumulator] + x;
   });
   return sum(sums);
 }
@@ -32,11 +32,11 @@ static void loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t
     float mean = read_target<T>(l, i, target) / P, rstd = 1.f;
     if (l.normalize) {
       // Deviations from a mean that is off by its rounding: what they sum to corrects the mean, and the variance.
-      Chains off = empty_chains(), squares = empty_chains();
-      each_vector_of_chains(P, [&](int64_t d, auto lanes, int chain) STMAE_INLINE_BODY {
-        const vec x = take(load(target + d, lanes) - set(mean), lanes);
-        off.chain[chain] = off.chain[chain] + x;
-        squares.chain[chain] = fma(x, x, squares.chain[chain]);
+      Accumulators off = zero_accumulators(), squares = zero_accumulators();
+      each_vector_unrolled(P, [&](int64_t d, auto lanes, int accumulator) STMAE_INLINE_BODY {
+        const vec x = keep_first(load(target + d, lanes) - set(mean), lanes);
+        off.v[accumulator] = off.v[accumulator] + x;
+        squares.v[accumulator] = fma(x, x, squares.v[accumulator]);
       });
       const float rest = sum(off);
       mean += rest / P;
@@ -44,11 +44,11 @@ static void loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t
     } else {
       mean = 0.f;
     }
-    Chains error = empty_chains();
-    each_vector_of_chains(P, [&](int64_t d, auto lanes, int chain) STMAE_INLINE_BODY {
+    Accumulators error = zero_accumulators();
+    each_vector_unrolled(P, [&](int64_t d, auto lanes, int accumulator) STMAE_INLINE_BODY {
       const vec x = (load(target + d, lanes) - set(mean)) * set(rstd);
-      const vec e = take(load(pred + d, lanes) - x, lanes);
-      error.chain[chain] = fma(e, e, error.chain[chain]);
+      const vec e = keep_first(load(pred + d, lanes) - x, lanes);
+      error.v[accumulator] = fma(e, e, error.v[accumulator]);
     });
     l.loss[i] = sum(error) / P;
     l.patch_mean[i] = mean;
@@ -101,9 +101,9 @@ static void patch_loss_range(const PatchLoss& l, float* target, int64_t begin, i
 #include <tuple>
 #include <type_traits>
 
-#include "../parallel.h"
-#include "../token_ids.h"
-#include "../video.h"
+#include "base/parallel.h"
+#include "base/token_ids.h"
+#include "base/patches.h"
 
 namespace stmae {
 
@@ -125,7 +125,7 @@ struct PatchLoss {
 }  // namespace stmae
 
 #define STMAE_KERNEL_FILE "cpu/patch_loss.cpp"
-#include "../for_each_isa.h"
+#include "base/for_each_isa.h"
 
 namespace stmae {
 namespace {
@@ -161,17 +161,17 @@ PatchLoss describe(const Tensor& pred, const Tensor& video, const Tensor& masked
   l.scale = values.scale.data();
   l.shift = values.shift.data();
   const int64_t tokens = static_cast<int64_t>(frames.size()) / patch_size[0] * l.patches.h * l.patches.w;
-  token_slots("patch_loss", "masked", masked, tokens);
+  inverse_ids("patch_loss", "masked", masked, tokens);
   return l;
 }
 
 void run(const PatchLoss& l) {
   if (l.count == 0) return;
-  const int64_t parts = pieces(l.count, std::max<int64_t>(1, 16384 / l.P));
+  const int64_t workers = num_workers(l.count, std::max<int64_t>(1, 16384 / l.P));
   const int64_t scratch = (2 * l.P + 31) / 16 * 16;  // the target, and the same as the video stores it
-  std::unique_ptr<float[]> target(new float[parts * scratch]);
-  for_pieces(l.count, parts, [&](int64_t part, int64_t begin, int64_t end) {
-    STMAE_DISPATCH(patch_loss_range, l, target.get() + part * scratch, begin, end);
+  std::unique_ptr<float[]> target(new float[workers * scratch]);
+  parallel_for_static(l.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    STMAE_DISPATCH(patch_loss_range, l, target.get() + worker * scratch, begin, end);
   });
 }
 

@@ -70,11 +70,11 @@ static void masking_row(const float* noise, int64_t stride, int64_t N, int64_t K
 
 #include <tuple>
 
-#include "../check.h"
-#include "../parallel.h"
+#include "base/check.h"
+#include "base/parallel.h"
 
 #define STMAE_KERNEL_FILE "cpu/random_masking.cpp"
-#include "../for_each_isa.h"
+#include "base/for_each_isa.h"
 
 namespace stmae {
 namespace {
@@ -90,12 +90,13 @@ std::tuple<Tensor, Tensor> random_masking(const Tensor& noise, int64_t num_keep)
   int64_t* kept = keep.mutable_data_ptr<int64_t>();
   int64_t* rest = masked.mutable_data_ptr<int64_t>();
   const int64_t row_stride = noise.stride(0), stride = noise.stride(1);
-  const int64_t parts = pieces(B, std::max<int64_t>(1, 8192 / N));
-  std::unique_ptr<uint32_t[]> keys(new uint32_t[parts * N]);
+  const int64_t workers = num_workers(B, std::max<int64_t>(1, 8192 / N));
+  std::unique_ptr<uint32_t[]> keys(new uint32_t[workers * N]);
   std::unique_ptr<int64_t[]> nan(new int64_t[B]);
-  for_pieces(B, parts, [&](int64_t part, int64_t begin, int64_t end) {
+  parallel_for_static(B, workers, [&](int64_t worker, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, keys.get() + part * N, kept + b * K, rest + b * M, &nan[b]);
+      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, keys.get() + worker * N, kept + b * K, rest + b * M,
+                     &nan[b]);
   });
   for (int64_t b = 0; b < B; ++b)
     STMAE_CHECK(nan[b] < 0, "random_masking: expected noise without NaN, got NaN at [", b, ", ", nan[b], "]");

@@ -1,4 +1,4 @@
-// One pass over the decoder's tokens. A token's row of positions is read once and serves the whole batch; in the backward,
+// One pass over the decoder's tokens. A token's row of positions is read once and serves the full batch; in the backward,
 // one read of the gradient gives all three gradients.
 #ifdef STMAE_ISA
 
@@ -8,20 +8,20 @@ template <typename T, typename O>
 static void restore(const Restore& r, int64_t begin, int64_t end) {
   const T* tokens = static_cast<const T*>(r.tokens);
   const O* mask_token = static_cast<const O*>(r.mask_token);
-  const int64_t D = r.D, whole = D / kLanes * kLanes;
-  const int tail = static_cast<int>(D - whole);
+  const int64_t D = r.D, full = D / kLanes * kLanes;
+  const int tail = static_cast<int>(D - full);
   for (int64_t n = begin; n < end; ++n) {
     const O* position = static_cast<const O*>(r.position) + n * D;
     for (int64_t b = 0; b < r.B; ++b) {
       O* out = static_cast<O*>(r.out) + (b * r.N + n) * D;
-      const int32_t slot = r.slots[b * r.N + n];
-      if (slot < 0) {
-        for (int64_t d = 0; d < whole; d += kLanes) store(out + d, load(mask_token + d) + load(position + d));
-        if (tail) store(out + whole, load(mask_token + whole, tail) + load(position + whole, tail), tail);
+      const int32_t index = r.inverse[b * r.N + n];
+      if (index < 0) {
+        for (int64_t d = 0; d < full; d += kLanes) store(out + d, load(mask_token + d) + load(position + d));
+        if (tail) store(out + full, load(mask_token + full, tail) + load(position + full, tail), tail);
       } else {
-        const T* token = tokens + b * r.batch_stride + slot * r.token_stride;
-        for (int64_t d = 0; d < whole; d += kLanes) store(out + d, load(token + d) + load(position + d));
-        if (tail) store(out + whole, load(token + whole, tail) + load(position + whole, tail), tail);
+        const T* token = tokens + b * r.batch_stride + index * r.token_stride;
+        for (int64_t d = 0; d < full; d += kLanes) store(out + d, load(token + d) + load(position + d));
+        if (tail) store(out + full, load(token + full, tail) + load(position + full, tail), tail);
       }
     }
   }
@@ -35,7 +35,7 @@ static void restore_rows(const Restore& r, int64_t begin, int64_t end) {
   }
 }
 
-// Tokens [begin, end): their gradient of position, and their share of the mask token's, in mask_part [D].
+// Tokens [begin, end): their gradient of position, and their part of the mask token's, in mask_part [D].
 template <typename O, typename T>
 static void restore_backward(const RestoreBackward& r, float* mask_part, int64_t begin, int64_t end) {
   constexpr int kVectors = 4;  // columns taken at a time, so that a row is read in long runs
@@ -50,15 +50,15 @@ static void restore_backward(const RestoreBackward& r, float* mask_part, int64_t
       for (int j = 0; j < kVectors; ++j) all[j] = masked[j] = zero();
       for (int64_t b = 0; b < r.B; ++b) {
         const O* grad = grad_out + b * r.batch_stride + n * r.token_stride + d;
-        const int32_t slot = r.slots[b * r.N + n];
-        if (slot < 0) {
+        const int32_t index = r.inverse[b * r.N + n];
+        if (index < 0) {
           for (int j = 0; j < kVectors; ++j) {
             const vec g = load(grad + j * kLanes);
             all[j] = all[j] + g;
             masked[j] = masked[j] + g;
           }
         } else {
-          T* grad_token = static_cast<T*>(r.grad_tokens) + (b * r.K + slot) * D + d;
+          T* grad_token = static_cast<T*>(r.grad_tokens) + (b * r.K + index) * D + d;
           for (int j = 0; j < kVectors; ++j) {
             const vec g = load(grad + j * kLanes);
             all[j] = all[j] + g;
@@ -76,12 +76,12 @@ static void restore_backward(const RestoreBackward& r, float* mask_part, int64_t
       vec all = zero(), masked = zero();
       for (int64_t b = 0; b < r.B; ++b) {
         const vec g = load(grad_out + b * r.batch_stride + n * r.token_stride + d, lanes);
-        const int32_t slot = r.slots[b * r.N + n];
+        const int32_t index = r.inverse[b * r.N + n];
         all = all + g;
-        if (slot < 0) {
+        if (index < 0) {
           masked = masked + g;
         } else {
-          store(static_cast<T*>(r.grad_tokens) + (b * r.K + slot) * D + d, g, lanes);
+          store(static_cast<T*>(r.grad_tokens) + (b * r.K + index) * D + d, g, lanes);
         }
       }
       store(grad_position + d, all, lanes);
@@ -111,13 +111,13 @@ static void restore_backward_rows(const RestoreBackward& r, float* mask_part, in
 #include <tuple>
 #include <vector>
 
-#include "../token_ids.h"
+#include "base/token_ids.h"
 
 namespace stmae {
 
 struct Restore {
   const void *tokens, *mask_token, *position;  // [B, K, D], [D], [N, D]
-  const int32_t* slots;                        // [B, N]
+  const int32_t* inverse;                      // [B, N]
   void* out;                                   // [B, N, D]
   int64_t B, N, D, batch_stride, token_stride;
   bool tokens_float, out_float;
@@ -125,7 +125,7 @@ struct Restore {
 
 struct RestoreBackward {
   const void* grad_out;               // [B, N, D]
-  const int32_t* slots;               // [B, N]
+  const int32_t* inverse;             // [B, N]
   void *grad_tokens, *grad_position;  // [B, K, D], [N, D]
   int64_t B, N, K, D, batch_stride, token_stride;
   bool tokens_float, out_float;
@@ -134,7 +134,7 @@ struct RestoreBackward {
 }  // namespace stmae
 
 #define STMAE_KERNEL_FILE "cpu/restore_tokens.cpp"
-#include "../for_each_isa.h"
+#include "base/for_each_isa.h"
 
 namespace stmae {
 namespace {
@@ -144,12 +144,12 @@ using torch::stable::Tensor;
 
 Tensor restore_tokens(const Tensor& tokens, const Tensor& keep, const Tensor& mask_token, const Tensor& position) {
   const int64_t B = tokens.size(0), N = position.size(0), D = position.size(1);
-  const auto slots = token_slots("restore_tokens", "keep", keep, N);
+  const auto inverse = inverse_ids("restore_tokens", "keep", keep, N);
   Tensor out = torch::stable::new_empty(position, {B, N, D});
   const Restore r{tokens.const_data_ptr(),
                   mask_token.const_data_ptr(),
                   position.const_data_ptr(),
-                  slots.get(),
+                  inverse.get(),
                   out.mutable_data_ptr(),
                   B,
                   N,
@@ -165,12 +165,12 @@ Tensor restore_tokens(const Tensor& tokens, const Tensor& keep, const Tensor& ma
 
 std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_out, const Tensor& keep, ScalarType tokens_dtype) {
   const int64_t B = grad_out.size(0), N = grad_out.size(1), D = grad_out.size(2), K = keep.size(1);
-  const auto slots = token_slots("restore_tokens", "keep", keep, N);
+  const auto inverse = inverse_ids("restore_tokens", "keep", keep, N);
   Tensor grad_tokens = torch::stable::new_empty(grad_out, {B, K, D}, tokens_dtype);
   Tensor grad_mask_token = torch::stable::new_empty(grad_out, {D});
   Tensor grad_position = torch::stable::new_empty(grad_out, {N, D});
   const RestoreBackward r{grad_out.const_data_ptr(),
-                          slots.get(),
+                          inverse.get(),
                           grad_tokens.mutable_data_ptr(),
                           grad_position.mutable_data_ptr(),
                           B,

@@ -2,12 +2,12 @@
 //
 //   #ifdef STMAE_ISA              // compiled once for each instruction set, inside its target region
 //   namespace stmae::STMAE_ISA {  // STMAE_ISA is avx512_bf16, avx512, avx2 or portable; STMAE_ISA_LEVEL is 3, 2, 1 or 0
-//   ...kernels, written with the types of simd.h...
+//   ...kernels, written with the types of simd/vec.h...
 //   }
 //   #else                         // compiled once: includes, checks, dispatch, registration
 //   #include <...every standard header the kernels use...>
 //   #define STMAE_KERNEL_FILE "cpu/<op>.cpp"
-//   #include "../for_each_isa.h"
+//   #include "base/for_each_isa.h"
 //   ...STMAE_DISPATCH(kernel, arguments...)...
 //   #endif
 //
@@ -25,7 +25,7 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
-#include "isa.h"
+#include "base/isa.h"
 
 #if STMAE_X86
 #if defined(__GNUC__) && !defined(__clang__)
@@ -48,7 +48,7 @@
 #define STMAE_ISA avx512_bf16
 #define STMAE_ISA_LEVEL 3
 STMAE_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#include "simd.h"
+#include "simd/vec.h"
 #include STMAE_KERNEL_FILE
 STMAE_TARGET_END
 #undef STMAE_ISA
@@ -57,7 +57,7 @@ STMAE_TARGET_END
 #define STMAE_ISA avx512
 #define STMAE_ISA_LEVEL 2
 STMAE_TARGET("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
-#include "simd.h"
+#include "simd/vec.h"
 #include STMAE_KERNEL_FILE
 STMAE_TARGET_END
 #undef STMAE_ISA
@@ -66,7 +66,7 @@ STMAE_TARGET_END
 #define STMAE_ISA avx2
 #define STMAE_ISA_LEVEL 1
 STMAE_TARGET("avx2,fma,f16c,bmi2")
-#include "simd.h"
+#include "simd/vec.h"
 #include STMAE_KERNEL_FILE
 STMAE_TARGET_END
 #undef STMAE_ISA
@@ -75,7 +75,7 @@ STMAE_TARGET_END
 
 #define STMAE_ISA portable
 #define STMAE_ISA_LEVEL 0
-#include "simd.h"
+#include "simd/vec.h"
 #include STMAE_KERNEL_FILE
 #undef STMAE_ISA
 #undef STMAE_ISA_LEVEL

@@ -7,6 +7,7 @@ namespace stmae::STMAE_ISA {
 using bf16 = c10::BFloat16;
 
 #define STMAE_INLINE static inline __attribute__((always_inline))
+#define STMAE_MEMBER inline __attribute__((always_inline))  // of a struct
 
 #if STMAE_ISA_LEVEL >= 2  // ------------------------------------------------------------------------------ AVX-512
 
@@ -225,11 +226,13 @@ STMAE_INLINE float max(vec a) { return std::max(std::max(a.v[0], a.v[2]), std::m
 
 STMAE_INLINE vec operator-(vec a) { return zero() - a; }
 
-// Starts to bring `bytes` from p on into the cache, of level 1 or 2. Rows of a strided tensor lie pages apart, where no hardware
-// prefetcher follows.
-template <int kLevel = 1>
-STMAE_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 4 - kLevel);
+// Prefetches `count` elements from p + offset on into the cache of level 1 or 2. Rows of a strided tensor lie pages apart, where no
+// hardware prefetcher follows. The address may lie beyond the tensor: it is never read, nor made as a pointer into it.
+template <int kLevel = 1, typename T>
+STMAE_INLINE void prefetch(const T* p, int64_t offset, int64_t count) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset) * sizeof(T);
+  for (uintptr_t i = 0; i < count * sizeof(T); i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(address + i), 0, 4 - kLevel);
 }
 
 // Rows to columns: afterwards rows[i] holds what was in lane i of each row, in order. (Interleaving row i with row

@@ -8,14 +8,14 @@
 
 namespace stmae {
 
-// Uninitialised memory on a cache line's boundary.
-template <typename U>
-class Scratch {
+// Uninitialised memory for `count` values, aligned to a cache line.
+template <typename T>
+class Buffer {
  public:
-  explicit Scratch(int64_t count) : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(U) + 63) / 64 * 64)) {
+  explicit Buffer(int64_t count) : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64)) {
     if (!memory_) throw std::bad_alloc();
   }
-  U* data() { return static_cast<U*>(memory_.get()); }
+  T* data() { return static_cast<T*>(memory_.get()); }
 
  private:
   struct Free {

@@ -10,27 +10,27 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "check.h"
+#include "base/check.h"
 
 namespace stmae {
 
-// slots[b * num_tokens + n] is the i with ids[b, i] == n, or -1 where there is none. Throws at an id out of range or repeated.
-inline std::unique_ptr<int32_t[]> token_slots(const char* op, const char* name, const torch::stable::Tensor& ids,
+// inverse[b * num_tokens + n] is the i with ids[b, i] == n, or -1 where there is none. Throws at an id out of range or repeated.
+inline std::unique_ptr<int32_t[]> inverse_ids(const char* op, const char* name, const torch::stable::Tensor& ids,
                                               int64_t num_tokens) {
   const int64_t rows = ids.size(0), count = ids.size(1), row_stride = ids.stride(0), stride = ids.stride(1);
   STMAE_CHECK(num_tokens <= std::numeric_limits<int32_t>::max(), op, ": expected fewer than 2^31 tokens, got ", num_tokens);
   const int64_t* data = ids.const_data_ptr<int64_t>();
-  std::unique_ptr<int32_t[]> slots(new int32_t[rows * num_tokens]);
+  std::unique_ptr<int32_t[]> inverse(new int32_t[rows * num_tokens]);
   const int64_t none = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> first_bad{none};  // flat position of the first id that is wrong, whichever thread finds it
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 65536 / (num_tokens + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      int32_t* slot = slots.get() + row * num_tokens;
-      std::fill_n(slot, num_tokens, -1);
+      int32_t* index = inverse.get() + row * num_tokens;
+      std::fill_n(index, num_tokens, -1);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t id = data[row * row_stride + i * stride];
-        if (static_cast<uint64_t>(id) < static_cast<uint64_t>(num_tokens) && slot[id] < 0) {
-          slot[id] = static_cast<int32_t>(i);
+        if (static_cast<uint64_t>(id) < static_cast<uint64_t>(num_tokens) && index[id] < 0) {
+          index[id] = static_cast<int32_t>(i);
           continue;
         }
         int64_t seen = first_bad.load();
@@ -47,7 +47,7 @@ inline std::unique_ptr<int32_t[]> token_slots(const char* op, const char* name, 
                 column, "]");
     fail(op, ": expected ", name, " without repeats in a row, got ", id, " at [", row, ", ", column, "] and before it");
   }
-  return slots;
+  return inverse;
 }
 
 }  // namespace stmae

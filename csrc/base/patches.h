@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "check.h"
+#include "base/check.h"
 
 namespace stmae {
 

@@ -87,7 +87,7 @@ static void split_channels(const T* row, int64_t width, T* out, int64_t channel)
 
 // In the order (frame, row, column, channel).
 template <typename T>
-static void read_colour_last(const Patches& s, int64_t b, int64_t token, T* out) {
+static void read_channels_last(const Patches& s, int64_t b, int64_t token, T* out) {
   const bool packed = (s.channel == 1 || s.C == 1) && (s.column == s.C || s.q == 1);  // a row of the patch lies as it is wanted
   for (int64_t iu = 0; iu < s.u; ++iu) {
     const T* row = patch_frame<T>(s, b, token, iu);
@@ -106,7 +106,7 @@ static void read_colour_last(const Patches& s, int64_t b, int64_t token, T* out)
 
 // In the order (channel, frame, row, column), that of a convolution's weight.
 template <typename T>
-static void read_colour_first(const Patches& s, int64_t b, int64_t token, T* out) {
+static void read_channels_first(const Patches& s, int64_t b, int64_t token, T* out) {
   const int64_t plane = s.u * s.p * s.q;
   for (int64_t iu = 0; iu < s.u; ++iu) {
     const T* row = patch_frame<T>(s, b, token, iu);

@@ -1,0 +1,45 @@
+// Parallel loops over torch's threads with memory for each thread. A body must not throw: the pool would end the process.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace stmae {
+
+// How many threads work on `count` items: all, but no more than `grain` items each keep busy.
+inline int64_t num_workers(int64_t count, int64_t grain) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>((count + grain - 1) / grain, 1, threads);
+}
+
+// Static scheduling: body(worker, begin, end) for `workers` equal parts of [0, count).
+template <typename Body>
+void parallel_for_static(int64_t count, int64_t workers, const Body& body) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) body(worker, count * worker / workers, count * (worker + 1) / workers);
+  });
+}
+
+// Whether [0, count) has enough chunks for dynamic scheduling to even out.
+inline bool schedules_dynamically(int64_t count, int64_t chunk, int64_t grain) {
+  return (count + chunk - 1) / chunk >= 4 * num_workers(count, grain);
+}
+
+// Dynamic scheduling: body(worker, begin, end), worker < num_workers(count, grain), for chunks of [0, count) that a thread takes when it
+// is ready, so that one that the system has held up does less. Where there are too few chunks for that, static scheduling.
+template <typename Body>
+void parallel_for_dynamic(int64_t count, int64_t chunk, int64_t grain, const Body& body) {
+  if (count == 0) return;
+  const int64_t chunks = (count + chunk - 1) / chunk, workers = num_workers(count, grain);
+  if (!schedules_dynamically(count, chunk, grain)) return parallel_for_static(count, workers, body);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
+      body(worker, i * chunk, std::min(count, (i + 1) * chunk));
+  });
+}
+
+}  // namespace stmae
