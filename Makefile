@@ -3,11 +3,13 @@
 # make bench  from nothing: every op and the training step beside the reference and a strong user's version
 # make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
 #
-# Each makes its own virtual environment. PYTHON=python3.12 or TORCH='torch==2.10.0' choose others than the tested ones.
+# Each makes its own virtual environment. PYTHON=python3.12 or TORCH='torch==2.10.0' choose others than the tested ones. Triton is the
+# one that this torch requires; where it requires none, as a build for CPUs, the tested one; TRITON='triton==3.6.0' chooses another.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.9.0
+TRITON ?=
+TESTED_TRITON = triton==3.9.0; platform_system == 'Linux'
 VENV ?= .venv
 OUTPUT ?= demo-output
 IMAGES ?= /usr/share/datasets/fashion-mnist
@@ -32,7 +34,8 @@ study: $(STAMP)
 
 $(STAMP): $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(TRITON)'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'$(if $(TRITON), '$(TRITON)')
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TESTED_TRITON)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,bench]'
 	touch '$@'
 

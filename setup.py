@@ -2,18 +2,31 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# pip builds in an isolated environment that hides the installed torch. Borrowing it saves a second download; where there
-# is none, torch is named below as a requirement of the build, and pip fetches it.
-for scheme in ("purelib", "platlib"):
-    if importlib.util.find_spec("torch") is None:
-        sys.path.append(sysconfig.get_path(scheme))
 
+def site_of_torch():
+    """The folder that the installed torch lies in, as this interpreter finds it outside of a build; None where there is none.
+
+    pip builds in an isolated environment that hides it. Borrowing it saves a second torch, of another version perhaps.
+    """
+    found = importlib.util.find_spec("torch")
+    if found is not None:
+        return str(Path(found.origin).parents[1])
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")  # how pip isolates
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    code = "import importlib.util; found = importlib.util.find_spec('torch'); print(found.origin if found else '')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=os.sep, capture_output=True, text=True)
+    return str(Path(done.stdout.strip()).parents[1]) if done.stdout.strip() else None
+
+
+TORCH_SITE = site_of_torch()
+if TORCH_SITE is not None and TORCH_SITE not in sys.path:
+    sys.path.append(TORCH_SITE)
 TORCH_OLDEST = (2, 10)  # the oldest torch that the extension loads into: its stable ABI is the target
 
 packages = find_packages(include=["stmae", "stmae.*"])
@@ -55,7 +68,7 @@ arguments = dict(
     package_data={"stmae.training": ["assets/*", "presets/*"]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
-if importlib.util.find_spec("torch") is None:
+if TORCH_SITE is None:
     # Read by pip before it builds: it then installs torch into the build environment and runs this file again.
     arguments["setup_requires"] = ["torch>=2.10", "ninja"]
     if any(command in sys.argv for command in ("build_ext", "develop", "install")):

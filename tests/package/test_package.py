@@ -1,15 +1,17 @@
 """Installing and importing: what a newcomer meets first."""
 
+import email
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import stmae
 
@@ -41,19 +43,25 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """An empty virtual environment that sees this one's packages (torch above all), but not an installed stmae's finder."""
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder)
-    site = Path(run(folder / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    for package in Path(sysconfig.get_path("purelib")).iterdir():
-        if "stmae" not in package.name and not package.name.endswith(".pth"):
-            (site / package.name).symlink_to(package)
-    return folder / "bin/python"
+    root = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", str(root), cwd=root)
+    site = Path(run(root / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=root).strip())
+    for folder in (Path(x) for x in sys.path if Path(x).name in ("site-packages", "dist-packages")):
+        for package in folder.iterdir():
+            if "stmae" not in package.name and not package.name.endswith(".pth") and not (site / package.name).exists():
+                (site / package.name).symlink_to(package)
+    return root / "bin/python"
 
 
-def test_wheel_and_editable_install(checkout, environment, tmp_path):
-    # The wheel is built in isolation, where setup.py borrows the installed torch; one binary serves every Python.
-    run(environment, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, checkout, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("stmae-*.whl")
+@pytest.fixture(scope="module")
+def wheel(checkout, environment, tmp_path_factory):
+    """Built in isolation, where setup.py borrows the installed torch; one binary serves every Python."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(environment, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, checkout, cwd=folder)
+    return next(folder.glob("stmae-*.whl"))
+
+
+def test_wheel_and_editable_install(checkout, environment, wheel, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "stmae/_C.abi3.so" in names
@@ -77,16 +85,87 @@ def test_wheel_and_editable_install(checkout, environment, tmp_path):
         assert Path(package) == checkout / "stmae" and Path(training) == checkout / "training"
 
 
-def test_without_torch_the_build_asks_for_it():
-    """setup.py names torch as a requirement of the build only where none is installed."""
-    code = """
-import importlib.util, runpy, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
-sys.argv = ["setup.py", "build_ext"]
-runpy.run_path("setup.py")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+# torch's releases and the Triton that their builds for GPUs require, from their metadata.
+TRITON_OF = {
+    "2.10.0": "==3.6.0",
+    "2.11.0": "==3.6.0",
+    "2.12.1": "==3.7.1",
+    "2.13.0": "==3.7.1",
+    "2.14.1": "~=3.8.0",
+    "2.15.0": "~=3.9.0",
+}
+
+
+def requirements(wheel, extra, system="Linux", python="3.12"):
+    """What the built metadata asks for with an extra ("": with none), extras of our own followed."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    environment = {"platform_system": system, "sys_platform": system.lower(), "python_version": python, "extra": extra}
+    result = []
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            own = requirement.extras if requirement.name == "stmae" else ()
+            result += [requirement] if not own else [x for name in own for x in requirements(wheel, name, system, python)[1]]
+    return metadata.get_all("Provides-Extra"), result
+
+
+def test_no_extra_asks_for_another_torch_or_triton(wheel):
+    """Beside each torch, with the Triton that it requires, whatever patch release of that pip has taken."""
+    extras, _ = requirements(wheel, "")
+    assert {"train", "gpu", "test", "bench", "compile-checks"} <= set(extras)
+    for extra in ("", *extras):
+        asked = requirements(wheel, extra)[1]
+        assert any(x.name == "torch" for x in asked)
+        for torch_version, triton in TRITON_OF.items():
+            taken = {"torch": [torch_version, f"{torch_version}+cpu"], "triton": [triton.lstrip("=~")]}
+            if triton.startswith("~="):
+                taken["triton"] += [triton.removeprefix("~=").removesuffix("0") + "7"]
+            for requirement in asked:
+                for version in taken.get(requirement.name, []):
+                    assert requirement.specifier.contains(version), f"[{extra}] asks for {requirement}, not {version}"
+    for extra, asks in (("gpu", True), ("compile-checks", True), ("test", False), ("train", False), ("", False)):
+        assert asks == any(x.name == "triton" for x in requirements(wheel, extra)[1]), extra
+
+
+def test_no_extra_asks_for_triton_where_there_is_none(wheel):
+    for extra in requirements(wheel, "")[0]:
+        assert not any(x.name == "triton" for x in requirements(wheel, extra, system="Darwin")[1]), extra
+
+
+@pytest.fixture
+def isolated(tmp_path):
+    """A function that runs code as an isolated build does: it sees setuptools, and no package of its own environment.
+
+    Where that is to have a torch, it has it by a .pth file, as an environment that sees the system's packages does.
+    """
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path), cwd=tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for module in ("setuptools", "_distutils_hack", "ninja"):
+        (tools / module).symlink_to(Path(importlib.util.find_spec(module).origin).parent)
+
+    def execute(code, cwd, torch_installed):
+        if torch_installed:
+            (site,) = tmp_path.glob("lib/python*/site-packages")
+            (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+        env = os.environ | {"PYTHONPATH": str(tools), "PYTHONNOUSERSITE": "1"}
+        return subprocess.run([tmp_path / "bin/python", "-S", "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+
+    return execute
+
+
+@pytest.mark.parametrize("torch_installed", [True, False], ids=["torch installed", "no torch"])
+def test_an_isolated_build_fetches_no_second_torch(checkout, isolated, torch_installed):
+    code = "import setuptools.build_meta as build; print(build.get_requires_for_build_wheel())"
+    done = isolated(code, checkout, torch_installed)
+    assert done.returncode == 0, done.stderr
+    assert ("torch" in done.stdout.splitlines()[-1]) == (not torch_installed), done.stdout
+
+
+def test_without_torch_the_build_asks_for_it(checkout, isolated):
+    code = "import runpy, sys; sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py')"
+    done = isolated(code, checkout, torch_installed=False)
     assert done.returncode != 0 and "pip install torch" in done.stderr
 
 
