@@ -1,34 +1,39 @@
-"""The transformer block.
+"""The transformer block, and how a sequence of them is run.
 
-``ops`` is the module that serves the operations, ``stmae.ops`` or ``stmae.reference``; it is handed down from
-the model at each call so that switching the back end touches no weights.
-
-A residual stream is carried as a pair (x, branch): the sum of the two, not yet taken. Each LayerNorm takes the sum as it reads it
-(``add_layer_norm``), so that the stream passes through memory once less per branch, forward and backward.
+Between two plain blocks the residual stream is carried as a pair (x, branch): the sum of the two, not yet taken. Each LayerNorm
+takes the sum as it reads it (``add_layer_norm``), so that the stream passes through memory once less per branch, forward and
+backward. A block that is called, because it has hooks, for instance, gets and gives the stream itself, [B, N, D].
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-def add_layer_norm(x: torch.Tensor, branch: torch.Tensor | None, layer: nn.LayerNorm, ops) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + branch, its LayerNorm)."""
-    return ops.add_layer_norm(x, branch, layer.weight, layer.bias, eps=layer.eps)
+from stmae.models.layers import BackendModule, add, add_layer_norm, is_plain, linear, mlp
 
 
 def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
     """Stochastic depth (Huang et al. 2016): zeroes whole samples of x [B, N, D] and scales the others by 1 /
     (1 - rate)."""
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= rate
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device, dtype=torch.float32) >= rate
     return x * (keep / (1 - rate)).to(x.dtype)
 
 
-class Block(nn.Module):
+class Block(BackendModule):
     """Pre-norm transformer block (ViT): attention, then a two-layer MLP, each added to the residual stream.
 
     The residual stream keeps its dtype: under bfloat16 autocast it stays float32 and only the branches are
     bfloat16.
+
+    Args:
+        width: ``D``.
+        num_heads: attention heads, which share the width.
+        mlp_ratio: width of the hidden layer, over ``width``.
+        qkv_bias: whether the query, key and value projections have biases.
+        eps: of the LayerNorms.
+        drop_path: rate of stochastic depth in training.
     """
 
     def __init__(
@@ -50,33 +55,69 @@ class Block(nn.Module):
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.fc1 = nn.Linear(width, int(width * mlp_ratio))
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(self.fc1.out_features, width)
 
-    def forward(
-        self, x: torch.Tensor, branch: torch.Tensor | None, ops, rows: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream (x, branch), [B, N, D] each (branch None before the first block), after this block; with
-        ``rows`` [B, M] only that of those tokens, [B, M, D] each.
+    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The residual stream x [B, N, D] after this block; with ``rows`` [B, M] int64 only that of those tokens, [B, M, D].
 
         Tokens meet only in the attention, so what nobody reads afterwards need not pass through the projection
         and the MLP.
         """
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, branch, ops, rows, use_reentrant=False)
-        return self._forward(x, branch, ops, rows)
+        return add(*self.residual(x, None, rows))
 
-    def _forward(self, x, branch, ops, rows):
-        x, normal = add_layer_norm(x, branch, self.norm1, ops)
-        qkv = ops.linear(normal, self.qkv.weight, self.qkv.bias)
-        out = ops.packed_attention(qkv.unflatten(2, (3, self.num_heads, -1))).flatten(2)
+    def residual(
+        self, x: torch.Tensor, branch: torch.Tensor | None, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``forward`` for a stream that is given and returned as a pair (x, branch): the sum x + branch, not yet taken."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self._residual, x, branch, rows, use_reentrant=False)
+        return self._residual(x, branch, rows)
+
+    def _residual(self, x, branch, rows):
+        ops = self._ops
+        x, qkv = self._qkv(x, branch)
+        out = ops.packed_attention(qkv).flatten(2)
         if rows is not None:
             x, out = ops.gather_tokens(x, rows), ops.gather_tokens(out, rows)
-        branch = self._drop(ops.linear(out, self.proj.weight, self.proj.bias))
+        branch = self._drop(linear(self.proj, out, ops))
         x, normal = add_layer_norm(x, branch, self.norm2, ops)
-        return x, self._drop(ops.mlp(normal, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias))
+        return x, self._drop(mlp(self.fc1, self.act, self.fc2, normal, ops))
+
+    def _qkv(self, x, branch):
+        """(x + branch, its queries, keys and values [B, N, 3, H, D / H])."""
+        x, normal = add_layer_norm(x, branch, self.norm1, self._ops)
+        return x, linear(self.qkv, normal, self._ops).unflatten(2, (3, self.num_heads, -1))
+
+    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """What each token of the stream x [B, N, D] attends to in this block: softmax weights [B, H, N, N] float32, queries
+        along the second last dimension, each row adding up to 1."""
+        q, k, _ = self._qkv(x, None)[1].float().permute(2, 0, 3, 1, 4)  # [B, H, N, D / H] each
+        with torch.autocast(x.device.type, enabled=False):
+            return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
     def _drop(self, branch: torch.Tensor) -> torch.Tensor:
         return drop_path(branch, self.drop_path) if self.training and self.drop_path > 0 else branch
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: torch.Tensor, ops, *, branch: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The stream (x, branch), [B, N, D] each, after ``blocks``; with ``rows`` [B, M] only that of those tokens, [B, M, D] each."""
+    blocks = list(blocks)
+    for index, block in enumerate(blocks):
+        wanted = rows if index == len(blocks) - 1 else None
+        if is_plain(block, Block):
+            x, branch = block.residual(x, branch, wanted)
+            continue
+        x, branch = add(x, branch), None
+        if wanted is None:
+            x = block(x)
+        elif isinstance(block, Block):
+            x = block(x, wanted)
+        else:  # another module in a block's place
+            x = ops.gather_tokens(block(x), wanted)
+    return x, branch
 
 
 def initialize_block(block: Block) -> None:

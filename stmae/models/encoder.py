@@ -1,22 +1,22 @@
-"""The video encoder: a plain ViT on the visible patches only, and what the two models built on it share."""
+"""The video encoder: a plain ViT on the visible patches only, and what the two models built on it have in common."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from stmae import ops, reference
-from stmae.models.blocks import Block, initialize_block
+from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import EncoderConfig
+from stmae.models.layers import BackendModule, add, add_layer_norm, is_plain
 from stmae.models.position import Position
 
-_BACKENDS = {"ops": ops, "reference": reference}
 
-
-class PatchEmbed(nn.Module):
-    """Weights of the patch projection: ``weight`` [D, C, pt, ph, pw] and ``bias`` [D], as of a Conv3d with
-    stride = kernel."""
+class PatchEmbed(BackendModule):
+    """The patch projection: ``weight`` [D, C, pt, ph, pw] and ``bias`` [D], as of a Conv3d with stride = kernel."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
+        self.mean, self.std = config.mean, config.std
         shape = (config.width, config.in_channels, config.tubelet_size, *config.patch_size)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(config.width))
@@ -25,10 +25,19 @@ class PatchEmbed(nn.Module):
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
 
+    def forward(self, video: torch.Tensor, keep: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings [B, K, D] of the patches ``keep`` [B, K] of ``video`` [B, C, T, H, W], plus ``position`` [N, D] if given."""
+        return self._ops.masked_patchify(video, keep, self.weight, self.bias, position, mean=self.mean, std=self.std)
 
-class Encoder(nn.Module):
-    """Patches, positions, class token, blocks. ``norm`` belongs to it but is applied by its user: the
-    autoencoder normalises every token, the classifier the mean."""
+
+class Encoder(BackendModule):
+    """Patches, positions, class token, blocks, and a final LayerNorm: the autoencoder normalises every token, the classifier
+    only the mean.
+
+    Example:
+        >>> tokens = encoder(video)  # uint8 [B, C, T, H, W] -> [B, 1 + N, D]
+        >>> last4 = encoder.get_intermediate_layers(video, n=4)  # four of [B, N, D]
+    """
 
     def __init__(self, config: EncoderConfig, drop_path: float = 0.0):
         super().__init__()
@@ -53,48 +62,136 @@ class Encoder(nn.Module):
         for block in self.blocks:
             initialize_block(block)
 
-    def forward(self, video: torch.Tensor, keep: torch.Tensor, ops) -> tuple[torch.Tensor, torch.Tensor]:
-        """video [B, C, T, H, W], keep [B, K] -> the residual stream (x, branch) before ``norm``: [B, K, D] each
-        or, with a class token (first), [B, 1 + K, D]."""
-        x = ops.masked_patchify(
-            video,
-            keep,
-            self.patch_embed.weight,
-            self.patch_embed.bias,
-            self.position.of_patches(),
-            mean=self.config.mean,
-            std=self.config.std,
-        )
-        if self.config.class_token:
-            first = (self.class_token + self.position.of_class_token()).to(x.dtype)
-            x = torch.cat([first.expand(x.shape[0], 1, -1), x], dim=1)
-        branch = None
-        for block in self.blocks:
-            x, branch = block(x, branch, ops)
-        return x, branch
+    def forward(self, video: torch.Tensor, keep: torch.Tensor | None = None, *, norm: bool = True) -> torch.Tensor:
+        """Tokens after the last block, [B, K, D] or, with a class token (first), [B, 1 + K, D].
+
+        Args:
+            video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides.
+            keep: [B, K] int64, the patches to encode; default: all.
+            norm: whether the final LayerNorm is applied.
+
+        Raises:
+            ValueError: a video of another shape or dtype than the configuration's, or ids of the wrong shape or dtype.
+            RuntimeError: an id out of range or repeated (on CPUs).
+        """
+        x, branch = run_blocks(self.blocks, self.embed(video, keep), self._ops)
+        return add_layer_norm(x, branch, self.norm, self._ops)[1] if norm else add(x, branch)
+
+    def forward_features(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """The normalised tokens, [B, (1 +) K, D]: ``forward`` by the name that timm gives it."""
+        return self(video, keep)
+
+    def embed(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """The input of the first block, [B, (1 +) K, D]: embedded patches with their positions, after the class token."""
+        check_video(type(self).__name__, self.config, video)
+        if keep is None:
+            keep = self.all_tokens(video)
+        first = int(self.config.class_token)
+        position = self.position()
+        if is_plain(self.patch_embed, PatchEmbed):
+            x = self.patch_embed.forward(video, keep, position[first:])
+        else:
+            x = self.patch_embed(video, keep)
+            x = x + position[first:][keep].to(torch.promote_types(x.dtype, position.dtype))
+        if not first:
+            return x
+        class_token = (self.class_token + position[:1]).to(x.dtype)
+        return torch.cat([class_token.expand(x.shape[0], 1, -1), x], dim=1)
+
+    def all_tokens(self, video: torch.Tensor) -> torch.Tensor:
+        """keep [B, N] int64 that keeps every token of ``video`` [B, C, T, H, W]."""
+        return torch.arange(self.config.num_tokens, device=video.device).expand(video.shape[0], -1)
+
+    def get_intermediate_layers(
+        self,
+        video: torch.Tensor,
+        n: int | Sequence[int] = 1,
+        *,
+        keep: torch.Tensor | None = None,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """What leaves some of the blocks, as in timm and DINOv2.
+
+        Args:
+            video: [B, C, T, H, W], as in ``forward``.
+            n: how many of the last blocks, or the indices of the blocks wanted (0 is the first, -1 the last).
+            keep: [B, K] int64, the patches to encode; default: all.
+            reshape: give [B, D, t, h, w] on the patch grid instead of [B, N, D]; needs all patches.
+            return_prefix_tokens: give pairs (patch tokens, class token [B, 1, D]; [B, 0, D] where there is none).
+            norm: apply the final LayerNorm to each.
+
+        Returns:
+            A list with a tensor of patch tokens [B, K, D] for each block wanted, in the order of the blocks.
+
+        Raises:
+            ValueError: a block that is not there, ``reshape`` with ``keep``, and as ``forward``.
+        """
+        if reshape and keep is not None:
+            raise ValueError("get_intermediate_layers: expected reshape only with all patches, got keep, too")
+        x, branch, start, outputs = self.embed(video, keep), None, 0, []
+        first = int(self.config.class_token)
+        for index in self._block_indices("get_intermediate_layers", n):
+            x, branch = run_blocks(self.blocks[start : index + 1], x, self._ops, branch=branch)
+            start = index + 1
+            # Without the norm the sum is taken once, and the next block reads it.
+            x, out = add_layer_norm(x, branch, self.norm, self._ops) if norm else (add(x, branch),) * 2
+            branch = None
+            prefix, patches = out[:, :first], out[:, first:]
+            if reshape:
+                patches = patches.transpose(1, 2).unflatten(2, self.config.grid)
+            outputs.append((patches, prefix) if return_prefix_tokens else patches)
+        return outputs
+
+    def get_attention_maps(
+        self, video: torch.Tensor, n: int | Sequence[int] = 1, *, keep: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """The attention weights of some blocks: for each [B, H, N, N] float32, or [B, H, 1 + N, 1 + N] with a class token,
+        softmax(q k^T / sqrt(D / H)) with queries along the second last dimension.
+
+        The kernels never form them, so they are computed here, in plain PyTorch: 4 H N^2 bytes a clip and block.
+
+        Args:
+            video: [B, C, T, H, W], as in ``forward``.
+            n: as for ``get_intermediate_layers``.
+            keep: [B, K] int64, the patches to encode; default: all.
+        """
+        x, start, maps = self.embed(video, keep), 0, []
+        for index in self._block_indices("get_attention_maps", n):
+            x = add(*run_blocks(self.blocks[start:index], x, self._ops))
+            start = index
+            maps.append(self.blocks[index].attention_weights(x))
+        return maps
+
+    def _block_indices(self, name: str, n: int | Sequence[int]) -> list[int]:
+        depth = len(self.blocks)
+        count = n if isinstance(n, int) and not isinstance(n, bool) else None
+        indices = range(depth - count, depth) if count is not None else [i + depth if i < 0 else i for i in n]
+        if not len(indices) or not all(0 <= i < depth for i in indices):
+            raise ValueError(f"{name}: expected n at least one of the {depth} blocks, as a number of last ones or indices, got {n!r}")
+        return sorted(set(indices))
 
 
-class VideoModel(nn.Module):
-    """What both models have: ``config``, ``encoder``, the choice of back end, and checks of the input."""
+def check_video(name: str, config: EncoderConfig, video: torch.Tensor) -> None:
+    """Raises ValueError, in the name of ``name``, for what is no video [B, C, T, H, W] of ``config``'s."""
+    expected = config.video_shape
+    if not isinstance(video, torch.Tensor):
+        raise ValueError(f"{name}: expected video to be a tensor, got {type(video).__name__}")
+    if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+        raise ValueError(f"{name}: expected video [B, {', '.join(map(str, expected))}] (B, C, T, H, W), got {list(video.shape)}")
+    if video.dtype != torch.uint8 and not video.is_floating_point():
+        raise ValueError(f"{name}: expected video uint8 or normalised floating point, got {video.dtype}")
+
+
+class VideoModel(BackendModule):
+    """What both models have: ``config``, ``encoder`` and its blocks."""
 
     encoder: Encoder
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self._backend = "ops"
-
-    @property
-    def backend(self) -> str:
-        """``ops``: the kernels; ``reference``: the same weights on plain PyTorch (``stmae.reference``)."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        if name not in _BACKENDS:
-            choices = ", ".join(_BACKENDS)
-            raise ValueError(f"{type(self).__name__}: expected backend to be one of {choices}, got {name!r}")
-        self._backend = name
 
     def blocks(self) -> list[Block]:
         """The transformer blocks, the encoder's and then the decoder's: what is sharded, compiled or checkpointed one by one."""
@@ -111,11 +208,6 @@ class VideoModel(nn.Module):
         for block in self.blocks():
             block.checkpoint_activations = on
 
-    @property
-    def _ops(self):
-        # Looked up by name, because a module object held by the model could be neither copied nor pickled.
-        return _BACKENDS[self._backend]
-
     def no_weight_decay(self) -> set[str]:
         """Names of tokens and position embeddings, which mae_st decays in pre-training and not in
         fine-tuning.
@@ -125,18 +217,5 @@ class VideoModel(nn.Module):
         """
         return {name for name, _ in self.named_parameters() if "position." in name or name.endswith("_token")}
 
-    def _all_tokens(self, video: torch.Tensor) -> torch.Tensor:
-        """keep [B, N] that keeps everything."""
-        return torch.arange(self.config.num_tokens, device=video.device).expand(video.shape[0], -1)
-
     def _check_video(self, video: torch.Tensor) -> None:
-        name = type(self).__name__
-        expected = self.config.video_shape
-        if not isinstance(video, torch.Tensor):
-            raise ValueError(f"{name}: expected video to be a tensor, got {type(video).__name__}")
-        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
-            raise ValueError(
-                f"{name}: expected video [B, {', '.join(map(str, expected))}] (B, C, T, H, W), got {list(video.shape)}"
-            )
-        if video.dtype != torch.uint8 and not video.is_floating_point():
-            raise ValueError(f"{name}: expected video uint8 or normalised floating point, got {video.dtype}")
+        check_video(type(self).__name__, self.config, video)

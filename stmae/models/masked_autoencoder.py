@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from stmae.masking import num_keep, reconstructed, sample_noise
-from stmae.models.blocks import Block, add_layer_norm, initialize_block
+from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import MaskedAutoencoderConfig
 from stmae.models.encoder import Encoder, VideoModel
 from stmae.models.hog import hog_loss
+from stmae.models.layers import BackendModule, add_layer_norm, linear
 from stmae.models.pictures import Reconstruction, reconstruct
 from stmae.models.position import Position
 
@@ -30,7 +31,7 @@ class MaskedAutoencoderOutput(NamedTuple):
     masked: torch.Tensor
 
 
-class Decoder(nn.Module):
+class Decoder(BackendModule):
     """A narrower ViT over all tokens, mask tokens in the masked places, and the prediction of the masked
     patches."""
 
@@ -70,13 +71,14 @@ class Decoder(nn.Module):
         for block in self.blocks:
             initialize_block(block)
 
-    def forward(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor, ops) -> torch.Tensor:
+    def forward(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """latent [B, (1 +) K, D], keep [B, K], masked [B, M] -> pred [B, M, P].
 
         With a decoder mask, the sequence holds the tokens ``keep`` and ``masked`` only; without, all N.
         """
+        ops = self._ops
         partial = self.config.decoder_mask_ratio > 0 and keep.shape[1] + masked.shape[1] < self.config.num_tokens
-        x = ops.linear(latent, self.embed.weight, self.embed.bias)
+        x = linear(self.embed, latent, ops)
         if self.config.class_token:
             # The class token is token 0 of the sequence, so it goes through the same scatter as the visible
             # tokens and the N tokens are written once. Replacing its row after the projection is cheaper than
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
                 x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x[:, 1:]], dim=1)
             keep = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)
             masked = masked + 1
-        position = self.position.of_all()
+        position = self.position()
         if partial:
             # Attention does not ask in which order the tokens come: the visible ones, then those to be reconstructed.
             visible, hidden = x + F.embedding(keep, position), self.mask_token + F.embedding(masked, position)
@@ -93,11 +95,8 @@ class Decoder(nn.Module):
             masked = torch.arange(visible.shape[1], x.shape[1], device=x.device).expand(x.shape[0], -1)
         else:
             x = ops.restore_tokens(x, keep, self.mask_token[0], position)
-        branch = None
-        for block in self.blocks[:-1]:
-            x, branch = block(x, branch, ops)
-        x, branch = self.blocks[-1](x, branch, ops, rows=masked)
-        return ops.linear(add_layer_norm(x, branch, self.norm, ops)[1], self.head.weight, self.head.bias)
+        x, branch = run_blocks(self.blocks, x, ops, rows=masked)
+        return linear(self.head, add_layer_norm(x, branch, self.norm, ops)[1], ops)
 
 
 class MaskedAutoencoder(VideoModel):
@@ -204,14 +203,12 @@ class MaskedAutoencoder(VideoModel):
         With a class token, which comes first: [B, 1 + K, D].
         """
         self._check_video(video)
-        if keep is None:
-            keep = self._all_tokens(video)
-        return add_layer_norm(*self.encoder(video, keep, self._ops), self.encoder.norm, self._ops)[1]
+        return self.encoder(video, keep)
 
     def decode(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Predictions [B, M, P] for the tokens ``masked`` [B, M], from ``encode``'s latents of the tokens
         ``keep`` [B, K]."""
-        return self.decoder(latent, keep, masked, self._ops)
+        return self.decoder(latent, keep, masked)
 
     def reconstruct(
         self, video: torch.Tensor, out: MaskedAutoencoderOutput | None = None, *, fill: float = 0.5

@@ -6,7 +6,8 @@ from torch import nn
 
 
 class Position(nn.Module):
-    """Position embeddings for a patch grid (t, h, w) and, optionally, a class token.
+    """Position embeddings for a patch grid (t, h, w) and, optionally, a class token. Calling it gives all of them, the class
+    token's first.
 
     Separable: ``spatial`` [h * w, D], ``temporal`` [t, D] and, with a class token, ``class_token`` [1, D].
     Joint: ``joint`` [N, D], or [1 + N, D] with the class token's first.
@@ -38,7 +39,7 @@ class Position(nn.Module):
         """[1, D]; only where there is a class token."""
         return self.class_token if self.separable else self.joint[:1]
 
-    def of_all(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """[N, D] or, with a class token, [1 + N, D]."""
         if self.separable and self.has_class_token:
             return torch.cat([self.class_token, self.of_patches()])

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stmae.models.blocks import add_layer_norm
 from stmae.models.config import VideoClassifierConfig
 from stmae.models.encoder import Encoder, VideoModel
+from stmae.models.layers import add_layer_norm, linear
 
 
 class VideoClassifier(VideoModel):
@@ -35,7 +35,7 @@ class VideoClassifier(VideoModel):
             keep: [B, K] tokens to look at, for masked fine-tuning; default: all.
         """
         x = F.dropout(self.features(video, keep=keep), self.config.dropout, self.training)
-        return self._ops.linear(x, self.head.weight, self.head.bias)
+        return linear(self.head, x, self._ops)
 
     def features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None, pooled: bool = True) -> torch.Tensor:
         """What the head sees: the normalised mean of the patch tokens, [B, D].
@@ -46,8 +46,7 @@ class VideoClassifier(VideoModel):
         self._check_video(video)
         if keep is not None and keep.numel() == 0 and len(video):
             raise ValueError(f"VideoClassifier: expected keep with at least one token a clip, got {list(keep.shape)}")
-        x, branch = self.encoder(video, self._all_tokens(video) if keep is None else keep, self._ops)
-        tokens = x + branch
+        tokens = self.encoder(video, keep, norm=False)
         if self.config.class_token:
             tokens = tokens[:, 1:]
         return self.pool(tokens) if pooled else tokens

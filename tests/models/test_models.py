@@ -537,7 +537,7 @@ def test_interpolation_keeps_axes_apart():
 @pytest.mark.parametrize("class_token", [True, False])
 def test_position_order(separable, class_token):
     position = Position((2, 3, 4), 5, separable=separable, class_token=class_token)
-    everything = position.of_all()
+    everything = position()
     assert everything.shape == (24 + class_token, 5)
     assert torch.equal(everything[int(class_token) :], position.of_patches())
     if class_token:
