@@ -103,7 +103,8 @@ class Block(BackendModule):
 def run_blocks(
     blocks: Iterable[nn.Module], x: torch.Tensor, ops, *, branch: torch.Tensor | None = None, rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The stream (x, branch), [B, N, D] each, after ``blocks``; with ``rows`` [B, M] only that of those tokens, [B, M, D] each."""
+    """The stream (x, branch), [B, N, D] each, after ``blocks``; with ``rows`` [B, M] only that of those tokens,
+    [B, M, D] each."""
     blocks = list(blocks)
     for index, block in enumerate(blocks):
         wanted = rows if index == len(blocks) - 1 else None

@@ -169,7 +169,9 @@ class Encoder(BackendModule):
         count = n if isinstance(n, int) and not isinstance(n, bool) else None
         indices = range(depth - count, depth) if count is not None else [i + depth if i < 0 else i for i in n]
         if not len(indices) or not all(0 <= i < depth for i in indices):
-            raise ValueError(f"{name}: expected n at least one of the {depth} blocks, as a number of last ones or indices, got {n!r}")
+            raise ValueError(
+                f"{name}: expected n at least one of the {depth} blocks, as a number of last ones or indices, got {n!r}"
+            )
         return sorted(set(indices))
 
 

@@ -1,8 +1,10 @@
 """How the models run their layers.
 
-Every layer is an ordinary module (``nn.Linear``, ``nn.LayerNorm``, ``nn.GELU``) and runs through its own ``__call__``, so that hooks
-fire and adapters, parametrizations, pruning, quantization and replaced layers count. Where a layer is *plain*, calling it can
-have no other effect than its mathematics, and an op computes that, of several layers at once where there is such an op.
+Every layer is an ordinary module (``nn.Linear``, ``nn.LayerNorm``, ``nn.GELU``) and runs through its own ``__call__``, so that
+hooks fire and adapters, parametrizations, pruning, quantization and replaced layers count. Where a layer is *plain*, calling it
+can have no other effect than its mathematics, and an op computes that, of several layers at once where there is such an op.
+
+Under torch.compile, torch's own rule holds for hooks: those registered before compilation count.
 """
 
 import torch
