@@ -1,5 +1,6 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
 # make test   from nothing: all tests
+# make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
 # make bench  from nothing: every op and the training step beside the reference and a strong user's version
 # make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
 #
@@ -16,15 +17,22 @@ IMAGES ?= /usr/share/datasets/fashion-mnist
 
 # One stamp per choice of torch and triton: another choice installs anew.
 STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(TORCH)-$(TRITON)))))
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test bench study clean
+.PHONY: demo test lint bench study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest tests
+
+lint: $(STAMP)-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-json bench-results.json
@@ -37,6 +45,10 @@ $(STAMP): $(SOURCES)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'$(if $(TRITON), '$(TRITON)')
 	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TESTED_TRITON)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,test,bench]'
+	touch '$@'
+
+$(STAMP)-dev: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch '$@'
 
 clean:
