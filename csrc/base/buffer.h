@@ -12,7 +12,9 @@ namespace stmae {
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : memory_(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64)) {
+  explicit Buffer(int64_t count) {
+    if (count < 0 || count > INT64_MAX / 2 / static_cast<int64_t>(sizeof(T))) throw std::bad_alloc();
+    memory_.reset(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64));
     if (!memory_) throw std::bad_alloc();
   }
   T* data() { return static_cast<T*>(memory_.get()); }

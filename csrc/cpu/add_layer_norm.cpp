@@ -117,28 +117,29 @@ void add_layer_norm_backward(int64_t begin, int64_t end, const TX* grad_sum, con
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Calls action(TX*, TB*, TO*) with null pointers of the three element types.
 template <typename Action>
 void with_types(ScalarType x, ScalarType branch, ScalarType out, const Action& action) {
   auto pick = [](ScalarType type, const auto& next) {
-    STMAE_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                "add_layer_norm: expected float32 or bfloat16, got another dtype");
-    if (type == ScalarType::BFloat16)
-      next(static_cast<c10::BFloat16*>(nullptr));
-    else
+    if (is_float32("add_layer_norm", type))
       next(static_cast<float*>(nullptr));
+    else
+      next(static_cast<c10::BFloat16*>(nullptr));
   };
   pick(x, [&](auto* tx) { pick(branch, [&](auto* tb) { pick(out, [&](auto* to) { action(tx, tb, to); }); }); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& branch, const Tensor& weight,
                                                           const Tensor& bias, double eps, ScalarType dtype) {
-  STMAE_CHECK(x.is_contiguous() && branch.is_contiguous() && weight.is_contiguous() && bias.is_contiguous() &&
-                  weight.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float,
-              "add_layer_norm: expected contiguous tensors and float32 weight and bias");
+  const char* op = "add_layer_norm";
+  STMAE_CHECK(x.dim() > 0, op, ": expected x [..., D], got a scalar");
+  check_contiguous_tensor(op, "x", x, sizes_of(x), floating());
+  check_contiguous_tensor(op, "branch", branch, sizes_of(x), floating());
+  check_contiguous_tensor(op, "weight", weight, {x.size(x.dim() - 1)}, ScalarType::Float);
+  check_contiguous_tensor(op, "bias", bias, {x.size(x.dim() - 1)}, ScalarType::Float);
+  is_float32(op, dtype);
   const int64_t width = x.size(x.dim() - 1), rows = width ? x.numel() / width : 0;
   Tensor sum = torch::stable::empty_like(x);
   Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
@@ -148,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
     using TX = std::remove_pointer_t<decltype(tx)>;
     using TB = std::remove_pointer_t<decltype(tb)>;
     using TO = std::remove_pointer_t<decltype(to)>;
-    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
       STMAE_DISPATCH(add_layer_norm, begin, end, static_cast<const TX*>(x.const_data_ptr()),
                      static_cast<const TB*>(branch.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
                      static_cast<const float*>(bias.const_data_ptr()), static_cast<float>(eps), width,
@@ -162,12 +163,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const std::optional<Tensor>& grad_sum, const Tensor& grad_out,
                                                                    const Tensor& sum, const Tensor& mean, const Tensor& rstd,
                                                                    const Tensor& weight, ScalarType branch_dtype) {
+  const char* op = "add_layer_norm_backward";
+  STMAE_CHECK(sum.dim() > 0, op, ": expected sum [..., D], got a scalar");
+  check_contiguous_tensor(op, "sum", sum, sizes_of(sum), floating());
+  check_contiguous_tensor(op, "grad_out", grad_out, sizes_of(sum), floating());
+  if (grad_sum) check_contiguous_tensor(op, "grad_sum", *grad_sum, sizes_of(sum), sum.scalar_type());
+  is_float32(op, branch_dtype);
   const int64_t width = sum.size(sum.dim() - 1), rows = width ? sum.numel() / width : 0;
+  check_contiguous_tensor(op, "mean", mean, {rows}, ScalarType::Float);
+  check_contiguous_tensor(op, "rstd", rstd, {rows}, ScalarType::Float);
+  check_contiguous_tensor(op, "weight", weight, {width}, ScalarType::Float);
   const bool separate = branch_dtype != sum.scalar_type();
   Tensor grad_x = torch::stable::empty_like(sum);
   Tensor grad_branch = separate ? torch::stable::new_empty(sum, sum.sizes(), branch_dtype) : torch::stable::new_empty(sum, {0});
   Tensor grad_weight = torch::stable::empty_like(weight), grad_bias = torch::stable::empty_like(weight);
-  std::vector<float> both(2 * width);
+  std::vector<float> both(checked_product(op, {2, width}));
   with_types(sum.scalar_type(), branch_dtype, grad_out.scalar_type(), [&](auto* tx, auto* tb, auto* to) {
     using TX = std::remove_pointer_t<decltype(tx)>;
     using TB = std::remove_pointer_t<decltype(tb)>;

@@ -196,14 +196,13 @@ struct Tiles {
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-void check_matrix(const char* op, const char* name, const Tensor& tensor) {
-  STMAE_CHECK(tensor.dim() == 2 && tensor.is_contiguous(), op, ": expected ", name, " to be a contiguous matrix, got ",
-              shape(tensor));
+// Panels of `lanes` lanes and `steps` steps, in floats.
+int64_t panel_floats(int64_t lanes, int64_t width, int64_t steps) {
+  return checked_product("linear", {divide_up(lanes, width), width, steps});
 }
 
 int64_t elements_in_lane(bool bfloat16) {
@@ -253,16 +252,20 @@ void pack_and_multiply(const Packing& all_lanes, const Tiles& all_columns, int64
 
 // out [M, N] = x [M, K] times weight [N, K] transposed, or [K, N] if `transposed`, plus bias [N].
 void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool transposed) {
-  check_matrix("linear", "out", out), check_matrix("linear", "x", x), check_matrix("linear", "weight", weight);
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(transposed ? 1 : 0);
-  const bool bfloat16 = !is_float32("linear", x.scalar_type()), weight_float = is_float32("linear", weight.scalar_type());
-  STMAE_CHECK(weight.size(transposed ? 0 : 1) == K && out.size(0) == M && out.size(1) == N,
-              "linear: expected matching shapes, got ", shape(out), ", ", shape(x), " and ", shape(weight));
-  STMAE_CHECK(out.scalar_type() == x.scalar_type() && (bfloat16 || weight_float),
-              "linear: expected out of x's dtype, and float32 weights for float32");
-  STMAE_CHECK(K > 0 && (!bfloat16 || K % 2 == 0), "linear: expected a positive depth, in bfloat16 an even one, got ", K);
-  STMAE_CHECK(!bias || (bias->is_contiguous() && bias->numel() == N && bias->scalar_type() == ScalarType::Float),
-              "linear: expected bias [", N, "] float32, got ", bias ? shape(*bias) : "");
+  const char* op = "linear_product";
+  check_contiguous_tensor(op, "x", x, {kAny, kAny}, floating());
+  const int64_t M = x.size(0), K = x.size(1);
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  check_contiguous_tensor(op, "weight", weight, {transposed ? K : kAny, transposed ? kAny : K},
+                          bfloat16 ? floating() : DTypes(ScalarType::Float));
+  const int64_t N = weight.size(transposed ? 1 : 0);
+  const bool weight_float = weight.scalar_type() == ScalarType::Float;
+  check_contiguous_tensor(op, "out", out, {M, N}, x.scalar_type());
+  if (bias) check_contiguous_tensor(op, "bias", *bias, {N}, ScalarType::Float);
+  STMAE_CHECK(K > 0 && (!bfloat16 || K % 2 == 0), op, ": expected a positive depth, in bfloat16 an even one, got ", K);
+  check_no_overlap(op, "out", out, "x", x);
+  check_no_overlap(op, "out", out, "weight", weight);
+  if (bias) check_no_overlap(op, "out", out, "bias", *bias);
   if (M == 0 || N == 0) return;
   const int64_t steps = divide_up(K, elements_in_lane(bfloat16));
   Packing packing{transposed ? Order::columns : Order::rows,
@@ -291,7 +294,7 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
               N};
   if (M <= kFewRows && divide_up(N, kWidth) >= 4 * torch::stable::get_num_threads())
     return pack_and_multiply(packing, tiles, weight_float ? 4 : 2, bfloat16 ? 2 : 4);
-  Buffer<float> panels(divide_up(N, kWidth) * kWidth * steps);
+  Buffer<float> panels(panel_floats(N, kWidth, steps));
   packing.panels = panels.data();
   tiles.panels = panels.data();
   pack(packing);
@@ -300,20 +303,22 @@ void linear_product(Tensor out, const Tensor& x, const Tensor& weight, std::opti
 
 // out [N, K] float32 = grad [M, N] transposed times x [M, K], added to what is there if `add`.
 void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, bool add) {
-  check_matrix("linear", "out", out), check_matrix("linear", "grad", grad), check_matrix("linear", "x", x);
-  const int64_t M = x.size(0), K = x.size(1), N = grad.size(1);
-  const bool bfloat16 = !is_float32("linear", x.scalar_type());
-  STMAE_CHECK(grad.size(0) == M && out.size(0) == N && out.size(1) == K, "linear: expected matching shapes, got ", shape(out),
-              ", ", shape(grad), " and ", shape(x));
-  STMAE_CHECK(grad.scalar_type() == x.scalar_type() && out.scalar_type() == ScalarType::Float,
-              "linear: expected grad of x's dtype and out float32");
+  const char* op = "linear_weight_gradient";
+  check_contiguous_tensor(op, "grad", grad, {kAny, kAny}, floating());
+  const int64_t M = grad.size(0), N = grad.size(1);
+  check_contiguous_tensor(op, "x", x, {M, kAny}, grad.scalar_type());
+  const int64_t K = x.size(1);
+  check_contiguous_tensor(op, "out", out, {N, K}, ScalarType::Float);
+  check_no_overlap(op, "out", out, "grad", grad);
+  check_no_overlap(op, "out", out, "x", x);
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   if (M == 0 && !add) torch::stable::zero_(out);
   if (M == 0 || N == 0 || K == 0) return;
   const int64_t parts = divide_up(M, kMaxRows), max_depth = divide_up(divide_up(M, parts), 2) * 2;
   const int64_t elements = elements_in_lane(bfloat16), max_steps = divide_up(max_depth, elements);
   // Blocks a multiple of 4096 bytes apart would fall on the same lines of the cache when a block of steps is written to all of them.
   const int64_t block_steps = divide_up(max_steps, 128) * 128 + kStepBlock;
-  Buffer<float> panels(divide_up(K, kWidth) * kWidth * max_steps), blocks(divide_up(N, kTileRows) * kTileRows * block_steps);
+  Buffer<float> panels(panel_floats(K, kWidth, max_steps)), blocks(panel_floats(N, kTileRows, block_steps));
   const int64_t size = bfloat16 ? 2 : 4;
   for (int64_t first = 0; first < M; first += max_depth) {
     const int64_t depth = std::min(max_depth, M - first), steps = divide_up(depth, elements);
@@ -338,12 +343,18 @@ void linear_weight_gradient(Tensor out, const Tensor& grad, const Tensor& x, boo
   }
 }
 
+// For operands of products that a library multiplies.
+void check_matrix(const Tensor& x, std::string op, std::string name) {
+  check_tensor(op.c_str(), name.c_str(), x, sizes_of(x), floating());
+}
+
 }  // namespace
 }  // namespace stmae
 
 STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
   m.impl("linear_product", TORCH_BOX(&stmae::linear_product));
   m.impl("linear_weight_gradient", TORCH_BOX(&stmae::linear_weight_gradient));
+  m.impl("_check_matrix", TORCH_BOX(&stmae::check_matrix));
 }
 
 #endif

@@ -97,13 +97,10 @@ void column_sum(int64_t begin, int64_t end, int64_t width, const T* x, float* co
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <typename Action>
 void with_type(const Tensor& x, const Action& action) {
-  STMAE_CHECK(x.is_contiguous() && (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Float),
-              "mlp: expected contiguous float32 or bfloat16, got another dtype or layout");
   if (x.scalar_type() == ScalarType::BFloat16)
     action(static_cast<c10::BFloat16*>(nullptr));
   else
@@ -111,22 +108,26 @@ void with_type(const Tensor& x, const Action& action) {
 }
 
 Tensor gelu(const Tensor& hidden) {
+  check_contiguous_tensor("gelu", "hidden", hidden, sizes_of(hidden), floating());
   Tensor out = torch::stable::empty_like(hidden);
   with_type(hidden, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int64_t kPiece = 4096;  // a multiple of every vector length: results do not depend on the threads
+    constexpr int64_t kChunk = 4096;  // a multiple of every vector length: results do not depend on the threads
     const int64_t count = hidden.numel();
-    torch::stable::parallel_for(0, (count + kPiece - 1) / kPiece, 4, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPiece;
+    parallel_for((count + kChunk - 1) / kChunk, 4, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kChunk;
       STMAE_DISPATCH(gelu<T>, static_cast<const T*>(hidden.const_data_ptr()) + first,
-                     static_cast<T*>(out.mutable_data_ptr()) + first, std::min(count, end * kPiece) - first);
+                     static_cast<T*>(out.mutable_data_ptr()) + first, std::min(count, end * kChunk) - first);
     });
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gelu_backward(const Tensor& hidden, const Tensor& grad) {
-  const int64_t width = hidden.size(hidden.dim() - 1), rows = width ? hidden.numel() / width : 0;
+  const char* op = "gelu_backward";
+  check_contiguous_tensor(op, "hidden", hidden, {kAny, kAny}, floating());
+  check_contiguous_tensor(op, "grad", grad, sizes_of(hidden), hidden.scalar_type());
+  const int64_t rows = hidden.size(0), width = hidden.size(1);
   Tensor activation = torch::stable::empty_like(hidden), grad_hidden = torch::stable::empty_like(hidden);
   Tensor columns = torch::stable::new_empty(hidden, {width}, ScalarType::Float);
   with_type(hidden, [&](auto* type) {
@@ -141,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_backward(const Tensor& hidden, const Ten
 }
 
 Tensor column_sum(const Tensor& x) {
+  check_contiguous_tensor("column_sum", "x", x, {kAny, kAny}, floating());
   const int64_t rows = x.size(0), width = x.size(1);
   Tensor columns = torch::stable::new_empty(x, {width}, ScalarType::Float);
   with_type(x, [&](auto* type) {

@@ -101,6 +101,8 @@ static void patch_loss_range(const PatchLoss& l, float* target, int64_t begin, i
 #include <tuple>
 #include <type_traits>
 
+#include "base/buffer.h"
+#include "base/check.h"
 #include "base/parallel.h"
 #include "base/token_ids.h"
 #include "base/patches.h"
@@ -130,38 +132,43 @@ struct PatchLoss {
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Values {  // scale and shift for each of the P values of a patch, channel last
+struct Values {  // scale and shift for each of the P values of a patch, channels last
   std::vector<float> scale, shift;
-  Values(const std::vector<double>& mean, const std::vector<double>& std, int64_t P) : scale(P), shift(P) {
-    const Normalization channel(mean, std);
+  Values() = default;
+  Values(const Normalization& channel, int64_t P) : scale(P), shift(P) {
     for (int64_t i = 0; i < P; ++i) {
-      scale[i] = channel.scale[i % mean.size()];
-      shift[i] = channel.shift[i % mean.size()];
+      scale[i] = channel.scale[i % channel.scale.size()];
+      shift[i] = channel.shift[i % channel.shift.size()];
     }
   }
 };
 
-PatchLoss describe(const Tensor& pred, const Tensor& video, const Tensor& masked, const std::vector<int64_t>& patch_size,
-                   const std::vector<int64_t>& frames, const Values& values) {
+// Checks what both passes read. The result points into `values`, which is filled.
+PatchLoss describe(const char* op, const Tensor& pred, const Tensor& video, const Tensor& masked,
+                   const std::vector<int64_t>& patch_size, const std::vector<int64_t>& frames, const std::vector<double>& mean,
+                   const std::vector<double>& std, Values& values) {
+  check_tensor(op, "pred", pred, {kAny, kAny, kAny}, floating());
+  check_dense_rows(op, "pred", pred);
+  check_tensor(op, "masked", masked, {pred.size(0), pred.size(1)}, ScalarType::Long);
   PatchLoss l{};
+  l.patches = patches(op, video, pred.size(0), patch_size, &frames);
+  STMAE_CHECK(pred.size(2) == l.patches.values(), op, ": expected pred [B, M, ", l.patches.values(), "], got ", shape(pred));
+  values = Values(Normalization(op, mean, std, l.patches.C), l.patches.values());
   l.pred = pred.const_data_ptr();
   l.masked = masked.const_data_ptr<int64_t>();
-  l.count = pred.size(0) * pred.size(1);
+  l.count = masked.numel();
   l.M = pred.size(1);
   l.P = pred.size(2);
   l.pred_batch = pred.stride(0);
   l.pred_token = pred.stride(1);
   l.masked_batch = masked.stride(0);
   l.masked_token = masked.stride(1);
-  l.pred_float = is_float32("patch_loss", pred.scalar_type());
-  l.patches = patches(video, patch_size[0], patch_size[1], patch_size[2], frames.data());
+  l.pred_float = pred.scalar_type() == ScalarType::Float;
   l.scale = values.scale.data();
   l.shift = values.shift.data();
-  const int64_t tokens = static_cast<int64_t>(frames.size()) / patch_size[0] * l.patches.h * l.patches.w;
-  inverse_ids("patch_loss", "masked", masked, tokens);
+  inverse_ids(op, "masked", masked, pred.size(0), l.patches.tokens());
   return l;
 }
 
@@ -169,21 +176,22 @@ void run(const PatchLoss& l) {
   if (l.count == 0) return;
   const int64_t workers = num_workers(l.count, std::max<int64_t>(1, 16384 / l.P));
   const int64_t scratch = (2 * l.P + 31) / 16 * 16;  // the target, and the same as the video stores it
-  std::unique_ptr<float[]> target(new float[workers * scratch]);
+  Buffer<float> target(workers * scratch);
   parallel_for_static(l.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
-    STMAE_DISPATCH(patch_loss_range, l, target.get() + worker * scratch, begin, end);
+    STMAE_DISPATCH(patch_loss_range, l, target.data() + worker * scratch, begin, end);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& video, const Tensor& masked,
                                               std::vector<int64_t> patch_size, std::vector<int64_t> frames, bool normalize,
                                               std::vector<double> mean, std::vector<double> std) {
-  const int64_t B = pred.size(0), M = pred.size(1);
-  const Values values(mean, std, pred.size(2));
-  PatchLoss l = describe(pred, video, masked, patch_size, frames, values);
-  Tensor loss = torch::stable::new_empty(pred, {B, M}, ScalarType::Float);
-  Tensor patch_mean = torch::stable::new_empty(pred, {B, M}, ScalarType::Float);
-  Tensor patch_rstd = torch::stable::new_empty(pred, {B, M}, ScalarType::Float);
+  const char* op = "patch_loss";
+  Values values;
+  PatchLoss l = describe(op, pred, video, masked, patch_size, frames, mean, std, values);
+  STMAE_CHECK(!normalize || l.P > 1, op, ": expected at least 2 values in a patch to normalise, got ", l.P);
+  Tensor loss = torch::stable::new_empty(pred, masked.sizes(), ScalarType::Float);
+  Tensor patch_mean = torch::stable::new_empty(pred, masked.sizes(), ScalarType::Float);
+  Tensor patch_rstd = torch::stable::new_empty(pred, masked.sizes(), ScalarType::Float);
   l.normalize = normalize;
   l.loss = loss.mutable_data_ptr<float>();
   l.patch_mean = patch_mean.mutable_data_ptr<float>();
@@ -195,10 +203,13 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& 
 Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Tensor& video, const Tensor& masked,
                            const Tensor& patch_mean, const Tensor& patch_rstd, std::vector<int64_t> patch_size,
                            std::vector<int64_t> frames, std::vector<double> mean, std::vector<double> std) {
-  const int64_t B = pred.size(0), M = pred.size(1), P = pred.size(2);
-  const Values values(mean, std, P);
-  PatchLoss l = describe(pred, video, masked, patch_size, frames, values);
-  Tensor grad_pred = torch::stable::new_empty(pred, {B, M, P});
+  const char* op = "patch_loss_backward";
+  Values values;
+  PatchLoss l = describe(op, pred, video, masked, patch_size, frames, mean, std, values);
+  check_tensor(op, "grad_loss", grad_loss, sizes_of(masked), ScalarType::Float);
+  check_contiguous_tensor(op, "patch_mean", patch_mean, sizes_of(masked), ScalarType::Float);
+  check_contiguous_tensor(op, "patch_rstd", patch_rstd, sizes_of(masked), ScalarType::Float);
+  Tensor grad_pred = torch::stable::new_empty(pred, pred.sizes());
   l.patch_mean = const_cast<float*>(patch_mean.const_data_ptr<float>());
   l.patch_rstd = const_cast<float*>(patch_rstd.const_data_ptr<float>());
   l.grad_loss = grad_loss.const_data_ptr<float>();

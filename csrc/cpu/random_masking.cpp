@@ -70,6 +70,7 @@ static void masking_row(const float* noise, int64_t stride, int64_t N, int64_t K
 
 #include <tuple>
 
+#include "base/buffer.h"
 #include "base/check.h"
 #include "base/parallel.h"
 
@@ -79,10 +80,13 @@ static void masking_row(const float* noise, int64_t stride, int64_t N, int64_t K
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> random_masking(const Tensor& noise, int64_t num_keep) {
+  const char* op = "random_masking";
+  check_tensor(op, "noise", noise, {kAny, kAny}, ScalarType::Float);
+  STMAE_CHECK(num_keep > 0 && num_keep < noise.size(1), op, ": expected num_keep in [1, ", noise.size(1) - 1, "], got ",
+              num_keep);
   const int64_t B = noise.size(0), N = noise.size(1), K = num_keep, M = N - K;
   Tensor keep = torch::stable::new_empty(noise, {B, K}, ScalarType::Long);
   Tensor masked = torch::stable::new_empty(noise, {B, M}, ScalarType::Long);
@@ -91,15 +95,15 @@ std::tuple<Tensor, Tensor> random_masking(const Tensor& noise, int64_t num_keep)
   int64_t* rest = masked.mutable_data_ptr<int64_t>();
   const int64_t row_stride = noise.stride(0), stride = noise.stride(1);
   const int64_t workers = num_workers(B, std::max<int64_t>(1, 8192 / N));
-  std::unique_ptr<uint32_t[]> keys(new uint32_t[workers * N]);
-  std::unique_ptr<int64_t[]> nan(new int64_t[B]);
+  Buffer<uint32_t> keys(checked_product(op, {workers, N}));
+  Buffer<int64_t> nan(B);
   parallel_for_static(B, workers, [&](int64_t worker, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, keys.get() + worker * N, kept + b * K, rest + b * M,
-                     &nan[b]);
+      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, keys.data() + worker * N, kept + b * K, rest + b * M,
+                     nan.data() + b);
   });
   for (int64_t b = 0; b < B; ++b)
-    STMAE_CHECK(nan[b] < 0, "random_masking: expected noise without NaN, got NaN at [", b, ", ", nan[b], "]");
+    STMAE_CHECK(nan.data()[b] < 0, op, ": expected noise without NaN, got NaN at [", b, ", ", nan.data()[b], "]");
   return {keep, masked};
 }
 

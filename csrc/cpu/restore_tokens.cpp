@@ -139,38 +139,56 @@ struct RestoreBackward {
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor restore_tokens(const Tensor& tokens, const Tensor& keep, const Tensor& mask_token, const Tensor& position) {
+  const char* op = "restore_tokens";
+  check_contiguous_tensor(op, "position", position, {kAny, kAny}, floating());
+  check_tensor(op, "tokens", tokens, {kAny, kAny, position.size(1)}, floating());
+  check_dense_rows(op, "tokens", tokens);
+  check_tensor(op, "keep", keep, {tokens.size(0), tokens.size(1)}, ScalarType::Long);
+  check_contiguous_tensor(op, "mask_token", mask_token, {position.size(1)}, position.scalar_type());
+  STMAE_CHECK(tokens.scalar_type() == ScalarType::BFloat16 || position.scalar_type() == ScalarType::Float, op,
+              ": expected position float32 for tokens float32, got ", dtype_name(position.scalar_type()));
   const int64_t B = tokens.size(0), N = position.size(0), D = position.size(1);
-  const auto inverse = inverse_ids("restore_tokens", "keep", keep, N);
   Tensor out = torch::stable::new_empty(position, {B, N, D});
+  auto inverse = inverse_ids(op, "keep", keep, B, N);
+  if (out.numel() == 0) return out;
   const Restore r{tokens.const_data_ptr(),
                   mask_token.const_data_ptr(),
                   position.const_data_ptr(),
-                  inverse.get(),
+                  inverse.data(),
                   out.mutable_data_ptr(),
                   B,
                   N,
                   D,
                   tokens.stride(0),
                   tokens.stride(1),
-                  is_float32("restore_tokens", tokens.scalar_type()),
-                  is_float32("restore_tokens", out.scalar_type())};
+                  tokens.scalar_type() == ScalarType::Float,
+                  out.scalar_type() == ScalarType::Float};
   const int64_t grain = std::max<int64_t>(1, 16384 / (B * D + 1));
-  torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(restore_rows, r, begin, end); });
+  parallel_for(N, grain, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(restore_rows, r, begin, end); });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_out, const Tensor& keep, ScalarType tokens_dtype) {
+  const char* op = "restore_tokens_backward";
+  check_tensor(op, "grad_out", grad_out, {kAny, kAny, kAny}, floating());
+  check_dense_rows(op, "grad_out", grad_out);
+  check_tensor(op, "keep", keep, {grad_out.size(0), kAny}, ScalarType::Long);
+  const bool tokens_float = is_float32(op, tokens_dtype);
   const int64_t B = grad_out.size(0), N = grad_out.size(1), D = grad_out.size(2), K = keep.size(1);
-  const auto inverse = inverse_ids("restore_tokens", "keep", keep, N);
   Tensor grad_tokens = torch::stable::new_empty(grad_out, {B, K, D}, tokens_dtype);
   Tensor grad_mask_token = torch::stable::new_empty(grad_out, {D});
   Tensor grad_position = torch::stable::new_empty(grad_out, {N, D});
+  auto inverse = inverse_ids(op, "keep", keep, B, N);
+  if (B == 0 || D == 0 || N == 0) {
+    torch::stable::zero_(grad_mask_token);
+    torch::stable::zero_(grad_position);
+    return {grad_tokens, grad_mask_token, grad_position};
+  }
   const RestoreBackward r{grad_out.const_data_ptr(),
-                          inverse.get(),
+                          inverse.data(),
                           grad_tokens.mutable_data_ptr(),
                           grad_position.mutable_data_ptr(),
                           B,
@@ -179,20 +197,20 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_ou
                           D,
                           grad_out.stride(0),
                           grad_out.stride(1),
-                          is_float32("restore_tokens", tokens_dtype),
-                          is_float32("restore_tokens", grad_out.scalar_type())};
+                          tokens_float,
+                          grad_out.scalar_type() == ScalarType::Float};
   // The mask token's gradient sums over nearly all tokens: over the batch, over the tokens of a block, over blocks. Blocks
   // depend on the shape alone, so the result is the same at any number of threads.
   const int64_t block = 32, blocks = (N + block - 1) / block;
-  std::unique_ptr<float[]> parts(new float[blocks * D]);
+  Buffer<float> parts(checked_product(op, {blocks, D}));
   const int64_t grain = std::max<int64_t>(1, 16384 / (block * B * D + 1));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      STMAE_DISPATCH(restore_backward_rows, r, parts.get() + i * D, i * block, std::min(N, (i + 1) * block));
+      STMAE_DISPATCH(restore_backward_rows, r, parts.data() + i * D, i * block, std::min(N, (i + 1) * block));
   });
   std::vector<double> sum(D, 0.);
   for (int64_t i = 0; i < blocks; ++i)
-    for (int64_t d = 0; d < D; ++d) sum[d] += parts[i * D + d];
+    for (int64_t d = 0; d < D; ++d) sum[d] += parts.data()[i * D + d];
   for (int64_t d = 0; d < D; ++d) {
     if (r.out_float) {
       grad_mask_token.mutable_data_ptr<float>()[d] = static_cast<float>(sum[d]);

@@ -143,3 +143,9 @@ def linear_layer(op, x, weight, bias, prefix=""):
 def matrix(x):
     """[..., K] as [M, K]; with K = 0, where torch cannot infer M, too."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def wanted(op, flags, possible):
+    """Which gradients a backward op is asked for: one flag per input, and none for an input that is not there."""
+    if len(flags) != len(possible) or any(flag and not can for flag, can in zip(flags, possible)):
+        raise ValueError(f"{op}: expected wanted with {len(possible)} flags, true only for what was given, got {list(flags)}")

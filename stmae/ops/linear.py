@@ -83,7 +83,7 @@ def product(x, weight, bias=None, *, transposed=False, out=None):
         _product(out, x.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(), transposed)
         return out
     weight = weight.to(x.dtype).t() if transposed else weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()  # oneDNN reads a bias as if it were dense
     if x.dtype == torch.float32 and x.numel() and columns and uses_onednn():
         result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     elif out is None:
@@ -132,7 +132,21 @@ def linear(x, weight, bias=None):
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
+def _check(op, x, weight, bias, grad_out=None):
+    """What torch.ops.stmae.linear and its backward take, which someone may call directly: everything that the products read."""
+    checks.tensor(op, "x", x, "[M, K]", (None, None))
+    checks.tensor(op, "weight", weight, "[N, K]", (None, x.shape[1]))
+    if bias is not None:
+        checks.tensor(op, "bias", bias, "[N]", (weight.shape[0],))
+    if op == "linear_backward":
+        checks.tensor(op, "grad_out", grad_out, "[M, N]", (x.shape[0], weight.shape[0]), (x.dtype,))
+    for name, operand in (("x", x), ("weight", weight), ("bias", bias), ("grad_out", grad_out)):
+        if operand is not None:
+            check_matrix(operand, op, name)
+
+
 def _cpu(x, weight, bias):
+    _check("linear", x, weight, bias)
     return product(x, weight, bias)
 
 
@@ -141,6 +155,8 @@ def _fake(x, weight, bias):
 
 
 def _backward_cpu(grad_out, x, weight, bias, wanted):
+    _check("linear_backward", x, weight, bias, grad_out)
+    checks.wanted("linear_backward", wanted, (True, True, bias is not None))
     return (
         product(grad_out, weight, transposed=True) if wanted[0] else x.new_empty(0),
         weight_gradient(grad_out, x).to(weight.dtype) if wanted[1] else x.new_empty(0),
@@ -190,6 +206,9 @@ _weight_gradient = library.define(
     "(Tensor(a!) out, Tensor grad_out, Tensor x, bool add) -> ()",
     fake=lambda out, grad_out, x, add: None,
 )
+
+# x lies within its storage, aligned: what the kernels check on their own, for operands of products that a library multiplies.
+check_matrix = library.define("_check_matrix", "(Tensor x, str op, str name) -> ()", fake=lambda x, op, name: None)
 
 # Sum over the rows of a matrix, float32: the bias gradient.
 column_sum = library.define("column_sum", "(Tensor x) -> Tensor", fake=lambda x: x.new_empty(x.shape[1], dtype=torch.float32))

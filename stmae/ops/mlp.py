@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import column_sum, product, wanted_like, wanted_only, weight_gradient
+from .linear import check_matrix, column_sum, product, wanted_like, wanted_only, weight_gradient
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -50,7 +50,25 @@ def pieces(*matrices):
     return zip(*(matrix.split(max(1, -(-rows // count))) for matrix in matrices))
 
 
+def _check(op, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden=None, grad_out=None):
+    """What torch.ops.stmae.mlp and its backward take, which someone may call directly: everything that the products read."""
+    checks.tensor(op, "x", x, "[M, D]", (None, None))
+    checks.tensor(op, "fc1_weight", fc1_weight, "[F, D]", (None, x.shape[1]))
+    width = fc1_weight.shape[0]
+    checks.tensor(op, "fc1_bias", fc1_bias, "[F]", (width,))
+    checks.tensor(op, "fc2_weight", fc2_weight, "[D, F]", (None, width))
+    checks.tensor(op, "fc2_bias", fc2_bias, "[D]", (fc2_weight.shape[0],))
+    operands = {"x": x, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    if op == "mlp_backward":
+        checks.tensor(op, "grad_out", grad_out, "[M, D]", (x.shape[0], fc2_weight.shape[0]), (x.dtype,))
+        checks.tensor(op, "hidden", hidden, "[M, F]", (x.shape[0], width), (x.dtype,))
+        operands |= {"grad_out": grad_out, "hidden": hidden}
+    for name, operand in operands.items():
+        check_matrix(operand, op, name)
+
+
 def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    _check("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     hidden = product(x, fc1_weight, fc1_bias)
     out = x.new_empty(x.shape[0], fc2_weight.shape[0])
     for hidden_rows, out_rows in pieces(hidden, out):
@@ -63,6 +81,9 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 
 
 def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, wanted):
+    _check("mlp_backward", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, grad_out)
+    checks.wanted("mlp_backward", wanted, (True,) * 5)
+    grad_out, hidden = grad_out.contiguous(), hidden.contiguous()
     wants_x, wants_fc1, wants_fc1_bias, wants_fc2, wants_fc2_bias = wanted
     grad_x = x.new_empty(x.shape if wants_x else 0)
     fc1 = fc2 = None

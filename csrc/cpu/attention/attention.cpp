@@ -39,7 +39,6 @@
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A backward pass over fewer heads than this divides each by keys. The number of threads has no say in it, so that the
@@ -57,32 +56,17 @@ Heads<T> packed_heads(const Tensor& x, int i) {
   return heads<T>(x, i * x.stride(2));
 }
 
-void check_rows(const char* op, const char* name, const Tensor& x, int64_t dim, ScalarType dtype) {
-  STMAE_CHECK(x.dim() == dim, op, ": expected ", name, " with ", dim, " dimensions, got ", shape(x));
-  STMAE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": expected ", name, " float32 or bfloat16");
-  STMAE_CHECK(x.scalar_type() == dtype, op, ": expected ", name, " of the same dtype as the first input");
-  STMAE_CHECK(x.numel() == 0 || x.stride(dim - 1) == 1 || x.size(dim - 1) == 1, op, ": expected ", name,
-              " with a contiguous last dimension, got stride ", x.stride(dim - 1));
+// x has these sizes and dtypes, and dense rows.
+void check_rows(const char* op, const char* name, const Tensor& x, const std::vector<int64_t>& sizes, const DTypes& dtypes) {
+  check_tensor(op, name, x, sizes, dtypes);
+  check_dense_rows(op, name, x);
 }
 
-void check_head_dim(const char* op, int64_t D) {
+void check_sizes(const char* op, int64_t queries, int64_t keys, int64_t D, double scale) {
   STMAE_CHECK(D >= 8 && D <= 128 && D % 8 == 0, op, ": expected a head dim that is a multiple of 8 and at most 128, got ", D);
-}
-
-void check_shape(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> expected) {
-  bool same = x.dim() == static_cast<int64_t>(expected.size());
-  std::ostringstream wanted;
-  int64_t i = 0;
-  for (int64_t size : expected) {
-    same = same && x.size(i) == size;
-    wanted << (i++ ? ", " : "") << size;
-  }
-  STMAE_CHECK(same, op, ": expected ", name, " [", wanted.str(), "], got ", shape(x));
-}
-
-void check_lse(const char* op, const Tensor& lse, int64_t B, int64_t H, int64_t N) {
-  check_shape(op, "lse", lse, {B, H, N});
-  STMAE_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(), op, ": expected lse contiguous float32");
+  STMAE_CHECK(std::max(queries, keys) < int64_t{1} << 31, op, ": expected fewer than 2^31 tokens, got ", std::max(queries, keys));
+  STMAE_CHECK(keys > 0 || queries == 0, op, ": expected at least one key, got none");
+  STMAE_CHECK(std::isfinite(scale), op, ": expected scale finite, got ", scale);
 }
 
 // How many items make a parallel task worth its start: about 10^5 multiply-adds.
@@ -115,8 +99,8 @@ void run_backward(Backward<T> a, int64_t B) {
   parallel_for_dynamic(count, 1, min_items,
                        [&](int64_t, int64_t first, int64_t last) { STMAE_DISPATCH(attention_backward<T>, a, first, last); });
   if (a.partial)
-    torch::stable::parallel_for(0, all * a.Nq, grain(1, a.splits, a.D),
-                                [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_sum<T>, a, first, last); });
+    parallel_for(all * a.Nq, grain(1, a.splits, a.D),
+                 [&](int64_t first, int64_t last) { STMAE_DISPATCH(attention_sum<T>, a, first, last); });
 }
 
 template <typename T>
@@ -128,14 +112,11 @@ void forward_as(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   const char* op = "attention";
-  check_rows(op, "q", q, 4, q.scalar_type());
-  check_rows(op, "k", k, 4, q.scalar_type());
-  check_rows(op, "v", v, 4, q.scalar_type());
+  check_rows(op, "q", q, {kAny, kAny, kAny, kAny}, floating());
   const int64_t B = q.size(0), N = q.size(1), H = q.size(2), D = q.size(3);
-  check_head_dim(op, D);
-  check_shape(op, "k", k, {B, k.size(1), H, D});
-  check_shape(op, "v", v, {B, k.size(1), H, D});
-  STMAE_CHECK(k.size(1) > 0 || q.numel() == 0, op, ": expected at min_items one key, got k ", shape(k));
+  check_rows(op, "k", k, {B, kAny, H, D}, q.scalar_type());
+  check_rows(op, "v", v, {B, k.size(1), H, D}, q.scalar_type());
+  check_sizes(op, B * H == 0 ? 0 : N, k.size(1), D, scale);
   Tensor out = torch::stable::new_empty(q, {B, N, H, D});
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Float);
   if (q.numel() == 0) return {out, lse};
@@ -156,10 +137,9 @@ void packed_forward_as(const Tensor& qkv, const Tensor& out, const Tensor& lse, 
 
 std::tuple<Tensor, Tensor> packed_attention(const Tensor& qkv, double scale) {
   const char* op = "packed_attention";
-  check_rows(op, "qkv", qkv, 5, qkv.scalar_type());
+  check_rows(op, "qkv", qkv, {kAny, kAny, 3, kAny, kAny}, floating());
   const int64_t B = qkv.size(0), N = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
-  check_head_dim(op, D);
-  check_shape(op, "qkv", qkv, {B, N, 3, H, D});
+  check_sizes(op, N, N, D, scale);
   Tensor out = torch::stable::new_empty(qkv, {B, N, H, D});
   Tensor lse = torch::stable::new_empty(qkv, {B, H, N}, ScalarType::Float);
   if (qkv.numel() == 0) return {out, lse};
@@ -182,18 +162,14 @@ void backward_as(const Tensor& grad_out, const Tensor& q, const Tensor& k, const
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& out, const Tensor& lse, double scale) {
   const char* op = "attention_backward";
-  check_rows(op, "grad_out", grad_out, 4, q.scalar_type());
-  check_rows(op, "q", q, 4, q.scalar_type());
-  check_rows(op, "k", k, 4, q.scalar_type());
-  check_rows(op, "v", v, 4, q.scalar_type());
-  check_rows(op, "out", out, 4, q.scalar_type());
+  check_rows(op, "q", q, {kAny, kAny, kAny, kAny}, floating());
   const int64_t B = q.size(0), N = q.size(1), H = q.size(2), D = q.size(3);
-  check_head_dim(op, D);
-  check_shape(op, "grad_out", grad_out, {B, N, H, D});
-  check_shape(op, "out", out, {B, N, H, D});
-  check_shape(op, "k", k, {B, k.size(1), H, D});
-  check_shape(op, "v", v, {B, k.size(1), H, D});
-  check_lse(op, lse, B, H, N);
+  check_rows(op, "grad_out", grad_out, {B, N, H, D}, q.scalar_type());
+  check_rows(op, "k", k, {B, kAny, H, D}, q.scalar_type());
+  check_rows(op, "v", v, {B, k.size(1), H, D}, q.scalar_type());
+  check_rows(op, "out", out, {B, N, H, D}, q.scalar_type());
+  check_contiguous_tensor(op, "lse", lse, {B, H, N}, ScalarType::Float);
+  check_sizes(op, B * H == 0 ? 0 : N, k.size(1), D, scale);
   Tensor grad_q = torch::stable::new_empty(q, {B, N, H, D});
   Tensor grad_k = torch::stable::new_empty(k, {B, k.size(1), H, D});
   Tensor grad_v = torch::stable::new_empty(v, {B, k.size(1), H, D});
@@ -216,15 +192,12 @@ void packed_backward_as(const Tensor& grad_out, const Tensor& qkv, const Tensor&
 
 Tensor packed_attention_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
   const char* op = "packed_attention_backward";
-  check_rows(op, "grad_out", grad_out, 4, qkv.scalar_type());
-  check_rows(op, "qkv", qkv, 5, qkv.scalar_type());
-  check_rows(op, "out", out, 4, qkv.scalar_type());
+  check_rows(op, "qkv", qkv, {kAny, kAny, 3, kAny, kAny}, floating());
   const int64_t B = qkv.size(0), N = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
-  check_head_dim(op, D);
-  check_shape(op, "qkv", qkv, {B, N, 3, H, D});
-  check_shape(op, "grad_out", grad_out, {B, N, H, D});
-  check_shape(op, "out", out, {B, N, H, D});
-  check_lse(op, lse, B, H, N);
+  check_rows(op, "grad_out", grad_out, {B, N, H, D}, qkv.scalar_type());
+  check_rows(op, "out", out, {B, N, H, D}, qkv.scalar_type());
+  check_contiguous_tensor(op, "lse", lse, {B, H, N}, ScalarType::Float);
+  check_sizes(op, N, N, D, scale);
   Tensor grad_qkv = torch::stable::new_empty(qkv, {B, N, 3, H, D});
   if (qkv.scalar_type() == ScalarType::Float)
     packed_backward_as<float>(grad_out, qkv, out, lse, grad_qkv, scale);

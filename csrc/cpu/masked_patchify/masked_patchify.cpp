@@ -20,6 +20,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "base/buffer.h"
+#include "base/check.h"
 #include "base/parallel.h"
 #include "base/token_ids.h"
 #include "base/patches.h"
@@ -31,14 +33,24 @@
 namespace stmae {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-Patchify describe(const Tensor& video, const Tensor& keep, const Tensor& weight, const Normalization& normalization) {
+void check_video(const char* op, const Tensor& video) {
+  STMAE_CHECK(video.dim() == 5, op, ": expected video [B, C, T, H, W], got ", shape(video));
+}
+
+// What the sums of a product can be stored in.
+DTypes output_dtypes(const Patchify& p) { return p.weight_float ? DTypes(ScalarType::Float) : floating(); }
+
+// Checks what both passes read, but position, which is checked against the output.
+Patchify describe(const char* op, const Tensor& video, const Tensor& keep, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const Normalization& normalization) {
+  check_contiguous_tensor(op, "weight", weight, {kAny, video.size(1), kAny, kAny, kAny}, floating());
+  if (bias) check_contiguous_tensor(op, "bias", *bias, {weight.size(0)}, weight.scalar_type());
   Patchify p{};
-  p.patches = patches(video, weight.size(2), weight.size(3), weight.size(4), nullptr);
+  p.patches = patches(op, video, keep.size(0), {weight.size(2), weight.size(3), weight.size(4)}, nullptr);
   p.scale = normalization.scale.data();
   p.shift = normalization.shift.data();
   p.keep = keep.const_data_ptr<int64_t>();
@@ -46,47 +58,51 @@ Patchify describe(const Tensor& video, const Tensor& keep, const Tensor& weight,
   p.keep_token = keep.stride(1);
   p.B = keep.size(0);
   p.K = keep.size(1);
-  p.N = video.size(2) / p.patches.u * p.patches.h * p.patches.w;
+  p.N = p.patches.tokens();
   p.D = weight.size(0);
   p.P = p.patches.values();
-  p.weight_float = is_float32("masked_patchify", weight.scalar_type());
-  p.total = p.B * p.K;
+  p.weight_float = weight.scalar_type() == ScalarType::Float;
+  p.total = keep.numel();
   return p;
 }
 
 Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& weight, std::optional<Tensor> bias,
                        std::optional<Tensor> position, std::vector<double> mean, std::vector<double> std) {
-  const Normalization normalization(mean, std);
-  Patchify p = describe(video, keep, weight, normalization);
-  inverse_ids("masked_patchify", "keep", keep, p.N);
+  const char* op = "masked_patchify";
+  check_tensor(op, "keep", keep, {kAny, kAny}, ScalarType::Long);
+  check_video(op, video);
+  const Normalization normalization(op, mean, std, video.size(1));
+  Patchify p = describe(op, video, keep, weight, bias, normalization);
+  inverse_ids(op, "keep", keep, p.B, p.N);
+  if (position) check_contiguous_tensor(op, "position", *position, {p.N, p.D}, output_dtypes(p));
   Tensor out = torch::stable::new_empty(position ? *position : weight, {p.B, p.K, p.D});
-  p.out_float = is_float32("masked_patchify", out.scalar_type());
+  p.out_float = out.scalar_type() == ScalarType::Float;
   p.out = out.mutable_data_ptr();
   p.weight = weight.const_data_ptr();
   p.weight_row = p.P;
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.position = position ? position->const_data_ptr() : nullptr;
+  if (out.numel() == 0) return out;
   std::vector<c10::BFloat16> padded;
   if (!p.weight_float && p.P % 2) {  // bfloat16 is read in pairs, and a row's last one must not reach into the next row
     p.weight_row = p.P + 1;
-    padded.resize(p.D * p.weight_row);
+    padded.resize(checked_product(op, {p.D, p.weight_row}));
     for (int64_t d = 0; d < p.D; ++d)
       std::copy_n(weight.const_data_ptr<c10::BFloat16>() + d * p.P, p.P, padded.data() + d * p.weight_row);
     p.weight = padded.data();
   }
-  if (out.numel() == 0) return out;
   const int64_t groups = (std::min(p.total, kPart) + kGroup - 1) / kGroup, workers = num_workers(groups, 1);
   const int64_t scratch = (kGroup + 1) * p.P + kGroup;
-  std::unique_ptr<float[]> patch_rows(new float[workers * scratch]);
-  std::unique_ptr<float[]> panels(new float[round_up(std::min(p.total, kPart), kPanel) * p.P]);
-  p.panels = panels.get();
+  Buffer<float> patch_rows(checked_product(op, {workers, scratch}));
+  Buffer<float> panels(round_up(std::min(p.total, kPart), kPanel) * p.P);
+  p.panels = panels.data();
   for (p.first = 0; p.first < p.total; p.first += kPart) {
     p.count = std::min(kPart, p.total - p.first);
     parallel_for_static((p.count + kGroup - 1) / kGroup, workers, [&](int64_t worker, int64_t begin, int64_t end) {
-      STMAE_DISPATCH(patchify_pack, p, patch_rows.get() + worker * scratch, begin, end);
+      STMAE_DISPATCH(patchify_pack, p, patch_rows.data() + worker * scratch, begin, end);
     });
     const int64_t tasks = (p.count + kPanel - 1) / kPanel * ((p.D + kRows - 1) / kRows);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_tiles, p, begin, end); });
+    parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_tiles, p, begin, end); });
   }
   return out;
 }
@@ -95,19 +111,24 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
                                                             const Tensor& weight, std::optional<Tensor> bias,
                                                             std::optional<Tensor> position, std::vector<double> mean,
                                                             std::vector<double> std) {
-  const Normalization normalization(mean, std);
-  Patchify p = describe(video, keep, weight, normalization);
-  const auto inverse = inverse_ids("masked_patchify", "keep", keep, p.N);
+  const char* op = "masked_patchify_backward";
+  check_tensor(op, "keep", keep, {kAny, kAny}, ScalarType::Long);
+  check_video(op, video);
+  const Normalization normalization(op, mean, std, video.size(1));
+  Patchify p = describe(op, video, keep, weight, bias, normalization);
+  auto inverse = inverse_ids(op, "keep", keep, p.B, p.N);
+  check_contiguous_tensor(op, "grad_out", grad_out, {p.B, p.K, p.D}, output_dtypes(p));
+  if (position) check_contiguous_tensor(op, "position", *position, {p.N, p.D}, grad_out.scalar_type());
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   Tensor grad_bias = torch::stable::new_empty(weight, {bias ? p.D : 0});
   Tensor grad_position = position ? torch::stable::new_empty(*position, {p.N, p.D}) : torch::stable::new_empty(weight, {0});
-  p.out_float = is_float32("masked_patchify", grad_out.scalar_type());
+  p.out_float = grad_out.scalar_type() == ScalarType::Float;
   p.grad_out = grad_out.const_data_ptr();
-  p.inverse = inverse.get();
+  p.inverse = inverse.data();
   p.grad_weight = grad_weight.mutable_data_ptr();
   p.grad_bias = grad_bias.mutable_data_ptr();
   p.grad_position = grad_position.mutable_data_ptr();
-  if (p.total == 0) {
+  if (p.total == 0 || p.D == 0) {
     torch::stable::zero_(grad_weight);
     if (bias) torch::stable::zero_(grad_bias);
     if (position) torch::stable::zero_(grad_position);
@@ -115,30 +136,28 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
   }
   const int64_t max_count = std::min(p.total, kPart), workers = num_workers(max_count, 8),
                 scratch = std::max(4 * p.P, p.D) + kGroup;
-  std::unique_ptr<float[]> patch_rows(new float[workers * scratch]);
-  std::unique_ptr<float[]> panels(new float[max_count * round_up(p.P, kPanel)]);
-  std::unique_ptr<float[]> packed_grad(new float[max_count * round_up(p.D, kRows)]);
-  std::unique_ptr<float[]> sum;
-  if (!p.weight_float && p.total > kPart) sum.reset(new float[p.D * p.P]);
-  p.panels = panels.get();
-  p.packed_grad = packed_grad.get();
-  std::unique_ptr<const void*[]> clips(new const void*[workers * p.B]);
-  p.weight_sum = p.weight_float ? grad_weight.mutable_data_ptr<float>() : sum.get();
+  Buffer<float> patch_rows(checked_product(op, {workers, scratch}));
+  Buffer<float> panels(max_count * round_up(p.P, kPanel));
+  Buffer<float> packed_grad(checked_product(op, {max_count, round_up(p.D, kRows)}));
+  Buffer<float> sum(!p.weight_float && p.total > kPart ? checked_product(op, {p.D, p.P}) : 0);
+  p.panels = panels.data();
+  p.packed_grad = packed_grad.data();
+  Buffer<const void*> clips(checked_product(op, {workers, p.B}));
+  p.weight_sum = p.weight_float ? grad_weight.mutable_data_ptr<float>() : sum.data();
   int64_t elements = 1;
   STMAE_DISPATCH(patchify_pack_size, p, &elements);
   for (p.first = 0; p.first < p.total; p.first += kPart) {
     p.count = std::min(kPart, p.total - p.first);
     parallel_for_static((p.count + elements - 1) / elements, workers, [&](int64_t worker, int64_t begin, int64_t end) {
-      STMAE_DISPATCH(patchify_backward_pack, p, patch_rows.get() + worker * scratch, begin, end);
+      STMAE_DISPATCH(patchify_backward_pack, p, patch_rows.data() + worker * scratch, begin, end);
       if (p.first > 0) return;  // the other two gradients need no panels: here, they cost no threads of their own
       const auto part_begin = [&](int64_t count) { return count * worker / workers; };
       const auto part_end = [&](int64_t count) { return count * (worker + 1) / workers; };
       if (bias) STMAE_DISPATCH(patchify_grad_bias, p, part_begin(p.D), part_end(p.D));
-      if (position) STMAE_DISPATCH(patchify_grad_position, p, clips.get() + worker * p.B, part_begin(p.N), part_end(p.N));
+      if (position) STMAE_DISPATCH(patchify_grad_position, p, clips.data() + worker * p.B, part_begin(p.N), part_end(p.N));
     });
     const int64_t tasks = (p.P + kPanel - 1) / kPanel * ((p.D + kRows - 1) / kRows);
-    torch::stable::parallel_for(0, tasks, 1,
-                                [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_backward_tiles, p, begin, end); });
+    parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { STMAE_DISPATCH(patchify_backward_tiles, p, begin, end); });
   }
   return {grad_weight, grad_bias, grad_position};
 }
