@@ -61,6 +61,7 @@ def packages(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in backends.INSTALLED:
         monkeypatch.setitem(backends.INSTALLED, name, True)
+    monkeypatch.setattr(backends.support, "TRITON_PROBLEM", None)
 
 
 @pytest.fixture

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stmae.kernels import support
+
+pytestmark = pytest.mark.skipif(support.TRITON_PROBLEM is not None, reason=f"nothing is compiled: {support.TRITON_PROBLEM}")
+
 HERE = Path(__file__).parent
 UPDATE = "python tests/kernels/compile_report.py --update"
 PRODUCTS = ("masked_patchify", "grad_weight", "attention", "grad_q", "grad_kv")

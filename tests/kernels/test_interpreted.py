@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from stmae.kernels import support
+
+pytestmark = pytest.mark.skipif(support.TRITON_PROBLEM is not None, reason=f"nothing is interpreted: {support.TRITON_PROBLEM}")
+
 HERE = Path(__file__).parent
 PARTS = {  # those that take long first
     "traffic of attention": ("check_traffic.py", "attention"),
