@@ -65,7 +65,7 @@ def extension():
 arguments = dict(
     packages=packages,
     package_dir={"stmae.kernels": "kernels", "stmae.training": "training"},
-    package_data={"stmae.training": ["assets/*", "presets/*"]},
+    package_data={"stmae": ["py.typed", "*.pyi"], "stmae.training": ["assets/*", "presets/*"]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
 if TORCH_SITE is None:

@@ -1,6 +1,7 @@
-"""stmae: masked autoencoders for video that compute nothing for what is hidden."""
+"""stmae: masked autoencoders for video whose encoder never touches a masked patch."""
 
 import pkgutil as _pkgutil
+import typing as _typing
 from pathlib import Path as _Path
 
 # In a checkout, this folder shadows an installed stmae: find the installed _C through the path, and let the checkout's own
@@ -15,12 +16,19 @@ from .environment import show_config  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["checkpoint", "masking", "models", "ops", "reference", "show_config"]
+_LAZY = ("checkpoint", "kernels", "masking", "models", "training")  # imported when they are asked for
+
+if _typing.TYPE_CHECKING:
+    from . import checkpoint, masking, models
+else:
+
+    def __getattr__(name):
+        if name in _LAZY:
+            import importlib
+
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module 'stmae' has no attribute '{name}'")
 
 
-def __getattr__(name):
-    # What import stmae itself does not need stays unimported until it is asked for.
-    if name in ("checkpoint", "kernels", "masking", "models", "training"):
-        import importlib
-
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module 'stmae' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return sorted({*__all__, "training", "__version__"})

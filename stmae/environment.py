@@ -4,16 +4,17 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from typing import TextIO
 
 
-def _version(package):
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def show_config(file=None):
+def show_config(file: TextIO | None = None) -> None:
     """Print versions, devices, the instruction set of the CPU kernels and the attention back ends. Imports no option."""
     import torch
 

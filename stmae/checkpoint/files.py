@@ -7,16 +7,18 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
 from stmae.checkpoint.resize import classifier_from_autoencoder, resize
 from stmae.checkpoint.state import build
-from stmae.models.config import MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
 from stmae.models.video_classifier import VideoClassifier
 
 _FORMAT = 1
-_KINDS = {
+_KINDS: dict[str, tuple[type[VideoModel], type[EncoderConfig]]] = {
     "MaskedAutoencoder": (MaskedAutoencoder, MaskedAutoencoderConfig),
     "VideoClassifier": (VideoClassifier, VideoClassifierConfig),
 }
@@ -28,7 +30,7 @@ class CheckpointError(RuntimeError):
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; what was written there replaces ``path`` if the
     block succeeds.
 
@@ -65,7 +67,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def save(model: VideoModel, path: str | os.PathLike, *, extra: dict[str, str] | None = None) -> None:
+def save(model: VideoModel, path: str | os.PathLike[str], *, extra: dict[str, str] | None = None) -> None:
     """Writes weights and configuration to one safetensors file, atomically.
 
     Args:
@@ -93,7 +95,7 @@ def save(model: VideoModel, path: str | os.PathLike, *, extra: dict[str, str] | 
             raise OSError(str(error)) from error
 
 
-def load(path: str | os.PathLike, **overrides) -> VideoModel:
+def load(path: str | os.PathLike[str], **overrides: Any) -> VideoModel:
     """Reads a checkpoint that ``save`` wrote: the model, on the CPU, in evaluation mode.
 
     Args:
@@ -120,16 +122,15 @@ def load(path: str | os.PathLike, **overrides) -> VideoModel:
         )
     try:
         about = json.loads(metadata["stmae"])
-        newer = about["format"] > _FORMAT or about["kind"] not in _KINDS
-        model_class, config_class = (None, None) if newer else _KINDS[about["kind"]]
-        config = None if newer else config_class.from_dict(about["config"])
+        if about["format"] > _FORMAT or about["kind"] not in _KINDS:
+            raise CheckpointError(
+                f"cannot read {os.fspath(path)}: it holds a {about['kind']} in format {about['format']}, and this "
+                f"stmae reads {', '.join(_KINDS)} up to format {_FORMAT}; install a newer stmae"
+            )
+        model_class, config_class = _KINDS[about["kind"]]
+        config = config_class.from_dict(about["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {os.fspath(path)}: its stmae configuration is damaged: {error}") from error
-    if newer:
-        raise CheckpointError(
-            f"cannot read {os.fspath(path)}: it holds a {about['kind']} in format {about['format']}, and this "
-            f"stmae reads {', '.join(_KINDS)} up to format {_FORMAT}; install a newer stmae"
-        )
     integers = [name for name, value in state.items() if not value.is_floating_point()]
     if integers:
         raise CheckpointError(f"cannot read {os.fspath(path)}: expected floating-point weights, got others: {integers}")
@@ -137,7 +138,7 @@ def load(path: str | os.PathLike, **overrides) -> VideoModel:
     return resize(model, **overrides) if overrides else model
 
 
-def load_classifier(path: str | os.PathLike, **overrides) -> VideoClassifier:
+def load_classifier(path: str | os.PathLike[str], **overrides: Any) -> VideoClassifier:
     """Reads a classifier, or makes one from a pre-trained autoencoder's encoder with a new head.
 
     Args:
@@ -149,10 +150,10 @@ def load_classifier(path: str | os.PathLike, **overrides) -> VideoClassifier:
     model = load(path)
     if isinstance(model, VideoClassifier):
         return resize(model, **overrides) if overrides else model
-    return classifier_from_autoencoder(model, **overrides)
+    return classifier_from_autoencoder(cast(MaskedAutoencoder, model), **overrides)  # the only other kind
 
 
-def _unwrap(model):
+def _unwrap(model: Any) -> Any:
     while True:
         inner = getattr(model, "_orig_mod", None)  # torch.compile
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
@@ -162,7 +163,7 @@ def _unwrap(model):
         model = inner
 
 
-def _safetensors():
+def _safetensors() -> ModuleType:
     try:
         import safetensors
         import safetensors.torch

@@ -1,6 +1,7 @@
 """The bridge to and from mae_st (facebookresearch/mae_st), by its parameter and argument names."""
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -14,10 +15,12 @@ from stmae.checkpoint.names import (
     unwrap,
 )
 from stmae.checkpoint.state import CheckpointMismatch
-from stmae.models.config import MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
 from stmae.models.video_classifier import VideoClassifier
+
+_SOURCE = "the mae_st checkpoint"  # what errors call it
 
 # mae_st's argument -> (our field, mae_st's default).
 _SHARED = {
@@ -77,7 +80,7 @@ _DECODER = {
 }
 
 
-def from_mae_st(state_dict: dict, config: dict) -> VideoModel:
+def from_mae_st(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoModel:
     """A model with the weights of mae_st's ``MaskedAutoencoderViT`` or ``VisionTransformer``, computing what
     that computes.
 
@@ -110,20 +113,19 @@ def from_mae_st(state_dict: dict, config: dict) -> VideoModel:
     values["qkv_bias"] = not config.get("no_qkv_bias", False)
     if kind == "pretrain":
         values["target"] = "normalized_pixels" if values["target"] else "pixels"
-        model_class, model_config = MaskedAutoencoder, MaskedAutoencoderConfig(**values)
+        model_config = MaskedAutoencoderConfig(**values)
         if model_config.predicted_frames == model_config.grid[0]:
             # One per time slice, also after a change of length.
             model_config = model_config.replace(predicted_frames=None)
-    else:
-        model_class, model_config = VideoClassifier, VideoClassifierConfig(**values)
-        if not model_config.class_token:
-            warnings.warn(
-                "from_mae_st: mae_st's classifier without a class token leaves the first patch out of its "
-                "mean; this one averages all, and so gives other logits",
-                stacklevel=2,
-            )
-    table = _names(model_config)
-    return build_renamed(model_class, model_config, _fuse_qkv(weights), table, "the mae_st checkpoint")
+        return build_renamed(MaskedAutoencoder, model_config, _fuse_qkv(weights), _names(model_config), _SOURCE)
+    classifier_config = VideoClassifierConfig(**values)
+    if not classifier_config.class_token:
+        warnings.warn(
+            "from_mae_st: mae_st's classifier without a class token leaves the first patch out of its "
+            "mean; this one averages all, and so gives other logits",
+            stacklevel=2,
+        )
+    return build_renamed(VideoClassifier, classifier_config, _fuse_qkv(weights), _names(classifier_config), _SOURCE)
 
 
 def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
@@ -133,8 +135,8 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a model with a choice that mae_st does not have.
     """
-    config = model.config
     if isinstance(model, MaskedAutoencoder):
+        config = model.config
         if config.class_token and config.decoder_class_token != "own":
             raise ValueError("to_mae_st: mae_st's decoder has a class token of its own; this model passes the encoder's through")
         if config.decoder_separable_position not in (None, config.separable_position):
@@ -143,7 +145,7 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
             raise ValueError("to_mae_st: mae_st predicts the frames of a linspace; this model, of a stride")
         if config.target == "hog":
             raise ValueError("to_mae_st: mae_st predicts pixels; this model, histograms of oriented gradients")
-    table = _names(config)
+    table = _names(model.config)
     result = {}
     for name, value in model.state_dict().items():
         theirs = translate(name, table)
@@ -156,7 +158,7 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
     return result
 
 
-def _names(config: MaskedAutoencoderConfig | VideoClassifierConfig) -> dict[str, str]:
+def _names(config: EncoderConfig) -> dict[str, str]:
     table = ENCODER | block_names("encoder.blocks.", "blocks.", config.depth)
     if isinstance(config, MaskedAutoencoderConfig):
         return table | _DECODER | block_names("decoder.blocks.", "decoder_blocks.", config.decoder_depth)
@@ -172,6 +174,6 @@ def _fuse_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = [name.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
         absent = [part for part in names if part not in weights]
         if absent:
-            raise CheckpointMismatch("the mae_st checkpoint", absent, [], {})
+            raise CheckpointMismatch(_SOURCE, absent, [], {})
         result[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([result.pop(part) for part in names])
     return result

@@ -1,11 +1,13 @@
 """What the bridges to other code bases share: their names for our parameters, and their arguments for our
 configuration."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from stmae.checkpoint.state import build
+from stmae.checkpoint.state import Model, build
 from stmae.models.config import EncoderConfig
-from stmae.models.encoder import VideoModel
 
 # Ours -> theirs; a name that ends in a dot stands for all that begin with it. The encoder is called the same
 # in mae_st and SlowFast.
@@ -50,12 +52,12 @@ def has_leading_one(name: str) -> bool:
 
 
 def build_renamed(
-    model_class: type,
+    model_class: type[Model],
     config: EncoderConfig,
     weights: dict[str, torch.Tensor],
     table: dict[str, str],
     source: str,
-) -> VideoModel:
+) -> Model:
     """A model from weights by their names; ``table``: ours -> theirs. Raises CheckpointMismatch, by their
     names."""
     backwards = {theirs: ours for ours, theirs in table.items()}
@@ -67,7 +69,7 @@ def build_renamed(
     return build(model_class, config, state, source, lambda name: translate(name, table)).eval()
 
 
-def unwrap(state_dict: dict) -> dict[str, torch.Tensor]:
+def unwrap(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors by their plain names, out of nesting under ``model`` or ``model_state`` and without
     wrappers' prefixes."""
     for key in ("model_state", "model"):
@@ -84,7 +86,9 @@ def unwrap(state_dict: dict) -> dict[str, torch.Tensor]:
     return result
 
 
-def fields(where: str, config: dict, arguments: dict, without_field: set) -> dict:
+def fields(
+    where: str, config: dict[str, Any], arguments: Mapping[str, tuple[str, Any]], without_field: set[str]
+) -> dict[str, Any]:
     """Their arguments as fields of our configuration.
 
     ``arguments``: theirs -> (our field, their default; None: it must be given).

@@ -1,10 +1,11 @@
 """The same weights for another clip length or frame size, or for another task."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
-from stmae.checkpoint.state import build
+from stmae.checkpoint.state import Model, build
 from stmae.models.config import EncoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
@@ -12,7 +13,7 @@ from stmae.models.position import interpolate_position
 from stmae.models.video_classifier import VideoClassifier
 
 
-def resize(model: VideoModel, **changes) -> VideoModel:
+def resize(model: Model, **changes: Any) -> Model:
     """A new model with some fields of the configuration changed and the weights carried over.
 
     Another ``num_frames`` or ``image_size`` interpolates the position embeddings, separable and joint alike:
@@ -23,14 +24,18 @@ def resize(model: VideoModel, **changes) -> VideoModel:
         ValueError: a field that does not exist or a value that is not valid.
         CheckpointMismatch: the weights do not fit the changed configuration; lists what differs.
     """
-    config = model.config.replace(**changes)
-    state = _resized(model.state_dict(), model.config, config)
-    if isinstance(model, VideoClassifier) and config.num_classes != model.config.num_classes:
+    old, config = model.config, model.config.replace(**changes)
+    state = _resized(model.state_dict(), old, config)
+    if (
+        isinstance(old, VideoClassifierConfig)
+        and isinstance(config, VideoClassifierConfig)
+        and old.num_classes != config.num_classes
+    ):
         state.update(_new_head(config, state))
     return _finish(build(type(model), config, state, "the resized model"), model)
 
 
-def classifier_from_autoencoder(model: MaskedAutoencoder, **changes) -> VideoClassifier:
+def classifier_from_autoencoder(model: MaskedAutoencoder, **changes: Any) -> VideoClassifier:
     """A ``VideoClassifier`` with the autoencoder's encoder, its final norm included, and a new head.
 
     Args:
@@ -49,7 +54,7 @@ def classifier_from_autoencoder(model: MaskedAutoencoder, **changes) -> VideoCla
     return _finish(build(VideoClassifier, config, state, "the autoencoder's encoder"), model)
 
 
-def _finish(new: VideoModel, old: VideoModel) -> VideoModel:
+def _finish(new: Model, old: VideoModel) -> Model:
     new.backend = old.backend
     return new.to(next(old.parameters()).device).train(old.training)
 

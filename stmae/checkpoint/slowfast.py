@@ -1,8 +1,10 @@
 """The bridge from SlowFast (facebookresearch/SlowFast), whose names and semantics the published MAE-ST
 weights have."""
 
+from typing import Any
+
 from stmae.checkpoint.names import ENCODER, block_names, build_renamed, fields, unwrap
-from stmae.models.config import MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
 from stmae.models.video_classifier import VideoClassifier
@@ -45,7 +47,7 @@ _DECODER = {
 }
 
 
-def from_slowfast(state_dict: dict, config: dict) -> VideoModel:
+def from_slowfast(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoModel:
     """A model with the weights of SlowFast's ``MaskMViT`` or ``MViT`` in its MAE configurations, computing
     what that computes.
 
@@ -72,27 +74,22 @@ def from_slowfast(state_dict: dict, config: dict) -> VideoModel:
     kind = config.get("kind", "slowfast_pretrain" if "mask_token" in weights else "slowfast_classify")
     if kind not in ("slowfast_pretrain", "slowfast_classify"):
         raise ValueError(f"from_slowfast: expected kind slowfast_pretrain or slowfast_classify, got {kind!r}")
-    seen = {
+    seen: dict[str, Any] = {
         "class_token": "cls_token" in weights,
         "separable_position": "pos_embed_spatial" in weights,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
     }
     if kind == "slowfast_classify":
         values = fields("from_slowfast", config, _CLASSIFY, _WITHOUT_FIELD)
-        model_config = VideoClassifierConfig(**values, **seen)
-        table = _encoder_names(model_config) | {"head.": "head.projection."}
-        return build_renamed(VideoClassifier, model_config, weights, table, "the SlowFast checkpoint")
+        classifier_config = VideoClassifierConfig(**values, **seen)
+        table = _encoder_names(classifier_config) | {"head.": "head.projection."}
+        return build_renamed(VideoClassifier, classifier_config, weights, table, "the SlowFast checkpoint")
 
     values = fields("from_slowfast", config, _PRETRAIN, _WITHOUT_FIELD | {"decoder_num_heads"})
     values["target"] = "normalized_pixels" if values["target"] else "pixels"
-    model_config = MaskedAutoencoderConfig(
-        **values,
-        **seen,
-        decoder_num_heads=config.get("decoder_num_heads", max(1, values["decoder_width"] // 64)),
-        decoder_separable_position="dec_pos_embed_spatial" in weights,
-        decoder_class_token="encoder",
-        frame_choice="stride",
-    )
+    values["decoder_num_heads"] = config.get("decoder_num_heads", max(1, values["decoder_width"] // 64))
+    values["decoder_separable_position"] = "dec_pos_embed_spatial" in weights
+    model_config = MaskedAutoencoderConfig(**values, **seen, decoder_class_token="encoder", frame_choice="stride")
     depth = model_config.decoder_depth
     table = _encoder_names(model_config) | _DECODER
     table |= block_names("decoder.blocks.", "pred_head.transforms.0.", depth)
@@ -100,5 +97,5 @@ def from_slowfast(state_dict: dict, config: dict) -> VideoModel:
     return build_renamed(MaskedAutoencoder, model_config, weights, table, "the SlowFast checkpoint")
 
 
-def _encoder_names(config: MaskedAutoencoderConfig | VideoClassifierConfig) -> dict[str, str]:
+def _encoder_names(config: EncoderConfig) -> dict[str, str]:
     return ENCODER | block_names("encoder.blocks.", "blocks.", config.depth)

@@ -1,11 +1,14 @@
 """From a dictionary of tensors to a model, all or nothing."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from stmae.models.config import EncoderConfig
 from stmae.models.encoder import VideoModel
+
+Model = TypeVar("Model", bound=VideoModel)
 
 
 class CheckpointMismatch(ValueError):
@@ -17,7 +20,7 @@ class CheckpointMismatch(ValueError):
         shapes: name -> (expected shape, shape that came).
     """
 
-    def __init__(self, source: str, missing: list[str], unexpected: list[str], shapes: dict[str, tuple]):
+    def __init__(self, source: str, missing: list[str], unexpected: list[str], shapes: dict[str, tuple]) -> None:
         self.missing = sorted(missing)
         self.unexpected = sorted(unexpected)
         self.shapes = dict(sorted(shapes.items()))
@@ -29,12 +32,12 @@ class CheckpointMismatch(ValueError):
 
 
 def build(
-    model_class: Callable[[EncoderConfig], VideoModel],
+    model_class: type[Model],
     config: EncoderConfig,
     state: dict[str, torch.Tensor],
     source: str,
     called: Callable[[str], str] = str,
-) -> VideoModel:
+) -> Model:
     """A model on the CPU with exactly these weights, copied, in their dtype if they share one.
 
     Args:

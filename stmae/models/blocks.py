@@ -6,6 +6,7 @@ backward. A block that is called, because it has hooks, for instance, gets and g
 """
 
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -74,7 +75,9 @@ class Block(BackendModule):
             return checkpoint(self._residual, x, branch, rows, use_reentrant=False)
         return self._residual(x, branch, rows)
 
-    def _residual(self, x, branch, rows):
+    def _residual(
+        self, x: torch.Tensor, branch: torch.Tensor | None, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ops = self._ops
         x, qkv = self._qkv(x, branch)
         out = ops.packed_attention(qkv).flatten(2)
@@ -84,7 +87,7 @@ class Block(BackendModule):
         x, normal = add_layer_norm(x, branch, self.norm2, ops)
         return x, self._drop(mlp(self.fc1, self.act, self.fc2, normal, ops))
 
-    def _qkv(self, x, branch):
+    def _qkv(self, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + branch, its queries, keys and values [B, N, 3, H, D / H])."""
         x, normal = add_layer_norm(x, branch, self.norm1, self._ops)
         return x, linear(self.qkv, normal, self._ops).unflatten(2, (3, self.num_heads, -1))
@@ -101,7 +104,12 @@ class Block(BackendModule):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: torch.Tensor, ops, *, branch: torch.Tensor | None = None, rows: torch.Tensor | None = None
+    blocks: Iterable[nn.Module],
+    x: torch.Tensor,
+    ops: ModuleType,
+    *,
+    branch: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The stream (x, branch), [B, N, D] each, after ``blocks``; with ``rows`` [B, M] only that of those tokens,
     [B, M, D] each."""

@@ -7,20 +7,27 @@ a checkpoint carries one.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from stmae.masking import STRATEGIES, num_reconstructed
 from stmae.models.hog import BINS, CELL
 
+Config = TypeVar("Config", bound="EncoderConfig")
 TARGETS = ("pixels", "normalized_pixels", "hog")
 
 
-def _fail(config, field: str, expected: str, got) -> None:
+def _fail(config: "EncoderConfig", field: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{type(config).__name__}: expected {field} {expected}, got {got!r}")
 
 
-def _pair(config, field: str) -> tuple[int, int]:
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _pair(config: "EncoderConfig", field: str) -> tuple[int, int]:
     value = getattr(config, field)
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
@@ -66,12 +73,12 @@ class EncoderConfig:
     std: float | tuple[float, ...] = 0.225
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("image_size", "patch_size"):
             object.__setattr__(self, field, _pair(self, field))
         for field in ("in_channels", "num_frames", "tubelet_size", "width", "depth", "num_heads"):
             self._check_count(field)
-        for axis, size, patch in zip(("height", "width"), self.image_size, self.patch_size):
+        for axis, size, patch in zip(("height", "width"), as_pair(self.image_size), as_pair(self.patch_size)):
             if size % patch:
                 _fail(self, "image_size", f"to be a multiple of patch_size {patch} in {axis}", size)
         if self.num_frames % self.tubelet_size:
@@ -103,11 +110,8 @@ class EncoderConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """The patch grid (t, h, w)."""
-        return (
-            self.num_frames // self.tubelet_size,
-            self.image_size[0] // self.patch_size[0],
-            self.image_size[1] // self.patch_size[1],
-        )
+        (H, W), (p, q) = as_pair(self.image_size), as_pair(self.patch_size)
+        return (self.num_frames // self.tubelet_size, H // p, W // q)
 
     @property
     def num_tokens(self) -> int:
@@ -117,21 +121,21 @@ class EncoderConfig:
     @property
     def video_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the clips that the model takes."""
-        return (self.in_channels, self.num_frames, *self.image_size)
+        return (self.in_channels, self.num_frames, *as_pair(self.image_size))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; ``from_dict`` takes them back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict):
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """Raises ValueError for a name that this configuration does not have."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown fields {', '.join(unknown)}")
         return cls(**values)
 
-    def replace(self, **changes):
+    def replace(self: Config, **changes: Any) -> Config:
         """A copy with some fields changed, validated anew."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
@@ -171,7 +175,7 @@ class MaskedAutoencoderConfig(EncoderConfig):
     mask_strategy: str = "random"
     decoder_mask_ratio: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("decoder_width", "decoder_depth", "decoder_num_heads"):
             self._check_count(field)
@@ -195,11 +199,11 @@ class MaskedAutoencoderConfig(EncoderConfig):
             num_reconstructed(self.num_tokens, self.decoder_mask_ratio)
         except ValueError:
             _fail(self, "decoder_mask_ratio", "to be 0, 0.25, 0.5 or 0.75", self.decoder_mask_ratio)
-        if self.target == "hog" and any(size % CELL for size in self.patch_size):
+        if self.target == "hog" and any(size % CELL for size in as_pair(self.patch_size)):
             _fail(self, "patch_size", f"to be a multiple of {CELL}, the cell of target hog,", self.patch_size)
 
     @classmethod
-    def from_dict(cls, values: dict):
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """Raises ValueError for a name that this configuration does not have."""
         values = dict(values)
         if "normalize_target" in values:  # what ``target`` was called when there were two
@@ -218,7 +222,7 @@ class MaskedAutoencoderConfig(EncoderConfig):
     @property
     def target_patch_size(self) -> tuple[int, int, int]:
         """(u, ph, pw) of a predicted patch: u target frames per time slice."""
-        return ((self.predicted_frames or self.grid[0]) // self.grid[0], *self.patch_size)
+        return ((self.predicted_frames or self.grid[0]) // self.grid[0], *as_pair(self.patch_size))
 
     @property
     def patch_values(self) -> int:
@@ -244,7 +248,7 @@ class VideoClassifierConfig(EncoderConfig):
     dropout: float = 0.0
     drop_path: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_count("num_classes")
         for field in ("dropout", "drop_path"):

@@ -1,12 +1,13 @@
 """The video encoder: a plain ViT on the visible patches only, and what the two models built on it have in common."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from stmae.models.blocks import Block, initialize_block, run_blocks
-from stmae.models.config import EncoderConfig
+from stmae.models.config import EncoderConfig, as_pair
 from stmae.models.layers import BackendModule, add, add_layer_norm, is_plain
 from stmae.models.position import Position
 
@@ -17,7 +18,7 @@ class PatchEmbed(BackendModule):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.mean, self.std = config.mean, config.std
-        shape = (config.width, config.in_channels, config.tubelet_size, *config.patch_size)
+        shape = (config.width, config.in_channels, config.tubelet_size, *as_pair(config.patch_size))
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(config.width))
         # mae_st: Xavier on the weight as a [D, C * pt * ph * pw] matrix; the bias keeps Conv3d's default.
@@ -60,7 +61,7 @@ class Encoder(BackendModule):
         )
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         for block in self.blocks:
-            initialize_block(block)
+            initialize_block(cast(Block, block))
 
     def forward(self, video: torch.Tensor, keep: torch.Tensor | None = None, *, norm: bool = True) -> torch.Tensor:
         """Tokens after the last block, [B, K, D] or, with a class token (first), [B, 1 + K, D].
@@ -161,13 +162,12 @@ class Encoder(BackendModule):
         for index in self._block_indices("get_attention_maps", n):
             x = add(*run_blocks(self.blocks[start:index], x, self._ops))
             start = index
-            maps.append(self.blocks[index].attention_weights(x))
+            maps.append(cast(Block, self.blocks[index]).attention_weights(x))
         return maps
 
     def _block_indices(self, name: str, n: int | Sequence[int]) -> list[int]:
         depth = len(self.blocks)
-        count = n if isinstance(n, int) and not isinstance(n, bool) else None
-        indices = range(depth - count, depth) if count is not None else [i + depth if i < 0 else i for i in n]
+        indices = list(range(depth - n, depth)) if isinstance(n, int) else [i + depth if i < 0 else i for i in n]
         if not len(indices) or not all(0 <= i < depth for i in indices):
             raise ValueError(
                 f"{name}: expected n at least one of the {depth} blocks, as a number of last ones or indices, got {n!r}"

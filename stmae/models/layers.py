@@ -7,13 +7,17 @@ can have no other effect than its mathematics, and an op computes that, of sever
 Under torch.compile, torch's own rule holds for hooks: those registered before compilation count.
 """
 
+from types import ModuleType
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import nn
 from torch.nn.modules import module as _nn_module
 
 from stmae import ops, reference
 
-_BACKENDS = {"ops": ops, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"ops": ops, "reference": reference}
+_Module = TypeVar("_Module", bound=nn.Module)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
@@ -37,12 +41,12 @@ class BackendModule(nn.Module):
                 module._backend = name
 
     @property
-    def _ops(self):
+    def _ops(self) -> ModuleType:
         # Looked up by name, because a module object held by the model could be neither copied nor pickled.
         return _BACKENDS[self._backend]
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     """Whether calling ``module`` does what ``kind.forward`` does and nothing else: it is of that very class (parametrizations
     and FSDP make another), has no hooks, no forward or compiled call of its own, and no module has global hooks."""
     return (
@@ -56,17 +60,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether an op may compute this ``nn.Linear``: its parameters are no subclasses of tensors either (quantized, DTensor)."""
     return is_plain(layer, nn.Linear) and type(layer.weight) in _PLAIN_TENSORS and _is_plain_or_none(layer.bias)
 
 
-def linear(layer: nn.Module, x: torch.Tensor, ops) -> torch.Tensor:
+def linear(layer: nn.Module, x: torch.Tensor, ops: ModuleType) -> torch.Tensor:
     """layer(x), for x [..., K]."""
     return ops.linear(x, layer.weight, layer.bias) if is_plain_linear(layer) else layer(x)
 
 
-def add_layer_norm(x: torch.Tensor, branch: torch.Tensor | None, norm: nn.Module, ops) -> tuple[torch.Tensor, torch.Tensor]:
+def add_layer_norm(
+    x: torch.Tensor, branch: torch.Tensor | None, norm: nn.Module, ops: ModuleType
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + branch, norm(x + branch)), for x and branch [..., D]; without a branch (x, norm(x))."""
     if (
         is_plain(norm, nn.LayerNorm)
@@ -79,7 +85,7 @@ def add_layer_norm(x: torch.Tensor, branch: torch.Tensor | None, norm: nn.Module
     return x, norm(x)
 
 
-def mlp(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: torch.Tensor, ops) -> torch.Tensor:
+def mlp(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: torch.Tensor, ops: ModuleType) -> torch.Tensor:
     """fc2(act(fc1(x))), for x [..., D]."""
     if (
         is_plain(act, nn.GELU)

@@ -5,7 +5,7 @@ the paper leaves open are those of its two official implementations, each a swit
 ``MaskedAutoencoderConfig``.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class Decoder(BackendModule):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         for block in self.blocks:
-            initialize_block(block)
+            initialize_block(cast(Block, block))
 
     def forward(self, latent: torch.Tensor, keep: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """latent [B, (1 +) K, D], keep [B, K], masked [B, M] -> pred [B, M, P].

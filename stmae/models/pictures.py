@@ -69,11 +69,20 @@ def reconstruct(
         values = values * deviation + patches.mean(dim=-1, keepdim=True)
     predicted = _unpatchify(original.scatter(1, ids, values), config)
     statistics = "original" if config.target == "normalized_pixels" else "predicted"
-    pictures = ((x * std + mean).clamp(0, 1) for x in (clip, predicted))
-    return _reconstruction(config, *pictures, masked, keep, fill, frames, statistics)
+    picture, predicted = ((x * std + mean).clamp(0, 1) for x in (clip, predicted))
+    return _reconstruction(config, picture, predicted, masked, keep, fill, frames, statistics)
 
 
-def _reconstruction(config, picture, predicted, masked, keep, fill, frames, statistics):
+def _reconstruction(
+    config: MaskedAutoencoderConfig,
+    picture: torch.Tensor,
+    predicted: torch.Tensor,
+    masked: torch.Tensor,
+    keep: torch.Tensor | None,
+    fill: float,
+    frames: list[int],
+    statistics: str,
+) -> Reconstruction:
     """picture, predicted: [B, C, F, H, W] in [0, 1]."""
     tokens = torch.zeros(picture.shape[0], config.num_tokens, dtype=torch.bool, device=picture.device)
     known = _spread(tokens.scatter(1, masked, True), config)

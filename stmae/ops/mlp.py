@@ -102,9 +102,9 @@ def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bia
             fc1 = weight_gradient(grad_hidden, x_rows, to=fc1)
     return (
         grad_x,
-        fc1.to(fc1_weight.dtype) if wants_fc1 else x.new_empty(0),
+        fc1.to(fc1_weight.dtype) if fc1 is not None else x.new_empty(0),
         torch.stack(fc1_biases).sum(0).to(fc1_bias.dtype) if wants_fc1_bias else x.new_empty(0),
-        fc2.to(fc2_weight.dtype) if wants_fc2 else x.new_empty(0),
+        fc2.to(fc2_weight.dtype) if fc2 is not None else x.new_empty(0),
         torch.stack(fc2_biases).sum(0).to(fc2_bias.dtype) if wants_fc2_bias else x.new_empty(0),
     )
 

@@ -2,7 +2,14 @@ import torch
 import torch.nn.functional as F
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-6):  # [..., D] each -> sum, out
+def add_layer_norm(
+    x: torch.Tensor,  # [..., D]
+    branch: torch.Tensor | None,  # [..., D]
+    weight: torch.Tensor,  # [D]
+    bias: torch.Tensor,  # [D]
+    *,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:  # x + branch and its norm, [..., D] each
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

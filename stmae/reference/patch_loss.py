@@ -1,10 +1,13 @@
+from collections.abc import Sequence
+
 import torch
 
 from .gather_tokens import gather_tokens
 from .pixels import normalized_pixels
 
 
-def patchify(video, patch_size):  # [B, C, T, H, W] -> [B, N, P], values of a patch in the order (frame, row, column, channel)
+def patchify(video: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """[B, C, T, H, W] -> [B, N, P], values of a patch in the order (frame, row, column, channel)"""
     B, C, T, H, W = video.shape
     u, p, q = patch_size
     x = video.reshape(B, C, T // u, u, H // p, p, W // q, q)
@@ -12,8 +15,17 @@ def patchify(video, patch_size):  # [B, C, T, H, W] -> [B, N, P], values of a pa
 
 
 def patch_loss(
-    pred, video, masked, *, patch_size, frames=None, normalize=True, mean=0.45, std=0.225, reduction="mean"
-):  # pred [B, M, P] -> scalar, or [B, M]
+    pred: torch.Tensor,  # [B, M, P]
+    video: torch.Tensor,  # [B, C, T, H, W]
+    masked: torch.Tensor,  # [B, M]
+    *,
+    patch_size: Sequence[int],
+    frames: Sequence[int] | None = None,
+    normalize: bool = True,
+    mean: float | Sequence[float] = 0.45,
+    std: float | Sequence[float] = 0.225,
+    reduction: str = "mean",
+) -> torch.Tensor:  # scalar, or [B, M]
     video = normalized_pixels(video, mean, std)
     if frames is not None:
         video = video.index_select(2, torch.as_tensor(frames, device=video.device))
