@@ -1,8 +1,6 @@
 """``python -m stmae.training`` is the ``stmae`` command."""
 
-import sys
-
-from .cli import main
+from .cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

@@ -1,5 +1,6 @@
 """The ``stmae`` command: finds the subcommand, makes its configuration from the command line, runs it."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -81,6 +82,33 @@ def main(argv=None):
     return 0
 
 
+def entry_point():
+    """The ``stmae`` program."""
+    end_process_with(main)
+
+
+def end_process_with(function):
+    """Calls ``function`` and ends the process with the status that it returns.
+
+    A process of a distributed run ends without finalizing the interpreter. Its log, writers, data workers and process group have
+    ended by then, but torch's caches for sharded tensors keep gloo's threads alive, and one that releases a Python object while
+    the interpreter is finalized aborts the process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(function())
+    try:
+        status = function()
+    except SystemExit:  # the parser's: nothing has begun
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(status)
+
+
 def usage():
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {description}" for name, (_, description) in COMMANDS.items()]
@@ -88,4 +116,4 @@ def usage():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

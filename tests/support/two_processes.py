@@ -15,10 +15,13 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, sys
 from stmae.training import cli
-for port, argv in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = str(port)
-    if cli.main(argv):
-        sys.exit(1)
+def run():
+    for port, argv in json.loads(sys.argv[1]):
+        os.environ["MASTER_PORT"] = str(port)
+        if status := cli.main(argv):
+            return status
+    return 0
+cli.end_process_with(run)
 """
 
 

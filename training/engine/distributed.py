@@ -9,6 +9,7 @@ be seen by all of them.
 import contextlib
 import gc
 import os
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -48,12 +49,17 @@ class Processes:
             return
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
-            yield
-            # Leave together, and with nothing of the group alive: a gloo thread that still lets go of a Python object while the
-            # interpreter ends aborts the process. DistributedDataParallel is freed by the collector alone, for it holds cycles.
+            try:
+                yield
+            except BaseException as error:
+                forget_frames(error)
+                raise
             gc.collect()
             dist.barrier()
         finally:
+            # With nothing of the group alive, its end joins gloo's threads and closes its connections, which ends the others'
+            # waiting. DistributedDataParallel is freed by the collector alone, for it holds cycles.
+            gc.collect()
             dist.destroy_process_group()
 
     def wrap(self, model, device, parallel):
@@ -116,3 +122,16 @@ class Processes:
 
 
 ALONE = Processes({})  # for what reads a run's folder outside a run
+
+
+def forget_frames(error):
+    """Frees the local variables of an exception's frames, and of those of its causes; its traceback can still be printed."""
+    seen = set()
+    pending = [error]
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        pending += [error.__cause__, error.__context__]
