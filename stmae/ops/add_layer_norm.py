@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from . import checks, library
 
 
-def add_layer_norm(x, branch, weight, bias, *, eps=1e-6):
+def add_layer_norm(
+    x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual sum and the LayerNorm that follows it: sum = x + branch, out = layer_norm(sum) * weight + bias.
 
     Args:

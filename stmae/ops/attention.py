@@ -3,7 +3,9 @@ import torch
 from . import checks, library
 
 
-def attention(q, k, v, *, scale=None, impl="auto"):
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, impl: str = "auto"
+) -> torch.Tensor:
     """Exact softmax attention, softmax(scale * q k^T) v per head, with no N x N matrix in memory, forward or backward.
 
     Args:
@@ -41,7 +43,7 @@ def attention(q, k, v, *, scale=None, impl="auto"):
     return _op(q, k, v, scale)[0] if adapter is None else adapter(q, k, v, scale)
 
 
-def packed_attention(qkv, *, scale=None, impl="auto"):
+def packed_attention(qkv: torch.Tensor, *, scale: float | None = None, impl: str = "auto") -> torch.Tensor:
     """`attention` on a packed projection: q, k, v = qkv.unbind(2), and one packed gradient instead of three copied together.
 
     Args:

@@ -1,7 +1,9 @@
+import torch
+
 from . import checks, library
 
 
-def gather_tokens(x, ids):
+def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Take tokens by id: out[b, i] = x[b, ids[b, i]].
 
     Args:

@@ -16,7 +16,7 @@ if _backend not in BACKENDS:
 FEWEST_ROWS = {torch.bfloat16: 64, torch.float32: 512}
 
 
-def set_linear_backend(name):
+def set_linear_backend(name: str) -> None:
     """What multiplies the matrices of linear layers on CPUs.
 
     "stmae": the kernels of this package, which read float32 weights for a bfloat16 product as they pack them, and add a weight's
@@ -38,13 +38,13 @@ def set_linear_backend(name):
 
 
 @functools.cache
-def uses_kernels():
+def uses_kernels() -> bool:
     """Whether the kernels here multiply large matrices on a CPU."""
     return _backend == "stmae" or (_backend == "auto" and _amd_avx512() == 25)
 
 
 @functools.cache
-def uses_onednn():
+def uses_onednn() -> bool:
     """Whether other float32 products on a CPU go through oneDNN."""
     if _backend in ("torch", "onednn"):
         return _backend == "onednn"
@@ -68,7 +68,7 @@ def _amd_family():
     return int(match[1]) if match and "AuthenticAMD" in text else 0
 
 
-def takes(x):
+def takes(x: torch.Tensor) -> bool:
     """Whether the kernels here multiply a matrix like x."""
     return uses_kernels() and x.shape[0] >= FEWEST_ROWS.get(x.dtype, math.inf)
 
@@ -108,7 +108,7 @@ def weight_gradient(grad_out, x, *, to=None):
     return result.float().contiguous() if to is None else to.add_(result)
 
 
-def linear(x, weight, bias=None):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias, as `torch.nn.functional.linear`; on CPUs by the fastest of several ways (`set_linear_backend`).
 
     Parameters stay in their own dtype: under autocast a CPU product casts them as it runs, and nothing cast is kept.

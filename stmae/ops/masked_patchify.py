@@ -1,9 +1,20 @@
+from collections.abc import Sequence
+
 import torch
 
 from . import checks, library
 
 
-def masked_patchify(video, keep, weight, bias, position, *, mean=0.45, std=0.225):
+def masked_patchify(
+    video: torch.Tensor,
+    keep: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    position: torch.Tensor | None,
+    *,
+    mean: float | Sequence[float] = 0.45,
+    std: float | Sequence[float] = 0.225,
+) -> torch.Tensor:
     """Embed the visible patches of a video, and only those, straight from its bytes.
 
     out[b, i] = sum_{c,u,p,q} x[b, c, patch(keep[b, i]), u, p, q] * weight[:, c, u, p, q] + bias + position[keep[b, i]]

@@ -5,7 +5,9 @@ from . import checks, library
 from .linear import check_matrix, column_sum, product, wanted_like, wanted_only, weight_gradient
 
 
-def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+def mlp(
+    x: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor, fc2_weight: torch.Tensor, fc2_bias: torch.Tensor
+) -> torch.Tensor:
     """The transformer's MLP, fc2(gelu(fc1(x))) with the exact GELU.
 
     On CPUs it is one op that keeps only the hidden layer before its GELU.

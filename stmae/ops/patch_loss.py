@@ -1,9 +1,22 @@
+from collections.abc import Sequence
+
 import torch
 
 from . import checks, library
 
 
-def patch_loss(pred, video, masked, *, patch_size, frames=None, normalize=True, mean=0.45, std=0.225, reduction="mean"):
+def patch_loss(
+    pred: torch.Tensor,
+    video: torch.Tensor,
+    masked: torch.Tensor,
+    *,
+    patch_size: Sequence[int],
+    frames: Sequence[int] | None = None,
+    normalize: bool = True,
+    mean: float | Sequence[float] = 0.45,
+    std: float | Sequence[float] = 0.225,
+    reduction: str = "mean",
+) -> torch.Tensor:
     """Mean squared error of predicted patches against the video's, which are read inside the kernel and never stored.
 
     For each masked token, target = the P pixels of its patch in the order (frame, row, column, channel); normalised,

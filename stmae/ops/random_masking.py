@@ -5,7 +5,7 @@ import torch
 from . import checks, library
 
 
-def random_masking(noise, num_keep):
+def random_masking(noise: torch.Tensor, num_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split tokens into kept and masked: in each row, the `num_keep` tokens of the smallest noise are kept.
 
     Ties go to the lower index. Kept tokens are the same as those of the official `argsort` (MAE-ST, section 3.1), in

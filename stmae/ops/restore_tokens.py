@@ -3,7 +3,7 @@ import torch
 from . import checks, library
 
 
-def restore_tokens(tokens, keep, mask_token, position):
+def restore_tokens(tokens: torch.Tensor, keep: torch.Tensor, mask_token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Put visible tokens back to their places, the mask token everywhere else, and add positions: the decoder's input.
 
     out[b, n] = (tokens[b, i] if keep[b, i] == n else mask_token) + position[n]            (MAE-ST, section 3.2)
