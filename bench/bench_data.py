@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import stmae.training
 from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
-from stmae.training.data.batch_sampler import Order
+from stmae.training.data.batch_sampler import ResumableBatchSampler
 from stmae.training.data.dataset import PretrainClips, as_video, collate
 from stmae.training.data.decoders import choose_decoder
 from stmae.training.data.video_list import find_videos
@@ -53,7 +53,7 @@ def dataset(videos, decoder="pyav", repeats=REPEATS):
 
 
 def loader(data, *, videos_a_step, steps):
-    order = Order(len(data), videos_a_step, seed=0, num_steps=steps)
+    order = ResumableBatchSampler(len(data), videos_a_step, seed=0, num_steps=steps)
     return DataLoader(data, batch_sampler=order, num_workers=WORKERS, collate_fn=collate, prefetch_factor=4)
 
 

@@ -8,7 +8,7 @@ import sys
 COMMANDS = {  # name: (module with Config and run, what it does)
     "pretrain": ("pretrain", "pre-train a masked autoencoder on a folder or list of videos"),
     "finetune": ("finetune", "train a classifier from a pre-trained model on labelled videos"),
-    "test": ("test", "measure a classifier on whole videos, in several views"),
+    "test": ("test", "measure a classifier's accuracy on videos, in several views each"),
     "probe": ("probe", "nearest neighbours, a linear and an attentive classifier on frozen features"),
     "features": ("features", "write a frozen encoder's features of videos to a file"),
     "plan": ("plan", "batch, learning rate, steps, memory and command of a recipe on the GPUs that there are"),
@@ -42,6 +42,7 @@ def main(argv=None):
     try:
         from . import config as configuration
 
+        importlib.import_module("jsonargparse")  # which parse needs
         module = importlib.import_module(f".commands.{name}", __package__)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "stmae":

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
-from stmae.training.commands import probe
 from stmae.training.config import OptimizerConfig
 from stmae.training.engine.device import choose_precision
 from stmae.training.engine.optimizer import adamw, learning_rate, peak_learning_rate, weight_decay_groups
+from stmae.training.evaluation import probes
 
 from . import clips
 
@@ -132,7 +132,7 @@ def main(study, results, seed):
     def judge(step, model):
         if step in plan.judge_at:
             features = encode(model, train), encode(model, test)
-            curve[step] = probe.knn(features[0], train.labels, features[1], test.labels, len(clips.CLASSES), NEIGHBOURS)
+            curve[step] = probes.knn(features[0], train.labels, features[1], test.labels, len(clips.CLASSES), NEIGHBOURS)
 
     random_model = autoencoder(plan, seed)
     random = encode(random_model, train), encode(random_model, test)
@@ -316,13 +316,13 @@ def encode(model, part):
 
 def judge_both(x, test_x, y, test_y, seed):
     return {
-        "knn": probe.knn(x, y, test_x, test_y, len(clips.CLASSES), NEIGHBOURS),
+        "knn": probes.knn(x, y, test_x, test_y, len(clips.CLASSES), NEIGHBOURS),
         "linear": linear(x, y, test_x, test_y, len(clips.CLASSES), seed),
     }
 
 
 def linear(x, y, test_x, test_y, classes, seed):
-    """``probe.linear``, an order of magnitude sooner where features are many more than clips.
+    """``probes.linear``, an order of magnitude sooner where features are many more than clips.
 
     The weights that it looks for lie in the span of the training clips, so the search is made there.
     """
@@ -338,9 +338,9 @@ def linear(x, y, test_x, test_y, classes, seed):
         return (features @ weight[:-1] + weight[-1]).argmax(1).eq(labels).float().mean().item()
 
     def on_held_out(penalty):
-        return right(probe.logistic_regression(x[rest], y[rest], classes, penalty), x[held], y[held])
+        return right(probes.logistic_regression(x[rest], y[rest], classes, penalty), x[held], y[held])
 
-    return right(probe.logistic_regression(x, y, classes, max(probe.PENALTIES, key=on_held_out)), test_x, test_y)
+    return right(probes.logistic_regression(x, y, classes, max(probes.PENALTIES, key=on_held_out)), test_x, test_y)
 
 
 def shuffle_frames(frames, seed):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stmae.training.commands import probe
+from stmae.training.evaluation import probes
 from studies.motion import clips, page, pieces
 from studies.motion.pieces import Piece, Plan, Study
 from studies.motion.schedule import load, run
@@ -140,7 +140,7 @@ def test_only_motion_tells_the_classes_apart():
 
     def accuracy(change):
         x, test_x = (change(part.clips, 0).flatten(1).float() for part in (train, test))
-        return probe.knn(x, train.labels, test_x, test.labels, 8, 20)
+        return probes.knn(x, train.labels, test_x, test.labels, 8, 20)
 
     chance = 1 / 8 + 3 * math.sqrt(1 / 8 * 7 / 8 / 400)
     assert accuracy(pieces.repeat_middle_frame) < chance
@@ -162,7 +162,7 @@ def test_linear_probe_is_the_training_package_s(features):
     means = torch.randn(3, features, generator=generator)
     noise = 0.35 * math.sqrt(features)
     x, test_x = (means[labels] + noise * torch.randn(len(labels), features, generator=generator) for labels in (y, test_y))
-    theirs = probe.linear(x, y, test_x, test_y, 3, 0)
+    theirs = probes.linear(x, y, test_x, test_y, 3, 0)
     assert 0.45 < theirs < 0.98  # neither at chance nor saturated, where anything would agree
     assert abs(pieces.linear(x, y, test_x, test_y, 3, 0) - theirs) <= 2 / 300
 

@@ -141,7 +141,7 @@ class Faults:
             try:
                 self(f"half a line of {name}", half)
             except OSError as error:
-                raise run_folder.RunFolderError(f"cannot write {name}: {error.strerror}{folder.standing()}") from error
+                raise run_folder.RunFolderError(f"cannot write {name}: {error.strerror}{folder.resume_hint()}") from error
             append(folder, name, line)
 
         safetensors.torch.save_file = run_folder.save_file = faulty_save_file
@@ -171,7 +171,7 @@ def serve():
     from stmae.training.engine import loop
 
     Image.init()
-    loop.ceiling = lambda device, dtype: 1e12  # measuring it would be most of a start; it is only for the log's mfu
+    loop.measured_peak_flops = lambda device, dtype: 1e12  # measuring it would be most of a start; it is only for the log's mfu
 
     @functools.cache
     def parsed(*argv):

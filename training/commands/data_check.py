@@ -2,18 +2,40 @@
 
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..config import CheckConfig, ClipConfig
+from ..config import ClipConfig, DataLocationConfig
 from ..data.clip_sampling import clip_indices, spaced_clips
 from ..data.dataset import length_of
 from ..data.decoders import choose_decoder, open_entry
 from ..data.video import VideoError
 from ..data.video_list import find_videos
+
+
+@dataclass(kw_only=True)
+class CheckConfig(DataLocationConfig):
+    """The check: of what, for which clips."""
+
+    data: str
+    """videos: a folder, searched recursively, a list file, or Something-Something's json"""
+    frames: int = 16
+    """of the clips that every video must give"""
+    stride: int = 4
+    """of the clips that every video must give"""
+    decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
+    """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
+    every_frame: bool = False
+    """decode all of every video instead of three clips"""
+    workers: int = 2
+    """processes that decode; 0: none"""
+    output: str | None = None
+    """a list file for the videos that can be used"""
+
 
 Config = CheckConfig
 
@@ -22,7 +44,7 @@ def run(config):
     """Prints what is broken and a summary; returns (usable entries, VideoErrors)."""
     entries = find_videos(config.data, config.data_root, config.data_labels)
     decoder = choose_decoder(config.decoder)
-    loader = DataLoader(Examination(entries, config), batch_size=None, num_workers=config.workers, collate_fn=unchanged)
+    loader = DataLoader(VideoCheck(entries, config), batch_size=None, num_workers=config.workers, collate_fn=identity)
     good, errors, facts = [], [], []
     for entry, result in zip(entries, tqdm(loader, total=len(entries), unit="video", disable=None)):
         if isinstance(result, VideoError):
@@ -38,11 +60,11 @@ def run(config):
         if len(moving) < len(facts):
             print(f"  images:  {len(facts) - len(moving)}, each a still clip")
         if moving:
-            print(f"  frames:  {spread([fact.frames for fact in moving], '.0f')}")
+            print(f"  frames:  {value_range([fact.frames for fact in moving], '.0f')}")
         if timed:
             seconds = [fact.frames / fact.rate for fact in timed]
-            print(f"  seconds: {spread(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
-            print(f"  rate:    {spread([fact.rate for fact in timed], '.4g')} frames a second")
+            print(f"  seconds: {value_range(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
+            print(f"  rate:    {value_range([fact.rate for fact in timed], '.4g')} frames a second")
         sizes = [fact.size for fact in facts]
         commonest = Counter(sizes).most_common(5)
         shown = ", ".join(f"{w}x{h} ({n})" for (h, w), n in commonest)
@@ -56,7 +78,7 @@ def run(config):
     return good, errors
 
 
-class Facts(NamedTuple):
+class VideoFacts(NamedTuple):
     """Of one video: its frames, frames a second (NaN: unknown), (height, width), and whether it is an image."""
 
     frames: int
@@ -65,8 +87,8 @@ class Facts(NamedTuple):
     still: bool
 
 
-class Examination(Dataset):
-    """Item i: the Facts of video i, or the VideoError that it raises."""
+class VideoCheck(Dataset):
+    """Item i: the VideoFacts of video i, or the VideoError that it raises."""
 
     def __init__(self, entries, config):
         self.entries, self.config = entries, config
@@ -85,7 +107,7 @@ class Examination(Dataset):
                 else:
                     for clip in spaced_clips(3, count, config.frames, config.stride):
                         video.frames(clip)
-                return Facts(len(video), video.rate, tuple(video.size), video.still)
+                return VideoFacts(len(video), video.rate, tuple(video.size), video.still)
         except VideoError as error:
             return error
 
@@ -100,10 +122,10 @@ def line_of(entry):
     return " ".join(words)
 
 
-def unchanged(item):
+def identity(item):
     """Instead of PyTorch's own conversion, which turns tuples into lists."""
     return item
 
 
-def spread(values, form):
+def value_range(values, form):
     return f"{min(values):{form}} to {max(values):{form}}, median {statistics.median(values):{form}}"

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import PretrainConfig, from_preset
-from . import pretrain, reconstruct
+from ..engine.device import choose_device, keep_freed_memory
+from ..engine.loop import TrainingError
+from ..evaluation.pictures import write_reconstructions
+from ..tasks.pretraining import pretrain
+
+ERRORS = (TrainingError,)
 
 
 @dataclass(kw_only=True)
@@ -20,12 +25,14 @@ class Config:
 
 def run(config):
     settings = from_preset(PretrainConfig, "demo", output=config.output, seed=config.seed)
-    counters = pretrain.run(settings)
-    if not counters["done"]:
+    if choose_device(settings.run.device).type == "cpu":
+        keep_freed_memory()
+    state = pretrain(settings)
+    if not state.done:
         return  # stopped by a signal, and saved
     pictures = Path(config.output) / "pictures"
-    reconstruct.run(reconstruct.Config(checkpoint=config.output, video=settings.held_out, output=str(pictures)))
-    before, after = counters["before"]["held_out_loss"], counters["after"]["held_out_loss"]
+    write_reconstructions(config.output, settings.held_out, pictures)
+    before, after = state.before["held_out_loss"], state.after["held_out_loss"]
     print(
         f"On clips never trained on, the loss went from {before:.3f} to {after:.3f}; "
         f"predicting each patch's mean would give 1.0. Pictures: {pictures}"

@@ -1,24 +1,30 @@
 """``stmae features``: what a frozen encoder makes of each video, as one file for other tools."""
 
-import functools
 import json
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from stmae import checkpoint
 
-from ..config import FeaturesConfig
-from ..data.dataset import ReadableViews, ViewClips, as_video
+from ..config import EncodingConfig
 from ..data.video_list import find_videos
-from ..engine.device import choose_device, choose_precision, choose_workers
-from ..engine.run_folder import clips_of, weights_file
+from ..evaluation.features import encode
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig(EncodingConfig):
+    """The features: of what, by which model, where to."""
+
+    checkpoint: str
+    """weights: a run's folder, or a model.safetensors, of an autoencoder or a classifier"""
+    data: str
+    """videos: a folder, searched recursively, a list file, or Something-Something's json"""
+    output: str
+    """FILE.safetensors (features, labels, paths) or FILE.npy (features; paths and labels in FILE.txt)"""
+
 
 Config = FeaturesConfig
 
@@ -41,64 +47,7 @@ def run(config):
         else:
             metadata = {"paths": json.dumps(paths), "checkpoint": str(config.checkpoint)}
             save_file({"features": features.contiguous(), "labels": labels}, temporary, metadata)
-    if output.suffix == ".npy":  # an array has no room for names
+    if output.suffix == ".npy":  # an array holds no names
         listing = output.with_suffix(".txt")
         listing.write_text("".join(f"{path} {label}\n" for path, label in zip(paths, labels.tolist())), encoding="utf-8")
     print(f"{output}: {len(paths)} videos x {features.shape[1]} features, {len(errors)} left out")
-
-
-def encode(path, entries, config, *, model=None):
-    """(features [videos, D] float32, labels [videos], paths, VideoErrors of the videos left out).
-
-    The encoder of ``path`` (an autoencoder's or a classifier's), or of ``model``, sees every patch of every view; views
-    are averaged.
-    config: with ``tokens``, ``stride``, ``views``, ``device``, ``precision``, ``workers``.
-    """
-    return _encode(path, entries, config, model, None)
-
-
-def encode_tokens(path, entries, config, *, model=None):
-    """As ``encode``, in one pass with every token: (features, tokens [videos, views * N, D] float16, labels, paths, errors).
-
-    The tokens are those that the encoder's last block gives, each normalised by itself: in grid order, the views one after
-    the other. They all stay in memory: 2.4 MB for each view of ViT-B.
-    """
-    tokens = []
-    features, *rest = _encode(path, entries, config, model, tokens.append)
-    return features, torch.stack(tokens) if tokens else torch.zeros(0, 0, features.shape[1]), *rest
-
-
-@torch.no_grad()
-def _encode(path, entries, config, model, collect):
-    """What ``encode`` gives; ``collect`` is called with each video's tokens, unless it is None."""
-    device = choose_device(config.device)
-    dtype, _ = choose_precision(config.precision, device)
-    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
-    if model is None:
-        model = checkpoint.load_classifier(weights_file(path))
-    model.to(device).eval()
-    views = ViewClips(
-        entries,
-        clips_of(path, config.stride),
-        frames=model.config.num_frames,
-        size=model.config.image_size,
-        temporal=config.views.temporal,
-        spatial=config.views.spatial,
-    )
-    workers = choose_workers(config.workers, device)
-    loader = DataLoader(ReadableViews(views), batch_size=None, num_workers=workers)
-    features, labels, paths, errors = [], [], [], []
-    for item in tqdm(loader, unit="video", disable=None, leave=False):
-        if "error" in item:
-            errors.append(item["error"])
-            continue
-        with autocast():
-            tokens = model.features(as_video(item["clips"].to(device)), pooled=False)
-            values = model.pool(tokens) if config.tokens == "mean" else tokens.flatten(1)
-        if collect is not None:
-            collect(F.layer_norm(tokens.float().flatten(0, 1), tokens.shape[2:]).half().cpu())
-        features.append(values.float().mean(0).cpu())
-        labels.append(item["label"])
-        paths.append(entries[item["number"]].path)
-    together = torch.stack(features) if features else torch.zeros(0, model.config.width)
-    return together, torch.tensor(labels, dtype=torch.long), paths, errors

@@ -6,29 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from stmae import checkpoint
-from stmae.masking import num_keep, num_reconstructed
-from stmae.models import (
-    EncoderConfig,
-    MaskedAutoencoder,
-    MaskedAutoencoderConfig,
-    VideoClassifier,
-    VideoClassifierConfig,
-)
+from stmae.models import EncoderConfig, VideoClassifierConfig
 
-from ..config import FinetuneConfig, PretrainConfig, about_preset, check_common, parse, presets, read_settings
+from ..config import FinetuneConfig, PretrainConfig, about_preset, parse, presets, read_settings
 from ..data.video_list import find_videos
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
+from ..planning.memory import GB, estimate
 
-GB = 1e9
-KINETICS_400 = 240_000  # videos to train on, about: what a plan is for when it is told nothing else
-STATE_BYTES = 16  # a parameter's float32 weight, gradient and AdamW's two moments
-BUCKET_BYTES = 4  # its place in DistributedDataParallel's buckets
-CONTEXT_GB = 1.0  # CUDA's own, and the libraries'
-SLACK = 1.1  # what an allocator holds beyond what is asked of it
+KINETICS_400 = 240_000  # videos to train on, about: the data set that a plan assumes
 
 
 @dataclass(kw_only=True)
@@ -59,19 +46,6 @@ class Config:
     """as run.precision"""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU: what every step needs, and what each clip adds."""
-
-    state: float
-    """weights, gradients, AdamW's moments, and copies of them"""
-    clip: float
-    """what the backward pass needs of a clip, its pixels, and the gradients that are alive at the same time"""
-
-    def total(self, clips):
-        return (self.state + self.clip * clips) * SLACK + CONTEXT_GB * GB
-
-
 def run(config):
     """Prints the plan as a table and the command; returns it as a dict."""
     for name in ("memory", "gpus", "gpus_per_machine"):
@@ -81,7 +55,6 @@ def run(config):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}: expected 1 or more, got {getattr(config, name)}")
     command, recipe, about = read_recipe(config.recipe)
-    check_common(recipe)
     model = recipe.model if command == "pretrain" else classifier_config(config, recipe, about)
     videos = config.videos or (len(find_videos(config.data)) if config.data else KINETICS_400)
     batch = config.batch or recipe.optimizer.batch
@@ -123,7 +96,7 @@ def run(config):
     words = command_line(config, command, batch, parts, recipe)
     print(table(plan, source, config.recipe))
     counted = "clips (repeats are counted)" if command == "finetune" else "videos (repeats are not counted)"
-    print(f"\nThe learning rate is base_lr * {counted} / base_batch. The memory is an estimate: see stmae/training/plan.py.")
+    print(f"\nThe learning rate is base_lr * {counted} / base_batch. The memory is an estimate: see planning/memory.py.")
     print("\n" + words)
     return {**plan, "command": words}
 
@@ -134,9 +107,9 @@ def read_recipe(name):
     if name in presets():
         about, argument = about_preset(name), f"--preset={name}"
     elif file.suffix in (".yaml", ".yml", ".json"):
-        told, _ = read_settings(file)
-        base = about_preset(told["preset"]) if told.get("preset") in presets() else {}
-        about, argument = {"command": None, "pretrained": None, "gpus": None, **base, **told}, f"--config={name}"
+        own, _ = read_settings(file)
+        base = about_preset(own["preset"]) if own.get("preset") in presets() else {}
+        about, argument = {"command": None, "pretrained": None, "gpus": None, **base, **own}, f"--config={name}"
     else:
         raise ValueError(f"recipe: expected a file of settings or one of the presets {', '.join(presets())}, got {name!r}")
     classes = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
@@ -164,7 +137,7 @@ def classifier_config(config, recipe, about):
 
 
 def fit(config, model, videos, repeats):
-    """(parts, Memory): in how few parts the ``videos`` of a GPU's share of a step fit into its memory.
+    """(parts, Memory): in how few parts the ``videos`` of a GPU's part of a step fit into its memory.
 
     Raises ValueError that says how much one video needs, and what would help.
     """
@@ -188,77 +161,6 @@ def fit(config, model, videos, repeats):
         f"{memory.state / GB:.1f} GB are weights, gradients and AdamW's moments, and a GPU has {config.memory:g} GB"
         + ("; " + ", ".join(advice) if advice else "")
     )
-
-
-def estimate(model, config):
-    """The Memory that training a model of this configuration needs on a GPU.
-
-    Parameters: 16 bytes each; with DDP 4 more for its buckets; with FSDP a share of the 16 and, gathered, those of two blocks.
-    Under bf16 autocast a bfloat16 copy of each weight is kept from the forward pass to the backward. Activations: see
-    ``activation_bytes``; on top of them, the gradients that flow through one block.
-    """
-    bf16, together = config.precision == "bf16", config.gpus > 1
-    size, blocks = parameters(model)
-    largest = max(blocks)
-    if together and config.parallel == "fsdp":
-        state = STATE_BYTES * size / config.gpus + 2 * 4 * largest
-    else:
-        state = (STATE_BYTES + BUCKET_BYTES * together) * size
-    if bf16:
-        state += 2 * (largest if config.checkpoint_activations else size)
-    kept, block = activation_bytes(model, bf16=bf16, checkpointed=config.checkpoint_activations)
-    pixels = math.prod(model.video_shape)  # uint8
-    return Memory(state, kept + pixels + block)
-
-
-def parameters(model):
-    """(number of parameters, number in each block)."""
-    made = MaskedAutoencoder if isinstance(model, MaskedAutoencoderConfig) else VideoClassifier
-    with torch.device("meta"):
-        network = made(model)
-    return sum(p.numel() for p in network.parameters()), [sum(p.numel() for p in b.parameters()) for b in network.blocks()]
-
-
-def activation_bytes(model, *, bf16, checkpointed=False, gpu=True):
-    """(bytes that the forward pass of one clip keeps for the backward, bytes of its largest block).
-
-    A block over n tokens of width D, of which m go on after the attention, keeps (a: bytes of an activation, 2 in bf16, else 4)
-
-        the residual stream before each norm        4 n D + 4 m D, and each norm's statistics, 8 n + 8 m
-        the first norm's output, q, k and v         a (1 + 3) n D
-        the attention's output and log-sum-exps     a n D + 4 n H
-        the second norm's output                    a m D
-        the hidden layer before and after its GELU  a (1 + 1) r m D, r = mlp_ratio; the CPU's kernel keeps only the first
-
-    and with activation checkpointing only its input: the stream and, but for the first block, the branch to add, (4 + a) n D.
-    """
-    a = 2 if bf16 else 4
-    hidden = 2 if gpu else 1
-
-    def block(n, width, heads, m=None):
-        m, gathered = (n, 0) if m is None else (m, a * m * width)
-        stream = (4 * width + 8) * (n + m)
-        return stream + 5 * a * n * width + gathered + 4 * n * heads + a * m * width * (1 + hidden * model.mlp_ratio)
-
-    def entering(n, width, depth):
-        return n * width * (4 * depth + a * (depth - 1))
-
-    first = int(model.class_token)
-    is_autoencoder = isinstance(model, MaskedAutoencoderConfig)
-    seen = num_keep(model.mask_strategy, model.grid, model.mask_ratio) if is_autoencoder else model.num_tokens
-    encoder = [block(seen + first, model.width, model.num_heads)] * model.depth
-    inputs = entering(seen + first, model.width, model.depth)
-    ends, decoder = 0, []
-    if is_autoencoder:
-        width, predicted = model.decoder_width, num_reconstructed(model.num_tokens - seen, model.decoder_mask_ratio)
-        there = seen + predicted + first
-        decoder = [block(there, width, model.decoder_num_heads)] * (model.decoder_depth - 1)
-        decoder.append(block(there, width, model.decoder_num_heads, predicted))
-        inputs += entering(there, width, model.decoder_depth)
-        ends = (4 + a) * (seen + first) * model.width + (4 + a) * predicted * width
-        ends += (4 if model.target == "hog" else a) * predicted * model.patch_values
-    blocks = encoder + decoder
-    return (inputs if checkpointed else sum(blocks)) + ends, max(blocks)
 
 
 def command_line(config, command, batch, parts, recipe):

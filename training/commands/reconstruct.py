@@ -1,25 +1,9 @@
 """``stmae reconstruct``: what a pre-trained model makes of a video, as pictures: original | masked | reconstruction."""
 
-import collections
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from stmae import checkpoint
-from stmae.masking import sample_noise
-from stmae.models import MaskedAutoencoder
-
-from ..data.dataset import ViewClips, as_video
-from ..data.video import VideoError
-from ..data.video_list import find_videos
-from ..engine.device import choose_device
-from ..engine.run_folder import clips_of, weights_file
-
-GAP, LABEL = 4, 20  # pixels between pictures, and of the line of text above them
-ROWS = ("original", "masked", "reconstruction")
+from ..evaluation.pictures import write_reconstructions
 
 
 @dataclass(kw_only=True)
@@ -37,7 +21,7 @@ class Config:
     stride: int | None = None
     """every stride-th frame; null: as the run was trained, else 4"""
     mask_ratio: float | None = None
-    """masked share; null: the model's own"""
+    """masked fraction; null: the model's own"""
     seed: int = 0
     """of the mask"""
     device: str = "auto"
@@ -45,111 +29,5 @@ class Config:
 
 
 def run(config):
-    """Write the pictures; returns their paths."""
-    model, clip_settings = load(config.checkpoint, config.stride)
-    device = choose_device(config.device)
-    model.to(device)
-    if config.stride is not None and config.stride < 1:
-        raise ValueError(f"stride: expected 1 or more, got {config.stride}")
-    if config.seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {config.seed}")
-    if not 0 <= config.clip <= 1:
-        raise ValueError(f"clip: expected a place from 0 to 1, got {config.clip}")
-    ratio = model.config.mask_ratio if config.mask_ratio is None else config.mask_ratio
-    noise = sample_noise(
-        model.config.mask_strategy, 1, model.config.grid, ratio, generator=torch.Generator().manual_seed(config.seed)
-    )
-    entries = find_videos(config.video)
-    views = ViewClips(entries, clip_settings, frames=model.config.num_frames, size=model.config.image_size, start=config.clip)
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {output}")
-    output.mkdir(parents=True, exist_ok=True)
-
-    stems = collections.Counter(Path(entry.path).stem for entry in entries)
-    written, said = [], False
-    for number, entry in enumerate(entries):
-        try:
-            clips = views[number]["clips"]
-        except VideoError as error:
-            print(f"skipped video {error}")
-            continue
-        video = as_video(clips.to(device))
-        with torch.no_grad():
-            out = model(video, noise=noise.to(device), mask_ratio=ratio, decoder_mask_ratio=0)
-        pictures = model.reconstruct(video, out)
-        if not said:
-            print(
-                "In masked patches, "
-                + (
-                    "mean and contrast of each patch are taken from the original: the model predicts what is left "
-                    "when these are removed."
-                    if pictures.patch_statistics == "original"
-                    else "everything shown is predicted."
-                )
-            )
-            said = True
-        note = "patch mean and contrast from the original" if pictures.patch_statistics == "original" else "all of it predicted"
-        rows = [to_uint8(getattr(pictures, name)[0]) for name in ROWS]
-        labels = ("original", f"{ratio:.0%} masked", f"reconstruction ({note})")
-        name = Path(entry.path).stem
-        if stems[name] > 1:  # videos of one name in several folders
-            name = f"{name}-{number}"
-        png, gif = output / f"{name}.png", output / f"{name}.gif"
-        grid(rows, labels).save(png)
-        animate(rows, labels, gif)
-        print(f"loss {out.loss.item():.3f} on {entry.path}: {png}, {gif}")
-        written += [png, gif]
-    if not written:
-        raise ValueError(f"no pictures: none of the {len(entries)} videos in {config.video} could be used")
-    return written
-
-
-def load(path, stride):
-    """The autoencoder at ``path`` (a run's folder or a file), and the clips it was trained on, with another ``stride`` if
-    one is given."""
-    file = weights_file(path)
-    model = checkpoint.load(file)
-    if not isinstance(model, MaskedAutoencoder):
-        raise ValueError(f"{file} holds a {type(model).__name__}, and only a masked autoencoder reconstructs")
-    return model.eval(), clips_of(path, stride)
-
-
-def to_uint8(frames):
-    """[C, F, H, W] float in [0, 1] -> [F, H, W, C] uint8."""
-    return (frames * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
-def enlarge(frames):
-    """Whole-number enlargement of [F, H, W, C] frames to at least 96 pixels, so that small models can be looked at."""
-    factor = max(1, -(-96 // min(frames.shape[1:3])))
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def grid(rows, labels):
-    """One picture: a row for each of original, masked, reconstruction; a column for each frame."""
-    rows = [enlarge(row) for row in rows]
-    count, height, width = rows[0].shape[:3]
-    sheet = Image.new("RGB", (count * (width + GAP) + GAP, len(rows) * (height + LABEL + GAP)), "white")
-    for number, (row, label) in enumerate(zip(rows, labels)):
-        top = number * (height + LABEL + GAP)
-        ImageDraw.Draw(sheet).text((GAP, top + 3), label, fill="black", font=ImageFont.load_default(12))
-        for column, frame in enumerate(row):
-            sheet.paste(Image.fromarray(frame), (GAP + column * (width + GAP), top + LABEL))
-    return sheet
-
-
-def animate(rows, labels, path):
-    """An endless GIF: original | masked | reconstruction side by side, eight frames a second."""
-    rows = [enlarge(enlarge(row)) for row in rows]
-    height, width = rows[0].shape[1:3]
-    frames = []
-    for pictures in zip(*rows):
-        sheet = Image.new("RGB", (len(rows) * (width + GAP) - GAP, height + LABEL), "white")
-        for column, (picture, label) in enumerate(zip(pictures, labels)):
-            ImageDraw.Draw(sheet).text(
-                (column * (width + GAP), 3), label.split(" (")[0], fill="black", font=ImageFont.load_default(12)
-            )
-            sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (column * (width + GAP), LABEL))
-        frames.append(sheet)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0)
+    """Writes the pictures; returns their paths."""
+    return write_reconstructions(**dataclasses.asdict(config))

@@ -1,21 +1,45 @@
-"""``stmae test``: a classifier's accuracy on whole videos, each seen in several views."""
+"""``stmae test``: a classifier's accuracy on videos, each seen in several views."""
 
 import functools
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from stmae import checkpoint
 from stmae.models import VideoClassifier
 
-from ..config import TestConfig
-from ..data.dataset import ViewClips, as_video
-from ..data.video import VideoError
+from ..config import DataLocationConfig, ViewConfig
 from ..data.video_list import find_labelled_videos
 from ..engine.device import choose_device, choose_precision
 from ..engine.run_folder import clips_of, weights_file
+from ..evaluation.classification import predict, topk_accuracy
+
+
+@dataclass(kw_only=True)
+class TestConfig(DataLocationConfig):
+    """The test: of what, on what."""
+
+    __test__ = False  # not pytest's
+
+    checkpoint: str
+    """a classifier: a run's folder, or a model.safetensors"""
+    data: str
+    """labelled videos: a list file with a line 'path label' each, Something-Something's json, or a folder
+    with a folder for each class"""
+    output: str | None = None
+    """a JSON file for the results"""
+    stride: int | None = None
+    """every stride-th frame; null: as the classifier was trained, else 4"""
+    views: ViewConfig = field(default_factory=lambda: ViewConfig(temporal=7, spatial=3))
+    device: str = "auto"
+    """'auto': cuda where there is one, else cpu"""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+
 
 Config = TestConfig
 
@@ -31,18 +55,18 @@ def run(config):
         raise ValueError(f"{file} holds a {type(model).__name__}, and a test needs a classifier: see 'stmae finetune'")
     model.to(device)
     entries = find_labelled_videos(config.data, config.data_root, config.data_labels)
-    scores, labels, skipped = scores_of(model, entries, clips_of(file, config.stride), config.views, device, autocast)
+    scores, labels, skipped = predict(model, entries, clips_of(file, config.stride), config.views, device, autocast)
     for error in skipped:
         print(f"left out of the test: {error}")
     if not len(labels):
         raise ValueError(f"none of the {len(entries)} videos in {config.data} could be tested")
-    single = torch.stack([scores_of_view.argmax(-1) == labels for scores_of_view in scores.unbind(1)]).float().mean().item()
+    single = torch.stack([view.argmax(-1) == labels for view in scores.unbind(1)]).float().mean().item()
     results = {
         "videos": len(labels),
         "left_out": len(skipped),
         "views": f"{config.views.temporal} x {config.views.spatial}",
-        "top1": top(scores, labels, 1),
-        "top5": top(scores, labels, 5),
+        "top1": topk_accuracy(scores, labels, 1),
+        "top5": topk_accuracy(scores, labels, 5),
         "top1_of_a_single_view": single,
     }
     print(
@@ -52,37 +76,3 @@ def run(config):
     if config.output:
         Path(config.output).write_text(json.dumps(results, indent=1) + "\n")
     return results
-
-
-@torch.no_grad()
-def scores_of(model, entries, clips, views, device, autocast):
-    """(scores [videos, views, classes] float32 after softmax, labels [videos], VideoErrors of the videos left out)."""
-    dataset = ViewClips(
-        entries,
-        clips,
-        frames=model.config.num_frames,
-        size=model.config.image_size,
-        temporal=views.temporal,
-        spatial=views.spatial,
-    )
-    model.eval()
-    scores, labels, skipped = [], [], []
-    for number in range(len(dataset)):
-        try:
-            item = dataset[number]
-        except VideoError as error:
-            skipped.append(error)
-            continue
-        with autocast():
-            logits = model(as_video(item["clips"].to(device)))
-        scores.append(logits.float().softmax(-1).cpu())
-        labels.append(item["label"])
-    if not scores:
-        return torch.zeros(0, views.temporal * views.spatial, model.config.num_classes), torch.zeros(0, dtype=torch.long), skipped
-    return torch.stack(scores), torch.tensor(labels), skipped
-
-
-def top(scores, labels, k):
-    """Share of videos whose label is among the ``k`` highest of the scores [videos, views, classes] averaged over views."""
-    best = scores.mean(1).topk(min(k, scores.shape[-1]), dim=-1).indices
-    return (best == labels[:, None]).any(-1).float().mean().item() if len(labels) else float("nan")

@@ -8,7 +8,7 @@ take consecutive parts of each batch, so the data do not depend on how many ther
 import numpy as np
 
 
-class Order:
+class ResumableBatchSampler:
     """A batch sampler: for each micro-batch of this rank from ``first_step`` on, a list of (epoch, video number).
 
     batch: videos a step, over all ranks and micro-batches; it must divide evenly.
@@ -32,9 +32,9 @@ class Order:
         size = self.batch // (self.accumulate * self.world_size)
         for step in range(self.first_step, self.num_steps):
             for part in range(self.accumulate):
-                first = step * self.batch + (part * self.world_size + self.rank) * size
+                start = step * self.batch + (part * self.world_size + self.rank) * size
                 keys = []
-                for position in range(first, first + size):
+                for position in range(start, start + size):
                     if position // self.num_videos != epoch:
                         epoch = position // self.num_videos
                         permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_videos)

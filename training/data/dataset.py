@@ -21,7 +21,7 @@ SUBSTITUTES = 200  # samples tried in the place of a broken one before the run s
 class RandomClips(Dataset):
     """Random clips of the videos ``entries``, for training; indexed by (epoch, video number).
 
-    An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``companion`` adds for each clip, and ``skipped``, a list of
+    An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``extras`` adds for each clip, and ``skipped``, a list of
     (path, reason) of the broken videos that were passed over to find it.
 
     clips: a ClipConfig; frames, size: of a clip, T and (H, W).
@@ -31,14 +31,14 @@ class RandomClips(Dataset):
         self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
         self.broken = {}  # number -> VideoError: what this worker has already found, to spare a second try
 
-    def companion(self, rng, entry):
-        """{name: tensor [1, ...]} that belongs to a clip."""
+    def extras(self, rng, entry):
+        """{name: tensor [1, ...]} that goes with a clip."""
         raise NotImplementedError
 
     def view(self, rng, frames):
         """The augmented clip uint8 [T, H, W, C] of frames uint8 [T, H', W', C]."""
-        clip = random_clip_view(rng, distinct(frames), self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
-        return as_long_as(frames, clip)
+        clip = random_clip_view(rng, without_repeats(frames), self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
+        return repeat_to_length(clip, len(frames))
 
     def __len__(self):
         return len(self.entries)
@@ -66,12 +66,12 @@ class RandomClips(Dataset):
             for rng in rngs:
                 wanted.append(random_clip(rng, length, self.frames, self.clips.stride, self.clips.spacing))
             pixels = video.frames(np.concatenate(wanted))  # one sorted pass for all repeats
-        clips, companions = [], []
+        clips, extras = [], []
         for rng, part in zip(rngs, np.split(pixels, len(rngs))):
             clips.append(self.view(rng, part))
-            companions.append(self.companion(rng, entry))
-        together = {name: torch.cat([companion[name] for companion in companions]) for name in companions[0]}
-        return {"clips": torch.stack(clips), **together}
+            extras.append(self.extras(rng, entry))
+        joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
+        return {"clips": torch.stack(clips), **joined}
 
 
 class PretrainClips(RandomClips):
@@ -84,7 +84,7 @@ class PretrainClips(RandomClips):
         super().__init__(entries, clips, frames=frames, size=size, seed=seed)
         self.sample_noise = sample_noise
 
-    def companion(self, rng, entry):
+    def extras(self, rng, entry):
         return {"noise": self.sample_noise(generator=torch.Generator().manual_seed(int(rng.integers(2**63))))}
 
 
@@ -103,7 +103,7 @@ class LabelledClips(RandomClips):
         clip = rand_augment(rng, clip, self.augmentation.operations, self.augmentation.magnitude, self.augmentation.magnitude_std)
         return random_erasing(rng, clip, self.augmentation.erasing)
 
-    def companion(self, rng, entry):
+    def extras(self, rng, entry):
         return {"label": torch.tensor([entry.label])}
 
 
@@ -131,8 +131,8 @@ class ViewClips(Dataset):
             pixels = video.frames(np.concatenate(wanted))
         positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
         boxes = [view_box(pixels.shape[1], pixels.shape[2], self.size, position) for position in positions]
-        parts = np.split(pixels, self.temporal)
-        clips = [as_long_as(part, resized_crop(distinct(part), box, self.size)) for part in parts for box in boxes]
+        parts = [(without_repeats(part), len(part)) for part in np.split(pixels, self.temporal)]
+        clips = [repeat_to_length(resized_crop(part, box, self.size), count) for part, count in parts for box in boxes]
         return {"clips": torch.stack(clips), "label": entry.label, "number": number}
 
 
@@ -147,14 +147,14 @@ def length_of(video, frames, clips):
     return len(video)
 
 
-def distinct(frames):
+def without_repeats(frames):
     """``frames`` [T, H, W, C], or the one frame [1, H, W, C] that a still repeats without a copy: cropped and resized once."""
     return np.array(frames[:1]) if frames.strides[0] == 0 else frames
 
 
-def as_long_as(frames, clip):
-    """The clip [1 or T, H, W, C], contiguous, with as many frames as ``frames`` has."""
-    return clip.expand(len(frames), -1, -1, -1).contiguous() if len(clip) != len(frames) else clip
+def repeat_to_length(clip, count):
+    """The clip [1 or T, H, W, C], contiguous, with ``count`` frames."""
+    return clip.expand(count, -1, -1, -1).contiguous() if len(clip) != count else clip
 
 
 class ReadableViews(Dataset):
@@ -182,7 +182,7 @@ def collate(items):
 
 
 def worker_died(error):
-    """Whether this RuntimeError is torch's word that a data worker was killed. It comes from a signal handler: anywhere."""
+    """Whether this RuntimeError is torch's message that a data worker was killed. It comes from a signal handler, so anywhere."""
     return "DataLoader worker" in str(error)
 
 

@@ -1,7 +1,7 @@
 """What an entry of a data set is opened as: a video, by one of two decoders, a still image, or a folder of frames.
 
 PyAV is the default and reads everything. torchcodec, where it is installed and finds an FFmpeg, gives the same bytes for the
-videos that it is trusted with; every frame's time stamp is compared with what PyAV's scan of the file says, and PyAV decodes
+formats in SAME_IN_BOTH; every frame's time stamp is compared with what PyAV's scan of the file says, and PyAV decodes
 where they differ or torchcodec gives up. So the decoder is a matter of speed alone.
 """
 
@@ -35,14 +35,14 @@ def open_entry(entry, decoder="pyav"):
 
 
 def choose_decoder(name):
-    """'pyav' or 'torchcodec'. Raises ValueError for an unknown one, or where torchcodec is asked for and does not work."""
+    """'pyav' or 'torchcodec'. Raises ValueError for an unknown one, or where torchcodec is requested and does not work."""
     if name not in DECODERS:
         raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {name!r}")
     if name == "pyav":
         return name
     decoder, reason = _torchcodec()
     if name == "torchcodec" and decoder is None:
-        raise ValueError(f"decoder: torchcodec was asked for and cannot be used: {reason}")
+        raise ValueError(f"decoder: torchcodec was requested and cannot be used: {reason}")
     return "pyav" if decoder is None else "torchcodec"
 
 
@@ -57,7 +57,7 @@ def _torchcodec():
 
 
 class TorchcodecVideo(Video):
-    """A Video whose frames torchcodec decodes, where it can be trusted to give what PyAV does."""
+    """A Video whose frames torchcodec decodes, where it is known to give the same as PyAV."""
 
     _decoder = None
 
@@ -70,7 +70,7 @@ class TorchcodecVideo(Video):
         return super()._by_stamp(wanted) if found is None else found
 
     def _by_torchcodec(self, wanted):
-        """{index: frame}, or None: not to be trusted here."""
+        """{index: frame}, or None: PyAV has to decode."""
         context = self._stream.codec_context
         if context.pix_fmt not in SAME_IN_BOTH or context.height % 2 or getattr(context, "field_order", 0) not in PROGRESSIVE:
             return None

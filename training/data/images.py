@@ -1,6 +1,6 @@
 """Images as videos: a photo is a still clip, every frame the same; a folder of numbered images is a video taken apart.
 
-Both answer as ``Video`` does. Images are read by Pillow and turned as their EXIF says.
+Both have the interface of ``Video``. Images are read by Pillow and turned as their EXIF says.
 """
 
 import os
@@ -68,7 +68,7 @@ class FrameFolder:
         if len(found) < count:
             raise VideoError(self.path, f"the list says {count} frames, and the folder has {len(found)} numbered images")
         self._files = [os.path.join(self.path, name) for _, name in found[:count]]
-        self.times, self.rate = np.arange(count, dtype=np.float64), float("nan")  # nobody says how fast
+        self.times, self.rate = np.arange(count, dtype=np.float64), float("nan")  # unknown
         self.size = read_image(self._files[0]).shape[:2]
 
     def __len__(self):

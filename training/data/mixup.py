@@ -23,17 +23,17 @@ def mix(clips, targets, mixup, cutmix):
         return clips, targets
     cut = cutmix > 0 and (mixup <= 0 or torch.rand(()).item() < 0.5)
     alpha = cutmix if cut else mixup
-    share = torch.distributions.Beta(alpha, alpha).sample().item()  # of a clip's own pixels
+    ratio = torch.distributions.Beta(alpha, alpha).sample().item()  # of a clip's own pixels
     other = clips.flip(0)
     if cut:
         height, width = clips.shape[2:4]
-        h, w = int(height * math.sqrt(1 - share)), int(width * math.sqrt(1 - share))
+        h, w = int(height * math.sqrt(1 - ratio)), int(width * math.sqrt(1 - ratio))
         y, x = int(torch.randint(height, ()).item()), int(torch.randint(width, ()).item())
         top, bottom = max(0, y - h // 2), min(height, y - h // 2 + h)
         left, right = max(0, x - w // 2), min(width, x - w // 2 + w)
         clips = clips.clone()
         clips[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / (height * width)  # what was really cut
+        ratio = 1 - (bottom - top) * (right - left) / (height * width)  # what was really cut
     else:
-        clips = torch.lerp(other.float(), clips.float(), share).round().to(torch.uint8)
-    return clips, share * targets + (1 - share) * targets.flip(0)
+        clips = torch.lerp(other.float(), clips.float(), ratio).round().to(torch.uint8)
+    return clips, ratio * targets + (1 - ratio) * targets.flip(0)

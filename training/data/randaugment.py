@@ -8,7 +8,7 @@ recipes quote: strength M with deviation S out of 10, every operation growing wi
 import torch
 import torch.nn.functional as F
 
-GREY = 116  # what a shift or a turn brings in from outside: about the mean of natural images
+GREY = 116  # the fill value of translations, shears and rotations: about the mean of natural images
 
 
 def rand_augment(rng, clip, operations, magnitude, deviation):
@@ -30,8 +30,8 @@ def equalize(clip, strength, sign):
     """Each channel of each frame to an even histogram."""
     frames = clip.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)  # [T * C, H * W]
     counts = torch.zeros(frames.shape[0], 256).scatter_add_(1, frames.long(), torch.ones(frames.shape))
-    share = counts.cumsum(1) - counts / 2
-    table = to_uint8(share / frames.shape[1] * 255)
+    fraction = counts.cumsum(1) - counts / 2
+    table = to_uint8(fraction / frames.shape[1] * 255)
     shape = (clip.shape[0], clip.shape[3], clip.shape[1], clip.shape[2])
     return table.gather(1, frames.long()).reshape(shape).permute(0, 2, 3, 1).contiguous()
 

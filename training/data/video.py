@@ -2,8 +2,9 @@
 
 Frame numbers times the average rate is wrong for variable rates, edit lists and MPEG program streams, so a file is first
 scanned for the time stamps of its packets (about 2 ms for a ten-second clip; nothing is decoded), and frame i is the i-th time
-stamp in order. A seek is never trusted: the first frame it yields is checked, and where it lies after the target the seek is
-repeated further back. What a header announces is not trusted either: a truncated file has the frames that came.
+stamp in order. A seek is always verified: the first frame it yields is checked, and where it lies after the target the seek is
+repeated further back. What a header announces is not taken for granted either: a truncated file has the frames that could be
+read.
 
 No decoder outlives the ``with`` block it is opened in, so none is ever inherited by a forked worker.
 """
@@ -127,7 +128,7 @@ class Video:
         return name == "mpeg" or (name == "avi" and self._stream.codec_context.has_b_frames)
 
     def _count(self):
-        """Without time stamps to trust (raw streams, MPEG program streams, some AVI) frames are counted from the
+        """Without reliable time stamps (raw streams, MPEG program streams, some AVI) frames are counted from the
         start by decoding: slow,
         and right."""
         self._stamps = None

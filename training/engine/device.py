@@ -17,7 +17,7 @@ def choose_device(name):
     except RuntimeError as error:
         raise ValueError(f"expected a device such as 'auto', 'cpu' or 'cuda:0', got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but this PyTorch ({torch.__version__}) finds no CUDA device")
+        raise ValueError(f"device {name!r} was requested, but this PyTorch ({torch.__version__}) finds no CUDA device")
     return device
 
 
@@ -29,9 +29,9 @@ def choose_precision(name, device):
     would be emulated and slower than float32, so 'auto' then means float32.
     """
     if name == "float32":
-        return None, "float32, as asked"
+        return None, "float32, as requested"
     if name == "bf16":
-        return torch.bfloat16, "bf16 autocast, as asked"
+        return torch.bfloat16, "bf16 autocast, as requested"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bf16 autocast"
@@ -42,10 +42,10 @@ def choose_precision(name, device):
     return None, "float32 (this CPU has no bf16 instructions; --run.precision bf16 emulates them)"
 
 
-def choose_workers(asked, device):
+def choose_workers(requested, device):
     """Processes that decode: on the CPU the model needs the cores, beside a GPU all but one of them are free."""
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if device.type == "cpu" else max(1, min(12, cores - 1))
 

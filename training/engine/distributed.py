@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .fsdp import shard
+from .fsdp import shard_model
 
 
 class Processes:
-    """This process among its peers. Context manager: joins the group on entry where torchrun set one up, leaves it at the end.
+    """This process and its process group, as torchrun's environment describes them.
 
-    rank, world_size: 0 of 1 where there is no torchrun; ``first``: whether this is rank 0, which writes and speaks.
-    environment: where torchrun says what it started.
+    rank, world_size: 0 of 1 where there is no torchrun; ``is_main``: whether this is rank 0, which writes and prints.
+    environment: the variables that torchrun sets.
     """
 
     def __init__(self, environment=os.environ):
@@ -31,22 +31,23 @@ class Processes:
         self.local_rank = int(environment.get("LOCAL_RANK", "0"))
 
     @property
-    def first(self):
+    def is_main(self):
         return self.rank == 0
 
-    def own_device(self, device):
+    def local_device(self, device):
         """cuda without a number becomes this process's GPU."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(device)
-        return device
+        return torch.device("cuda", self.local_rank) if device.type == "cuda" and device.index is None else device
 
     @contextlib.contextmanager
-    def joined(self, device):
-        """Inside, the processes are a group (NCCL between GPUs, gloo between CPUs)."""
-        if self.world_size == 1:
-            yield
-            return
+    def process_group(self, device):
+        """Context in which the processes are a group (NCCL between GPUs, gloo between CPUs) and ``device`` is the current one."""
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            if self.world_size == 1:
+                yield
+            else:
+                yield from self._initialized(device)
+
+    def _initialized(self, device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             try:
@@ -67,19 +68,19 @@ class Processes:
         if self.world_size == 1:
             return model
         if parallel == "fsdp":
-            shard(model, device, self.world_size)
+            shard_model(model, device, self.world_size)
             return model
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
-    def unsynchronised(self, model, last):
-        """Context for a part of an accumulated batch: gradients are exchanged only after the last one."""
+    def no_sync(self, model, *, last):
+        """Context for a micro-batch: gradients are exchanged only after the last one (``last``)."""
         if isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext() if last else model.no_sync()
         if self.world_size > 1:
             model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def wait(self):
+    def barrier(self):
         if self.world_size > 1:
             dist.barrier()
 
@@ -99,10 +100,10 @@ class Processes:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def first_does(self, work):
+    def run_on_main(self, work):
         """Rank 0 calls ``work``, the others wait for it; what it raises is raised in all of them."""
         error = None
-        if self.first:
+        if self.is_main:
             try:
                 work()
             except Exception as failure:
@@ -112,16 +113,16 @@ class Processes:
         if error is not None:
             raise error
 
-    def union(self, mapping):
-        """All processes' mappings in one."""
+    def gather_dict(self, mapping):
+        """All processes' mappings, merged into one."""
         return {key: value for part in self.gather(mapping) for key, value in part.items()}
 
-    def share(self, items):
-        """This process's part of ``items``, in order: one in world_size."""
+    def shard(self, items):
+        """This process's shard of ``items``, in order: one in world_size."""
         return items[self.rank :: self.world_size]
 
 
-ALONE = Processes({})  # for what reads a run's folder outside a run
+SINGLE_PROCESS = Processes({})  # for what reads a run's folder outside a run
 
 
 def forget_frames(error):

@@ -1,6 +1,6 @@
 """What a run shows while it runs: a progress bar, log.jsonl and TensorBoard, all from one dict of numbers; pictures and curves.
 
-What cannot be drawn is said and logged, and the run goes on: only checkpoints and log.jsonl are worth stopping for.
+A picture that cannot be drawn is an event in the log, and the run goes on: only checkpoints and log.jsonl are worth stopping for.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a 
 PLOT_EVERY = 30.0  # seconds between drawings of the curves, which take one
 
 
-class Log:
-    """Shows ``steps`` steps from ``step`` on; what is given to ``numbers`` goes to the bar, the folder's log and TensorBoard.
+class Logger:
+    """Shows ``steps`` steps from ``step`` on: what is given to ``metrics`` goes to the bar, the folder's log and TensorBoard.
 
     On a terminal that is a bar; elsewhere (a file, a job's output) a line every ten seconds.
     """
 
     def __init__(self, folder, *, step, steps, tensorboard):
-        self.folder, self.first, self.steps, self.terminal = folder, step, steps, sys.stderr.isatty()
+        self.folder, self.first_step, self.steps, self.terminal = folder, step, steps, sys.stderr.isatty()
         folder.rewind_log(step)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.terminal, smoothing=0.05)
         self.started = self.last_line = time.monotonic()
@@ -40,8 +40,8 @@ class Log:
     def advance(self, step):
         self.bar.update(step - self.bar.n)
 
-    def numbers(self, step, **values):
-        """Log ``values`` at ``step`` and show the ones that a person watches."""
+    def metrics(self, step, **values):
+        """Log ``values`` at ``step``; print loss, learning rate and speed."""
         self.folder.log({"step": step, **{name: _short(value) for name, value in values.items()}})
         self._tensorboard(step, lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
         if "loss" not in values:
@@ -51,15 +51,15 @@ class Log:
         self.bar.set_postfix_str(text, refresh=False)
         if not self.terminal and (time.monotonic() - self.last_line >= LINE_EVERY or step == self.steps):
             self.last_line = time.monotonic()
-            remaining = (self.last_line - self.started) / (step - self.first) * (self.steps - step)
+            remaining = (self.last_line - self.started) / (step - self.first_step) * (self.steps - step)
             print(f"step {step} of {self.steps}, {text}, {tqdm.format_interval(remaining)} left", flush=True)
 
     def event(self, step, message, **facts):
-        """A line for the person watching and for the log."""
-        self.say(message)
+        """A line that is printed and logged."""
+        self.info(message)
         self.folder.log({"step": step, "event": message, **facts})
 
-    def picture(self, step, name, make):
+    def image(self, step, name, make):
         """Show what ``make()`` returns, a PIL image: pictures/NAME-step-STEP.png in the folder, and TensorBoard."""
 
         def write():
@@ -104,11 +104,11 @@ class Log:
             self._warn(step, f"could not write {what}, training goes on: {error}")
 
     def _warn(self, step, message):
-        # What is suppressed was said; a log that cannot be written stops the run at its next line, with what is whole.
+        # A log that cannot be written stops the run at its next line.
         with contextlib.suppress(RunFolderError):
             self.event(step, message)
 
-    def say(self, message):
+    def info(self, message):
         """A line above the bar."""
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
@@ -118,8 +118,8 @@ class Log:
         self._tensorboard(self.bar.n, lambda writer: writer.close())
 
 
-class Silence:
-    """The log of every process but the first: only what it found wrong is said."""
+class NullLogger:
+    """The logger of every process but the main one: prints only the events that carry facts, such as a broken video."""
 
     def __init__(self, folder, **options):
         pass
@@ -128,16 +128,16 @@ class Silence:
         if facts:
             print(message, flush=True)
 
-    def say(self, message):
+    def info(self, message):
         pass
 
     def advance(self, step):
         pass
 
-    def numbers(self, step, **values):
+    def metrics(self, step, **values):
         pass
 
-    def picture(self, step, name, make):
+    def image(self, step, name, make):
         pass
 
     def plot(self, step, *, last=False):

@@ -1,31 +1,32 @@
-"""The training loop that pre-training and fine-tuning share: from the first step, or the last whole checkpoint, to the end.
+"""The training loop that pre-training and fine-tuning share: from the first step, or the last complete checkpoint, to the end.
 
-It reads from top to bottom. What a task does with a batch, and how it judges the model, come in as functions.
+It reads from top to bottom: ``train`` is the loop, ``train_step`` a step of it, and ``Task`` says what is trained on what.
 """
 
+import contextlib
 import functools
 import math
-import resource
-import signal
-import sys
-import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import Dataset
 
-from ..data.batch_sampler import Order
-from ..data.dataset import collate
-from ..planning.flops import ceiling
+from ..data.batch_sampler import ResumableBatchSampler
+from ..data.loader import Batches, LoaderError, training_loader
+from ..planning.flops import measured_peak_flops
 from . import fsdp
-from .device import choose_precision, choose_workers, describe, keep_freed_memory
-from .logger import Log, Silence
+from .device import choose_precision, choose_workers, describe
+from .logger import Logger, NullLogger
+from .meters import StepMeter
 from .optimizer import adamw, learning_rate, total_steps
-from .signals import StopRequest, ignore_stop_signals
+from .signals import StopRequest
+from .train_state import TrainState, load_state_tensors, owner_in, state_tensors
 
 SKIPS_IN_A_ROW = 20  # steps without a finite gradient after which it is no accident
 
@@ -34,416 +35,317 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and from where it can."""
 
 
-class Watch(NamedTuple):
-    """A look at the model while it trains: at the start, every ``every`` steps (0: not), and at the end.
+class EvaluationHook(NamedTuple):
+    """An evaluation of the model while it trains: before the first step, every ``every`` steps (0: not), and after the last.
 
-    look: (model, autocast, log, step) -> numbers by name, for the log. Called in every process, with the whole model; what it
-        returns in the first one counts.
+    evaluate: (model, autocast, logger, step) -> {name: number} for the log. Called in every process, with the full model; what it
+        returns in the main process counts.
     """
 
     every: int
-    look: Callable
+    evaluate: Callable
 
 
-def train(
-    config,
-    processes,
-    device,
-    folder,
-    *,
-    model,
-    groups,
-    dataset,
-    peak,
-    loss_of,
-    watches,
-    repeats,
-    tokens,
-    flops,
-    average_decay=0.0,
-):
-    """Trains ``model`` in place, or continues the run in ``folder``. Returns its counters; their "done" says whether it
-    came to the end.
+@dataclass(kw_only=True)
+class Task:
+    """What is trained on what: the model, the data, the loss, and what is evaluated on the way."""
 
-    config: with sections ``optimizer`` and ``run``, and a ``seed``.
-    groups: model -> AdamW's parameter groups; a group's "scale" (default 1) multiplies its learning rate.
-    dataset: indexed by (epoch, video number), for ``collate``; every item holds ``repeats`` clips of ``tokens`` tokens.
-    peak: the highest learning rate.
-    loss_of: (model to call, batch on the device, epoch in [0, epochs)) -> scalar loss.
-    watches: list of Watch.
-    flops: epoch in [0, epochs) -> FLOPs of a clip's part in a step, forward and backward.
-    average_decay: of the running average of the weights, 0 for none; watched and saved in place of the weights where
-    there is one.
+    model: nn.Module
+    """trained in place"""
+    dataset: Dataset
+    """indexed by (epoch, video number); every item holds ``repeats`` clips of ``tokens`` tokens"""
+    loss: Callable
+    """(model to call, batch on the device, epoch in [0, epochs)) -> scalar loss"""
+    parameter_groups: Callable
+    """model -> AdamW's parameter groups; a group's "scale" (default 1) multiplies its learning rate"""
+    peak_lr: float
+    """the highest learning rate"""
+    repeats: int
+    """clips of one video in an item"""
+    tokens: int
+    """of a clip"""
+    flops: Callable
+    """epoch in [0, epochs) -> FLOPs of a clip in a step, forward and backward"""
+    hooks: list[EvaluationHook] = field(default_factory=list)
+    average_decay: float = 0.0
+    """of the running average of the weights, which is evaluated and saved in their place; 0: none"""
+
+
+def train(task, config, processes, device, folder):
+    """Trains ``task.model`` in place, or continues the run in ``folder``. Returns the TrainState; its ``done`` says whether the
+    run came to its end.
+
+    config: with sections ``optimizer`` and ``run``, a ``data`` and a ``seed``. processes: a Processes, whose group is open.
+    folder: a RunFolder. Raises TrainingError where training cannot go on.
     """
-    settings = config.optimizer
-    say = print if processes.first else lambda *words: None
-    dtype, precision = choose_precision(config.run.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
-    steps = total_steps(settings, len(dataset), repeats)
+    with torch_settings(task, config):
+        training = Training(task, config, processes, device)
+        state = resume(training, folder)
+        if state.done:
+            training.print(f"{folder.path}: complete, {state.step} of {training.steps} steps done")
+            return state
+        loader = training.loader(state.step)
+        training.describe(folder, state.step)
+        logger_class = Logger if processes.is_main else NullLogger
+        logger = logger_class(folder, step=state.step, steps=training.steps, tensorboard=config.run.tensorboard)
+        broken = {}  # path -> reason of the videos that could not be used
 
-    kind = type(model)  # sharding makes it another class
-    model.checkpoint_activations = config.run.checkpoint_activations
-    sharded = config.run.parallel == "fsdp" and processes.world_size > 1
-    if config.run.compile and sharded:
-        compile_blocks(model)
-    forward = wrapped = processes.wrap(model, device, config.run.parallel)
-    if config.run.compile and not sharded:
-        # DDP's own way of cutting the graph into buckets refuses checkpointed blocks.
-        torch._dynamo.config.optimize_ddp = not config.run.checkpoint_activations
-        forward = torch.compile(wrapped)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(groups(model), settings)
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()} if average_decay else {}
+        with closing(logger), StopRequest() as stop, Batches(loader) as batches:
+            if state.before is None:
+                state.before = training.evaluate(task.hooks, logger, state.step)
+            task.model.train()
+            meter, stopping = StepMeter(task.tokens, training.peak_flops, device), False
+            while state.step < training.steps and not stopping:
+                lr = training.set_learning_rate(state.step)
+                try:
+                    loss, norm = train_step(training, batches, state.step, meter, logger, broken)
+                except LoaderError as error:
+                    raise TrainingError(f"{error}{folder.resume_hint()}") from error
+                # Every process must come to the same decisions: to update, to skip, to stop.
+                loss, norm, stop_asked = processes.mean(loss, norm, float(bool(stop)), device=device)
+                stopping = stop_asked > 0
+                state.step += 1
+                update_or_skip(training, state, loss, norm, meter, logger, folder)
 
-    # All that a run remembers besides tensors. Order, crops and masks follow from seed and step, so no random state is among it.
-    counters = {
-        "step": 0,
-        "videos": len(dataset),
-        "skipped_steps": 0,
-        "skips_in_a_row": 0,
-        "before": None,
-        "after": None,
-        "done": False,
-    }
-    state = folder.load_state(say, owner=owner_in(model), processes=processes)
-    if state is not None:
-        counters.update(restore(state, model, optimizer, average))
-        if counters["videos"] != len(dataset):
-            say(
-                f"note: {config.data} now lists {len(dataset)} videos, not {counters['videos']}: their order changes from here on"
-            )
-            counters["videos"] = len(dataset)
-    first_step = counters["step"]
-    if counters["done"]:
-        say(f"{folder.path}: complete, {first_step} of {steps} steps done")
-        return counters
+                logger.advance(state.step)
+                if state.step % config.run.log_every == 0 or state.step == training.steps:
+                    broken = processes.gather_dict(broken)
+                    logger.metrics(state.step, **meter.summary(), lr=lr, **training.progress(state, broken))
+                if state.step < training.steps and not stopping:
+                    with meter.paused():
+                        due = [hook for hook in task.hooks if hook.every and state.step % hook.every == 0]
+                        training.evaluate(due, logger, state.step)
+                        if state.step % config.run.save_every == 0:
+                            save(training, state, folder, logger)
 
-    order = Order(
-        len(dataset),
-        settings.batch,
-        seed=config.seed,
-        num_steps=steps,
-        first_step=first_step,
-        accumulate=settings.accumulate,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
-    workers = choose_workers(config.run.workers, device)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_stop_signals,
-    )
+            if state.step == training.steps:
+                state.after = training.evaluate(task.hooks, logger, state.step)
+                state.done = True
+            save(training, state, folder, logger)
+            if not state.done:
+                cause = stop.signal or "a signal to another process"
+                logger.info(f"{cause}: stopped after step {state.step} of {training.steps} and saved; the same command continues")
+                return state
 
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    where = describe(device) if processes.world_size == 1 else f"{processes.world_size} processes, {describe(device)} each"
-    say(f"{size:.1f} M parameters on {where}, {precision}, {workers} data workers")
-    say(
-        f"{steps} steps of {settings.batch} videos x {repeats} clips = {settings.epochs:g} effective epochs; "
-        f"learning rate {peak:.3g} at its highest"
-    )
-    if first_step:
-        say(f"continuing from step {first_step}")
-    # All processes at once, for they may share a processor.
-    most = processes.world_size * processes.mean(ceiling(device, dtype), device=device)[0]
-    if processes.first:
-        say(f"a matrix product here reaches {most / 1e12:.2f} TFLOP/s; 'mfu' in the log is the model's share of that")
-        folder.record_start(
-            device=where,
-            precision=precision,
-            workers=workers,
-            step=first_step,
-            steps=steps,
-            ceiling_tflops=float(f"{most / 1e12:.4g}"),
+    if broken or state.skipped_steps:
+        training.print(
+            f"skipped: {len(broken)} videos that could not be used, {state.skipped_steps} steps without a finite gradient"
         )
+    training.print(f"weights: {folder.model_path}")
+    return state
 
-    def judge(step, due):
+
+def train_step(training, batches, step, meter, logger, broken):
+    """The gradients of step ``step``, accumulated over its micro-batches and clipped. Returns (loss, gradient norm), tensors
+    []."""
+    config, processes, device, task = training.config, training.processes, training.device, training.task
+    # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
+    torch.manual_seed(step_seed(config.seed, step, processes.rank))
+    epoch, accumulate = step / training.steps * config.optimizer.epochs, config.optimizer.accumulate
+    loss = 0.0
+    for part in range(accumulate):
+        with meter.waiting_for_data():
+            batch = next(batches)
+        meter.add_clips(len(batch["clips"]) * processes.world_size, task.flops(epoch))
+        for path, reason in batch.pop("skipped"):
+            if path not in broken:
+                broken[path] = reason
+                logger.event(step, f"skipped video {path}: {reason}", path=path, reason=reason)
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with processes.no_sync(training.wrapped, last=part == accumulate - 1):
+            with training.autocast():
+                part_loss = task.loss(training.forward, batch, epoch) / accumulate
+            part_loss.backward()
+        loss += part_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(training.parameters, config.optimizer.clip_grad or math.inf)
+    return loss, fsdp.full_tensor(norm)
+
+
+def update_or_skip(training, state, loss, norm, meter, logger, folder):
+    """AdamW's update with the gradients of the step that ended, unless ``loss`` or ``norm`` is not finite. Raises TrainingError
+    after SKIPS_IN_A_ROW steps without an update."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        training.optimizer.step()
+        state.skips_in_a_row = 0
+        meter.add_step(loss, norm)
+        if training.average:
+            update_average(training.average, training.task.model, training.task.average_decay)
+    else:
+        state.skipped_steps += 1
+        state.skips_in_a_row += 1
+        logger.event(state.step, f"step {state.step} skipped: loss {loss}, gradient norm {norm}")
+        if state.skips_in_a_row >= SKIPS_IN_A_ROW:
+            raise TrainingError(
+                f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: stopped at step {state.step}. Try a lower "
+                f"optimizer.base_lr, a longer warm-up or run.precision float32{folder.resume_hint()}"
+            )
+    training.optimizer.zero_grad(set_to_none=True)
+
+
+class Training:
+    """What every step of a run needs, made once: the model to call, its parameters, optimizer and average, the number of
+    steps."""
+
+    def __init__(self, task, config, processes, device):
+        self.task, self.config, self.processes, self.device = task, config, processes, device
+        self.print = print if processes.is_main else lambda *words: None
+        self.dtype, self.precision = choose_precision(config.run.precision, device)
+        self.autocast = functools.partial(torch.autocast, device.type, self.dtype) if self.dtype else nullcontext
+        self.steps = total_steps(config.optimizer, len(task.dataset), task.repeats)
+        self.workers = choose_workers(config.run.workers, device)
+
+        model = task.model
+        self.model_class = type(model)  # sharding makes it another class
+        model.checkpoint_activations = config.run.checkpoint_activations
+        sharded = config.run.parallel == "fsdp" and processes.world_size > 1
+        if config.run.compile and sharded:
+            for block in model.blocks():  # sharding works between them, where a graph of the model would be cut anyway
+                block.compile()
+        self.wrapped = processes.wrap(model, device, config.run.parallel)
+        self.forward = torch.compile(self.wrapped) if config.run.compile and not sharded else self.wrapped
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = adamw(task.parameter_groups(model), config.optimizer)
+        self.average = {n: value.detach().clone() for n, value in model.state_dict().items()} if task.average_decay else {}
+
+    def loader(self, first_step):
+        settings, processes = self.config.optimizer, self.processes
+        sampler = ResumableBatchSampler(
+            len(self.task.dataset),
+            settings.batch,
+            seed=self.config.seed,
+            num_steps=self.steps,
+            first_step=first_step,
+            accumulate=settings.accumulate,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        return training_loader(self.task.dataset, sampler, workers=self.workers, pin_memory=self.device.type == "cuda")
+
+    def describe(self, folder, first_step):
+        """Prints what will be trained on what, measures the device, and records the start in run.jsonl."""
+        settings, processes, device = self.config.optimizer, self.processes, self.device
+        size = sum(p.numel() for p in self.task.model.parameters()) / 1e6
+        where = describe(device) if processes.world_size == 1 else f"{processes.world_size} processes, {describe(device)} each"
+        self.print(f"{size:.1f} M parameters on {where}, {self.precision}, {self.workers} data workers")
+        self.print(
+            f"{self.steps} steps of {settings.batch} videos x {self.task.repeats} clips = {settings.epochs:g} effective epochs; "
+            f"learning rate {self.task.peak_lr:.3g} at its highest"
+        )
+        if first_step:
+            self.print(f"continuing from step {first_step}")
+        # All processes at once, for they may share a processor.
+        self.peak_flops = processes.world_size * processes.mean(measured_peak_flops(device, self.dtype), device=device)[0]
+        if processes.is_main:
+            self.print(
+                f"a matrix product here reaches {self.peak_flops / 1e12:.2f} TFLOP/s; "
+                "'mfu' in the log is the fraction of it that the model reaches"
+            )
+            folder.record_start(
+                device=where,
+                precision=self.precision,
+                workers=self.workers,
+                step=first_step,
+                steps=self.steps,
+                ceiling_tflops=float(f"{self.peak_flops / 1e12:.4g}"),
+            )
+
+    def set_learning_rate(self, step):
+        lr = learning_rate(step, self.steps, self.config.optimizer, self.task.peak_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
+        return lr
+
+    def progress(self, state, broken):
+        epoch = state.step * self.config.optimizer.batch * self.task.repeats / len(self.task.dataset)
+        return {"epoch": epoch, "skipped_steps": state.skipped_steps, "skipped_videos": len(broken)}
+
+    def evaluate(self, hooks, logger, step):
+        """{name: number} of all ``hooks``, logged."""
         numbers = {}
-        if due:
-            with whole(kind, model, average, device) as judged:
-                for watch in due:
-                    numbers.update(watch.look(judged, autocast, log, step))
+        if hooks:
+            with self.full_model(self.device) as model:
+                for hook in hooks:
+                    numbers.update(hook.evaluate(model, self.autocast, logger, step))
             if numbers:
-                log.numbers(step, **numbers)
-            model.train()
+                logger.metrics(step, **numbers)
+            self.task.model.train()
         return numbers
 
-    def save():
-        # The weights first: a state that says "done" is not looked at again, so what belongs to it must be there already.
-        with whole(kind, model, average, torch.device("cpu"), keep=processes.first) as saved:
-            if processes.first:
-                folder.save_model(saved)
-        if config.run.parallel == "fsdp":
-            folder.save_shards(counters["step"], tensors_of(model, optimizer, average), counters, processes)
-        elif processes.first:
-            folder.save_state(counters["step"], tensors_of(model, optimizer, average), counters)
-        log.plot(counters["step"], last=counters["done"])
+    @contextmanager
+    def full_model(self, device, *, keep=True):
+        """Context: the model with full weights, gathered on ``device`` where they are sharded, and averaged where there is an
+        average. Every process must enter it; where ``keep`` is false and the model is sharded, it is None."""
+        model = self.task.model
+        if type(model) is not self.model_class:
+            yield fsdp.gather_model(self.model_class, model, self.average or model.state_dict(), device, keep=keep)
+        elif self.average:
+            own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            model.load_state_dict(self.average)
+            try:
+                yield model
+            finally:
+                model.load_state_dict(own)
+        else:
+            yield model
 
-    log = (Log if processes.first else Silence)(folder, step=first_step, steps=steps, tensorboard=config.run.tensorboard)
-    with closing(log), StopRequest() as stop, Batches(loader, folder) as batches:
-        if counters["before"] is None:
-            counters["before"] = judge(first_step, watches)
 
-        broken = {}  # path -> reason
-        stopping = False
-        window = new_window()
-        model.train()
-        while counters["step"] < steps and not stopping:
-            lr = learning_rate(counters["step"], steps, settings, peak)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("scale", 1.0)
-            # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
-            torch.manual_seed(step_seed(config.seed, counters["step"], processes.rank))
+def resume(training, folder):
+    """The TrainState of the newest complete checkpoint in ``folder``, its tensors put back; a new one where there is none."""
+    task, videos = training.task, len(training.task.dataset)
+    state = TrainState(videos=videos)
+    found = folder.load_state(training.print, owner=owner_in(task.model), processes=training.processes)
+    if found is not None:
+        tensors, values = found
+        state.load_dict(values)
+        load_state_tensors(tensors, task.model, training.optimizer, training.average)
+        if state.videos != videos:
+            training.print(
+                f"note: {training.config.data} now lists {videos} videos, not {state.videos}: their order changes from here on"
+            )
+            state.videos = videos
+    return state
 
-            loss = 0.0
-            for part in range(settings.accumulate):
-                asked = time.perf_counter()
-                batch = next(batches)
-                window["wait"] += time.perf_counter() - asked
-                clips = len(batch["clips"]) * processes.world_size
-                window["clips"] += clips
-                window["flops"] += clips * flops(counters["step"] / steps * settings.epochs)
-                for path, reason in batch.pop("skipped"):
-                    if path not in broken:
-                        broken[path] = reason
-                        log.event(counters["step"], f"skipped video {path}: {reason}", path=path, reason=reason)
-                batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-                with processes.unsynchronised(wrapped, last=part == settings.accumulate - 1):
-                    with autocast():
-                        part_loss = loss_of(forward, batch, counters["step"] / steps * settings.epochs) / settings.accumulate
-                    part_loss.backward()
-                loss += part_loss.detach()
 
-            norm = fsdp.whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf))
-            # Every process must come to the same decisions: to step, to skip, to stop.
-            loss, norm, asked_to_stop = processes.mean(loss, norm, float(bool(stop)), device=device)
-            stopping = asked_to_stop > 0
-            counters["step"] += 1
-            step = counters["step"]
-            if math.isfinite(loss) and math.isfinite(norm):
-                optimizer.step()
-                counters["skips_in_a_row"] = 0
-                window["losses"].append(loss)
-                window["norms"].append(norm)
-                if average:
-                    update_average(average, model, average_decay)
-            else:
-                counters["skipped_steps"] += 1
-                counters["skips_in_a_row"] += 1
-                log.event(step, f"step {step} skipped: loss {loss}, gradient norm {norm}")
-                if counters["skips_in_a_row"] >= SKIPS_IN_A_ROW:
-                    raise TrainingError(
-                        f"{SKIPS_IN_A_ROW} steps in a row had no finite loss and gradient: stopped at step {step}. Try a lower "
-                        f"optimizer.base_lr, a longer warm-up or run.precision float32{folder.standing()}"
-                    )
-            optimizer.zero_grad(set_to_none=True)
+def save(training, state, folder, logger):
+    """Writes the weights, then the state, then the curves."""
+    processes = training.processes
+    # The weights first: a state that says "done" is never resumed, so what belongs to it must be there already.
+    with training.full_model(torch.device("cpu"), keep=processes.is_main) as model:
+        if processes.is_main:
+            folder.save_model(model)
+    tensors = state_tensors(training.task.model, training.optimizer, training.average)
+    if training.config.run.parallel == "fsdp":
+        folder.save_shards(state.step, tensors, state.to_dict(), processes)
+    elif processes.is_main:
+        folder.save_state(state.step, tensors, state.to_dict())
+    logger.plot(state.step, last=state.done)
 
-            log.advance(step)
-            if step % config.run.log_every == 0 or step == steps:
-                broken = processes.union(broken)
-                epoch = step * settings.batch * repeats / len(dataset)
-                shared = {"lr": lr, "epoch": epoch, "skipped_steps": counters["skipped_steps"], "skipped_videos": len(broken)}
-                log.numbers(step, **summary(window, tokens, most, device), **shared)
-                window = new_window()
-            if step < steps and not stopping:
-                aside = time.perf_counter()
-                judge(step, [watch for watch in watches if watch.every and step % watch.every == 0])
-                if step % config.run.save_every == 0:
-                    save()
-                window["start"] += time.perf_counter() - aside  # the next line of the log speaks of training alone
 
-        if counters["step"] < steps:
-            save()
-            cause = stop.signal or "a signal to another process"
-            log.say(f"{cause}: stopped after step {counters['step']} of {steps} and saved; the same command continues")
-            return counters
-        counters["after"] = judge(steps, watches)
-        counters["done"] = True
-        save()
+@contextmanager
+def torch_settings(task, config):
+    """Context: what a run changes of torch's process state, put back at its end."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=fsdp.VIEW_WARNING)
+        if config.run.compile:
+            import torch._dynamo.config as dynamo
 
-    if broken or counters["skipped_steps"]:
-        say(f"skipped: {len(broken)} videos that could not be used, {counters['skipped_steps']} steps without a finite gradient")
-    say(f"weights: {folder.model_path}")
-    return counters
+            # DDP's own way of cutting the graph into buckets refuses checkpointed blocks. With FSDP blocks share their code, and
+            # each rate of stochastic depth, width and mode compiles it once more.
+            stack.enter_context(
+                dynamo.patch(
+                    optimize_ddp=not config.run.checkpoint_activations and dynamo.optimize_ddp,
+                    recompile_limit=max(dynamo.recompile_limit, 4 * len(task.model.blocks())),
+                )
+            )
+        yield
 
 
 def step_seed(seed, step, rank):
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def compile_blocks(model):
-    """torch.compile of each block by itself: sharding works between them, where a graph of the whole would be cut anyway."""
-    blocks = model.blocks()
-    # Blocks share their code, and each rate of stochastic depth, width and mode compiles it once more.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
-    for block in blocks:
-        block.compile()
-
-
-def tensors_of(model, optimizer, average):
-    """Everything to continue from, by name: ``model.NAME``, ``optimizer.KEY.NAME`` and ``average.NAME``. On the CPU, but for what
-    is sharded."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors.update({f"average.{name}": value for name, value in average.items()})
-    for name, parameter in model.named_parameters():
-        tensors.update({f"optimizer.{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()})
-    return {
-        name: value.detach() if isinstance(value, fsdp.DTensor) else value.detach().cpu().contiguous()
-        for name, value in tensors.items()
-    }
-
-
-def owner_in(model):
-    """name in ``tensors_of`` -> the weight of ``model`` that the tensor of this name is, or is about; None: none."""
-    weights = model.state_dict()
-    return lambda name: weights.get(name.split(".", 2 if name.startswith("optimizer.") else 1)[-1])
-
-
-def restore(state, model, optimizer, average):
-    """Put a state of ``tensors_of`` back; returns its counters."""
-    tensors, counters = state
-    owner = owner_in(model)
-
-    def placed(name, value):
-        own = owner(name)
-        if own is None:
-            return value  # load_state_dict says what is wrong with it
-        return fsdp.like(value, own) if own.shape == value.shape else value.to(own.device)
-
-    tensors = {name: placed(name, value) for name, value in tensors.items()}
-    model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        if name.startswith("average."):
-            average[name.removeprefix("average.")].copy_(value)
-        if name.startswith("optimizer."):
-            _, key, parameter = name.split(".", 2)
-            optimizer.state[parameters[parameter]][key] = value
-    return counters
-
-
 @torch.no_grad()
 def update_average(average, model, decay):
     for name, value in model.state_dict().items():
         average[name].lerp_(value, 1 - decay)
-
-
-@contextmanager
-def whole(kind, model, average, device, *, keep=True):
-    """Context: ``model`` (of class ``kind``, perhaps sharded) whole, with its averaged weights where there are any.
-
-    Every process must enter it. device: of what is put together from shares. keep: false where only the others need it; None
-    is then what there is.
-    """
-    if type(model) is kind:
-        with averaged(model, average):
-            yield model
-    else:
-        yield fsdp.assemble(kind, model, average or model.state_dict(), device, keep=keep)
-
-
-class Batches:
-    """The batches of a loader, an iterator and a context whose end is that of the loader's workers.
-
-    The workers end here, not when the collector comes to them: Python, when it exits, ends them by a signal that they ignore,
-    and would wait for them for ever. And torch tells of a worker's death in a signal handler, which would interrupt whatever
-    the process is at, a step, a save or this clean-up: here it is heard only where a batch is asked for.
-    """
-
-    def __init__(self, loader, folder):
-        self.loader, self.folder = loader, folder
-        self.waiting = False
-
-    def __enter__(self):
-        self.iterator = iter(self.loader)
-        if self.loader.num_workers:
-            # torch's, which raises where a worker was killed
-            self.child_ended = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-            signal.signal(signal.SIGCHLD, self._child_ended)
-        return self
-
-    def __exit__(self, *exception):
-        self.waiting = False
-        if not self.loader.num_workers:
-            return
-        try:
-            self.iterator._shutdown_workers()
-        finally:
-            signal.signal(signal.SIGCHLD, self.child_ended)
-
-    def _child_ended(self, number, frame):
-        if self.waiting and callable(self.child_ended):
-            self.child_ended(number, frame)
-
-    def __next__(self):
-        """The next batch. Raises TrainingError where there is none: a data worker died, or hundreds of videos are broken."""
-        try:
-            self.waiting = True
-            try:
-                if self.loader.num_workers:
-                    self._child_ended(signal.SIGCHLD, None)  # for what was not heard since the last batch
-                batch = next(self.iterator)
-            finally:
-                self.waiting = False
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise TrainingError(
-                f"no more data: {reason[0]}; where a data worker was killed, there may be too little memory for run.workers"
-                f"{self.folder.standing()}"
-            ) from error
-        return batch
-
-
-class averaged:
-    """Context in which the model has its averaged weights, where there are any."""
-
-    def __init__(self, model, average):
-        self.model, self.average = model, average
-
-    def __enter__(self):
-        if self.average:
-            self.own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.model.load_state_dict(self.average)
-
-    def __exit__(self, *exception):
-        if self.average:
-            self.model.load_state_dict(self.own)
-
-
-def new_window():
-    """What the next line of the log will sum up."""
-    return {"start": time.perf_counter(), "wait": 0.0, "clips": 0, "flops": 0.0, "losses": [], "norms": []}
-
-
-def summary(window, tokens, most, device):
-    """The numbers of the steps since the last line of the log. ``most``: FLOP/s of all devices together."""
-    seconds = time.perf_counter() - window["start"]
-    count = len(window["losses"])
-    clips_per_second = window["clips"] / seconds
-    values = {
-        "loss": sum(window["losses"]) / count if count else math.nan,
-        "gradient_norm": sum(window["norms"]) / count if count else math.nan,
-        "clips_per_second": clips_per_second,
-        "tokens_per_second": clips_per_second * tokens,
-        "data_wait": window["wait"] / seconds,
-        "mfu": window["flops"] / seconds / most,
-        "memory_gb": peak_memory(device) / 1e9,
-    }
-    return values
-
-
-def peak_memory(device):
-    """Most bytes that this process held so far: of the GPU's memory, or resident in the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # Linux, where getrusage may speak of the process that started this one
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -12,12 +12,12 @@ PANELS = (
     ("gradient norm", ("gradient_norm",), "log"),
     ("accuracy", ("knn_accuracy", "top1", "top5"), "linear"),
     ("clips a second", ("clips_per_second",), "linear"),
-    ("share of the time, of the ceiling", ("data_wait", "mfu"), "linear"),
+    ("fraction of the time, of the peak FLOPS", ("data_wait", "mfu"), "linear"),
 )
 
 
 def draw(log, picture):
-    """Write the curves of ``log`` (a log.jsonl) to ``picture`` (a PNG), whole or not at all. Returns the names drawn."""
+    """Write the curves of ``log`` (a log.jsonl) to ``picture`` (a PNG), completely or not at all. Returns the names drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import: only where it is used
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what it says of itself, its log, and checkpoints that survive anything.
+"""The folder of a run: its settings, its log, and checkpoints that survive a kill at any moment.
 
     config.yaml               every setting; ``--config DIR/config.yaml`` repeats the run
     run.jsonl                 one line for each start: command, versions, machine
@@ -6,13 +6,13 @@
     tensorboard/              the same for TensorBoard
     model.safetensors         the weights, as ``stmae.checkpoint.load`` reads them
     state-STEP.safetensors    weights, optimiser and counters: all that is needed to continue; the last two are kept
-    state-STEP/               the same of a run with fsdp, each process's share (torch.distributed.checkpoint)
+    state-STEP/               the same of a run with fsdp, each process's shard (torch.distributed.checkpoint)
     plots.png                 log.jsonl as curves
     pictures/                 reconstructions during pre-training
 
-Every file is written beside its place, flushed to disk and renamed over the old one, so at any moment what is in place is whole;
-a folder of shares likewise. The older of two states is removed only after the newer one is in place. A run continues from either
-kind of state, on any number of processes, sharded or not.
+Every file is written under a temporary name, flushed to disk and renamed over the old one, so that at any moment the file in
+place is complete; a folder of shards likewise. The older of two states is removed only after the newer one is in place. A run
+continues from either kind of state, on any number of processes, sharded or not.
 """
 
 import datetime
@@ -36,7 +36,7 @@ from stmae.checkpoint.files import sync_folder
 
 from ..config import ClipConfig, defaults, to_dict
 from . import fsdp
-from .distributed import ALONE
+from .distributed import SINGLE_PROCESS
 
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
 
@@ -92,11 +92,11 @@ class RunFolder:
         self._remove_old_states(step, self.state_path(step))
 
     def save_shards(self, step, tensors, info, processes):
-        """As ``save_state``, but every process writes its share of the sharded ``tensors``. Called by all processes, and where
+        """As ``save_state``, but every process writes its shard of the sharded ``tensors``. Called by all processes, and where
         one of them fails, all raise."""
         path = self.state_path(step, shards=True)
         temporary = self.path / f".{path.name}.new.tmp"
-        told = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)
 
         def put_in_place():
             try:
@@ -106,16 +106,16 @@ class RunFolder:
                 os.replace(temporary, path)
                 sync_folder(self.path)
             except OSError as error:
-                raise RunFolderError(f"cannot write {path.name}: {error.strerror}{self.standing()}") from error
+                raise RunFolderError(f"cannot write {path.name}: {error.strerror}{self.resume_hint()}") from error
             self._remove_old_states(step, path)
 
         try:
-            fsdp.write(temporary, {**tensors, "stmae_state": told}, processes)
+            fsdp.write_shards(temporary, {**tensors, "stmae_state": encoded}, processes)
         except fsdp.ShardError as error:
-            if processes.first:
+            if processes.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise RunFolderError(f"cannot write {path.name}: {error}{self.standing()}") from error
-        processes.first_does(put_in_place)
+            raise RunFolderError(f"cannot write {path.name}: {error}{self.resume_hint()}") from error
+        processes.run_on_main(put_in_place)
 
     def _remove_old_states(self, step, newest):
         """All but KEPT_STATES up to ``step``, and what else there is of it; ``newest``, the state of this step, is in place.
@@ -140,14 +140,14 @@ class RunFolder:
         try:
             checkpoint.save(model, self.model_path)
         except checkpoint.CheckpointError as error:
-            raise RunFolderError(f"{error}{self.standing()}") from error
+            raise RunFolderError(f"{error}{self.resume_hint()}") from error
 
-    def load_state(self, report=print, *, owner=lambda name: None, processes=ALONE):
-        """The newest whole state as (tensors, info), or None. Damaged ones are reported and passed over, never removed.
+    def load_state(self, report=print, *, owner=lambda name: None, processes=SINGLE_PROCESS):
+        """The newest complete state as (tensors, info), or None. Damaged ones are reported and passed over, never removed.
 
         Called by all processes, which take the same one.
         owner: name -> the tensor of the run that the state's tensor of this name belongs to: where it is sharded, only this
-            process's share of a sharded state is read.
+            process's shard of the state is read.
         """
         for _, path in self._states():
             try:
@@ -166,25 +166,25 @@ class RunFolder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as failure:
             error = str(failure)
-        fsdp.agree(error, processes)
+        fsdp.raise_in_all(error, processes)
         return tensors, info
 
     def _read_shards(self, path, owner, processes):
-        tensors = fsdp.read(path, owner, processes)
+        tensors = fsdp.read_shards(path, owner, processes)
         try:
             return tensors, json.loads(bytes(tensors.pop("stmae_state").tolist()))
         except (KeyError, ValueError) as error:
             raise fsdp.ShardError(str(error)) from error
 
-    def claim(self, settings, unsaid):
+    def write_config(self, settings, defaults):
         """Write config.yaml, or compare: a folder holds one run. ``run.*`` and ``probe.*`` may differ, for they change nothing
-        that is computed. A run begun by an older version does not say what it had no name for: that is as in ``unsaid``.
+        that is computed. A setting that the config.yaml of an older version lacks has its value in ``defaults``.
 
         Raises RunFolderError naming every setting that differs from the run that is already here.
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
-            there = _flat(unsaid) | _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+            there = _flat(defaults) | _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
             here = _flat(settings)
             names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
@@ -239,29 +239,29 @@ class RunFolder:
                         file.write(b"\n")
                 file.write(f"{json.dumps(line)}\n".encode())
         except OSError as error:
-            raise RunFolderError(f"cannot write {self.path / name}: {error.strerror}{self.standing()}") from error
+            raise RunFolderError(f"cannot write {self.path / name}: {error.strerror}{self.resume_hint()}") from error
 
     def _write(self, file, write):
         try:
             with checkpoint.atomic_write(file) as temporary:
                 write(temporary)
         except (checkpoint.CheckpointError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-            raise RunFolderError(f"cannot write {file.name}: {error}{self.standing()}") from error
+            raise RunFolderError(f"cannot write {file.name}: {error}{self.resume_hint()}") from error
 
-    def standing(self):
-        """What there is to continue from, for the end of an error message."""
+    def resume_hint(self):
+        """For the end of an error message: the checkpoint that the run can continue from."""
         states = self.states()
-        return f" (the checkpoint of step {states[0]} is whole: the same command continues from it)" if states else ""
+        return f" (the checkpoint of step {states[0]} is complete: the same command continues from it)" if states else ""
 
 
 def open_run(config, processes):
-    """The RunFolder at ``config.output``, claimed by the first process for the run of ``config``; the others only read."""
+    """The RunFolder at ``config.output``, its config.yaml written or checked by the main process; the others only read."""
     path = config.output
-    if processes.first:
+    if processes.is_main:
         folder = RunFolder(path)
-        folder.claim(to_dict(config), defaults(type(config)))
-    processes.wait()
-    return folder if processes.first else RunFolder(path, read_only=True)
+        folder.write_config(to_dict(config), defaults(type(config)))
+    processes.barrier()
+    return folder if processes.is_main else RunFolder(path, read_only=True)
 
 
 def weights_file(path):
@@ -274,7 +274,7 @@ def clips_of(checkpoint_path, stride=None):
     """The ClipConfig that the weights at ``checkpoint_path`` were trained with, as the config.yaml beside them says, else
     the default.
 
-    Only what tells which frames make a clip; ``stride`` overrides.
+    Only what decides which frames make a clip; ``stride`` overrides.
     """
     settings = weights_file(checkpoint_path).parent / "config.yaml"
     clips = {}

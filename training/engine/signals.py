@@ -1,14 +1,16 @@
 """SIGTERM and SIGINT ask a run to finish its step, save and leave; a second one ends it at once."""
 
 import signal
+import threading
 
 
 class StopRequest:
-    """Context manager; true once a stop was asked for."""
+    """Context manager; true once a stop was asked for. Only the main thread hears signals: in another it stays false."""
 
     def __enter__(self):
         self.signal = None
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *exception):
@@ -22,13 +24,3 @@ class StopRequest:
         self.signal = signal.Signals(number).name
         for again, handler in self._before.items():
             signal.signal(again, handler)
-
-
-def ignore_stop_signals(worker=None):
-    """For data workers: Ctrl-C and a scheduler's SIGTERM reach the whole process group, and the main process must finish
-    its step.
-
-    A worker still ends with its parent, however that ends.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

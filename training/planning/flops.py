@@ -2,7 +2,8 @@
 
 A multiplication with its addition counts two. Only what the model needs is counted (Chowdhery et al. 2022, arXiv 2204.02311,
 appendix B): products of weights and of attention over the tokens that are really computed, forward, and twice that backward.
-What activation checkpointing or the attention kernels compute a second time is not, nor are norms, softmax and the like.
+What activation checkpointing or the attention kernels compute a second time is not, nor are norms, softmax and other
+element-wise work.
 """
 
 import time
@@ -19,10 +20,10 @@ def autoencoder_flops(config):
     """(forward, forward and backward) of one clip through a MaskedAutoencoder; config: its MaskedAutoencoderConfig."""
     kept = num_keep(config.mask_strategy, config.grid, config.mask_ratio)
     predicted = num_reconstructed(config.num_tokens - kept, config.decoder_mask_ratio)
-    first = int(config.class_token)
+    class_tokens = int(config.class_token)
     patches, encoder = _encoder(config, kept)
-    width, tokens = config.decoder_width, kept + predicted + first
-    decoder = 2 * (kept + first) * config.width * width
+    width, tokens = config.decoder_width, kept + predicted + class_tokens
+    decoder = 2 * (kept + class_tokens) * config.width * width
     decoder += (config.decoder_depth - 1) * _block(tokens, width, config.mlp_ratio)
     decoder += _block(tokens, width, config.mlp_ratio, rows=predicted)  # nothing else leaves the last block
     decoder += 2 * predicted * width * config.patch_values
@@ -53,7 +54,7 @@ def _training(patches, rest):
 
 
 @torch.no_grad()
-def ceiling(device, dtype):
+def measured_peak_flops(device, dtype):
     """FLOP/s of a large square product on ``device``, the best of a few: what the model's products could reach. Takes a tenth of
     a second.
 
@@ -64,7 +65,7 @@ def ceiling(device, dtype):
     products = [torch.mm] if device.type == "cuda" else [torch.mm, ops.linear]
     best = float("inf")
     for product in products:
-        for _ in range(REPEATS + 1):  # the first one also makes ready
+        for _ in range(REPEATS + 1):  # the first one is warm-up
             _finish(device)
             start = time.perf_counter()
             product(x, x)

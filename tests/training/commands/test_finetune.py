@@ -14,18 +14,18 @@ from stmae.training import cli
 from stmae.training.commands import data_check, features, finetune, probe
 from stmae.training.commands import test as testing
 from stmae.training.config import (
-    CheckConfig,
-    FeaturesConfig,
     FinetuneConfig,
     FinetuneOptimizerConfig,
-    ProbeConfig,
-    TestConfig,
     ViewConfig,
     parse,
 )
 from stmae.training.data import mixup, randaugment
 from stmae.training.data.video_list import find_labelled_videos
 from stmae.training.engine import optimizer
+from stmae.training.evaluation import features as encoding
+from stmae.training.evaluation import probes
+from stmae.training.evaluation.classification import topk_accuracy
+from stmae.training.tasks import finetuning
 from tests.support.synthetic_video import write_video
 
 SIZES = {"image_size": 32, "num_frames": 4, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
@@ -68,13 +68,13 @@ def configure(videos, pretrained, output, *more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, videos, pretrained):
     folder = tmp_path_factory.mktemp("finetuned") / "run"
-    counters = finetune.run(configure(videos, pretrained, folder))
-    return folder, counters
+    state = finetune.run(configure(videos, pretrained, folder))
+    return folder, state
 
 
 def test_it_learns(finished):
-    folder, counters = finished
-    assert counters["after"] == {"top1": 1.0, "top5": 1.0} and counters["done"]
+    folder, state = finished
+    assert state.after == {"top1": 1.0, "top5": 1.0} and state.done
     assert isinstance(checkpoint.load(folder / "model.safetensors"), VideoClassifier)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(5, 41, 5))
@@ -87,7 +87,7 @@ def test_stopped_and_continued_is_bit_for_bit_the_uninterrupted_run(
     """With dropout, drop path and mixing, which draw random numbers in the loop."""
     import signal
 
-    loss_of, calls = finetune.loss_of, []
+    loss_of, calls = finetuning.classification_loss, []
 
     def stopping(*arguments):
         calls.append(None)
@@ -95,10 +95,10 @@ def test_stopped_and_continued_is_bit_for_bit_the_uninterrupted_run(
             signal.raise_signal(signal.SIGTERM)
         return loss_of(*arguments)
 
-    monkeypatch.setattr(finetune, "loss_of", stopping)
+    monkeypatch.setattr(finetuning, "classification_loss", stopping)
     config = configure(videos, pretrained, tmp_path / "run")
-    assert finetune.run(config)["step"] == stop_after
-    assert finetune.run(config)["done"]
+    assert finetune.run(config).step == stop_after
+    assert finetune.run(config).done
     whole, parts = (load_file(folder / "model.safetensors") for folder in (finished[0], tmp_path / "run"))
     for name in whole:
         assert torch.equal(whole[name], parts[name]), name
@@ -116,9 +116,9 @@ def test_the_average_of_the_weights_is_what_is_saved_and_survives_a_stop(videos,
 def test_random_weights_take_only_the_shape(videos, pretrained, tmp_path):
     config = configure(videos, pretrained, tmp_path / "run", "--random_weights", "true")
     torch.manual_seed(1)
-    fresh = finetune.classifier(config, 2)
+    fresh = finetuning.classifier(config, 2)
     name = "encoder.blocks.0.attention.qkv.weight"
-    loaded = finetune.classifier(configure(videos, pretrained, tmp_path / "run"), 2).state_dict()
+    loaded = finetuning.classifier(configure(videos, pretrained, tmp_path / "run"), 2).state_dict()
     assert fresh.config == VideoClassifierConfig(**SIZES, num_classes=2, dropout=0.1, drop_path=0.1)
     differing = [key for key, value in fresh.state_dict().items() if not torch.equal(value, loaded[key])]
     assert "encoder.patch_embed.weight" in differing, name
@@ -132,7 +132,7 @@ def test_other_clip_lengths_and_sizes_interpolate_positions(videos, pretrained, 
 
 def test_masked_finetuning_hides_less_and_less(videos, pretrained, tmp_path):
     config = configure(videos, pretrained, tmp_path / "run", "--mask_ratio", "0.5")
-    model, kept = finetune.classifier(config, 2), []
+    model, kept = finetuning.classifier(config, 2), []
 
     def forward(video, keep):
         kept.append(model.config.num_tokens if keep is None else keep.shape[1])
@@ -140,7 +140,7 @@ def test_masked_finetuning_hides_less_and_less(videos, pretrained, tmp_path):
 
     batch = {"clips": torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8), "label": torch.tensor([0, 1])}
     for epoch in (0, 20, 39.99):
-        finetune.loss_of(config, model.config, forward, batch, epoch)
+        finetuning.classification_loss(config, model.config, forward, batch, epoch)
     assert kept == [16, 24, 31]  # of 32 tokens: masked 50 %, 25 %, next to nothing
 
 
@@ -243,7 +243,7 @@ def test_rand_augment_is_a_function_of_its_generator():
 
 def test_views_are_averaged_after_the_softmax(finished, videos, tmp_path):
     folder, _ = finished
-    config = TestConfig(
+    config = testing.Config(
         checkpoint=str(folder), data=str(videos), output=str(tmp_path / "out.json"), views=ViewConfig(temporal=2, spatial=3)
     )
     results = testing.run(config)
@@ -254,8 +254,8 @@ def test_views_are_averaged_after_the_softmax(finished, videos, tmp_path):
 def test_top_k_of_averaged_views():
     scores = torch.tensor([[[0.6, 0.4, 0.0], [0.0, 0.5, 0.5]], [[0.1, 0.2, 0.7], [0.1, 0.2, 0.7]]])  # [2, 2, 3]
     labels = torch.tensor([1, 0])
-    assert testing.top(scores, labels, 1) == 0.5  # the views of video 0 together say class 1
-    assert testing.top(scores, labels, 2) == 0.5 and testing.top(scores, labels, 5) == 1.0
+    assert topk_accuracy(scores, labels, 1) == 0.5  # the views of video 0 together say class 1
+    assert topk_accuracy(scores, labels, 2) == 0.5 and topk_accuracy(scores, labels, 5) == 1.0
 
 
 def test_a_test_leaves_out_what_it_cannot_read_and_says_so(finished, videos, tmp_path, capsys):
@@ -278,20 +278,20 @@ def test_an_autoencoder_cannot_be_tested(pretrained, videos, capsys):
 
 def test_probes_find_what_is_there(pretrained, videos, tmp_path):
     options = {"checkpoint": str(pretrained), "data": str(videos), "test_data": str(videos), "workers": 0, "neighbours": 3}
-    results = probe.run(ProbeConfig(**options, output=str(tmp_path / "probe.json")))
+    results = probe.run(probe.Config(**options, output=str(tmp_path / "probe.json")))
     assert results["linear"] == 1.0 and results["knn"] > 0.8 and results["chance"] == 0.5
     assert json.loads((tmp_path / "probe.json").read_text()) == results
-    assert probe.run(ProbeConfig(**options, random_weights=True, tokens="all"))["videos"] == 8
+    assert probe.run(probe.Config(**options, random_weights=True, tokens="all"))["videos"] == 8
 
 
 def test_a_linear_probe_does_not_learn_what_is_not_there():
     generator = torch.Generator().manual_seed(0)
     x, test_x = torch.randn(60, 20, generator=generator), torch.randn(400, 20, generator=generator)
     y, test_y = torch.arange(60) % 2, torch.arange(400) % 2
-    assert abs(probe.linear(x, y, test_x, test_y, 2, 0) - 0.5) < 0.1
+    assert abs(probes.linear(x, y, test_x, test_y, 2, 0) - 0.5) < 0.1
     x[:, 7] += 6 * y
     test_x[:, 7] += 6 * test_y
-    assert probe.linear(x, y, test_x, test_y, 2, 0) > 0.8
+    assert probes.linear(x, y, test_x, test_y, 2, 0) > 0.8
 
 
 def attentive_data(videos, marked, seed):
@@ -304,23 +304,23 @@ def attentive_data(videos, marked, seed):
 
 
 def test_an_attentive_probe_finds_the_token_that_matters(monkeypatch):
-    monkeypatch.setattr(probe, "STEPS", 80)
+    monkeypatch.setattr(probes, "STEPS", 80)
     (x, y), (test_x, test_y) = attentive_data(120, 8.0, 0), attentive_data(200, 8.0, 1)
     cpu = torch.device("cpu")
     before = torch.get_rng_state()
-    found = probe.attentive(x, y, test_x, test_y, 2, 0, cpu)
-    assert found > 0.95 > probe.linear(x.float().mean(1), y, test_x.float().mean(1), test_y, 2, 0)  # the mean drowns it
+    found = probes.attentive(x, y, test_x, test_y, 2, 0, cpu)
+    assert found > 0.95 > probes.linear(x.float().mean(1), y, test_x.float().mean(1), test_y, 2, 0)  # the mean drowns it
     assert torch.equal(before, torch.get_rng_state())
-    monkeypatch.setattr(probe, "RATES", (1e-3,))
+    monkeypatch.setattr(probes, "RATES", (1e-3,))
     (x, y), (test_x, test_y) = attentive_data(120, 0.0, 0), attentive_data(400, 0.0, 1)
-    assert abs(probe.attentive(x, y, test_x, test_y, 2, 0, cpu) - 0.5) < 0.1  # and learns nothing where there is nothing
+    assert abs(probes.attentive(x, y, test_x, test_y, 2, 0, cpu) - 0.5) < 0.1  # and learns nothing where there is nothing
 
 
 def test_an_attentive_probe_is_a_function_of_its_seed():
     x, y = attentive_data(30, 3.0, 0)
     scale, numbers = (torch.zeros(16), torch.ones(16)), torch.arange(30)
     one, two, three = (
-        probe.train_attentive(x, y, numbers, 2, 1e-3, scale, seed, torch.device("cpu")).state_dict() for seed in (0, 0, 1)
+        probes.train_attentive(x, y, numbers, 2, 1e-3, scale, seed, torch.device("cpu")).state_dict() for seed in (0, 0, 1)
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["query"], three["query"])
@@ -328,7 +328,7 @@ def test_an_attentive_probe_is_a_function_of_its_seed():
 
 def test_the_attentive_classifier_is_attention_with_one_query():
     torch.manual_seed(0)
-    model, tokens = probe.AttentiveClassifier(32, 5, heads=4), torch.randn(3, 7, 32)
+    model, tokens = probes.AttentiveClassifier(32, 5, heads=4), torch.randn(3, 7, 32)
     q = model.query.view(1, 4, 1, 8).expand(3, -1, -1, -1)
     k, v = (layer(tokens).view(3, 7, 4, 8).transpose(1, 2) for layer in (model.key, model.value))
     pooled = torch.nn.functional.scaled_dot_product_attention(q, k, v).flatten(1)
@@ -337,11 +337,11 @@ def test_the_attentive_classifier_is_attention_with_one_query():
 
 def test_one_pass_gives_features_and_tokens(pretrained, videos):
     entries = find_labelled_videos(videos)
-    config = ProbeConfig(
+    config = probe.Config(
         checkpoint=str(pretrained), data="", test_data="", workers=0, precision="float32", views=ViewConfig(temporal=2)
     )
-    x, tokens, y, paths, _ = features.encode_tokens(pretrained, entries, config)
-    same, same_y, same_paths, _ = features.encode(pretrained, entries, config)
+    x, tokens, y, paths, _ = encoding.encode_tokens(pretrained, entries, config)
+    same, same_y, same_paths, _ = encoding.encode(pretrained, entries, config)
     assert torch.equal(x, same) and torch.equal(y, same_y) and paths == same_paths
     assert tokens.shape == (8, 2 * 32, 32) and tokens.dtype == torch.float16
     torch.testing.assert_close(tokens.float().mean(2), torch.zeros(8, 64), atol=1e-3, rtol=0)
@@ -361,7 +361,7 @@ def test_probes_are_chosen_by_name(pretrained, videos, tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy"])
 def test_features_are_the_models(suffix, pretrained, videos, tmp_path):
     output = tmp_path / f"features{suffix}"
-    config = FeaturesConfig(
+    config = features.Config(
         checkpoint=str(pretrained),
         data=str(videos),
         output=str(output),
@@ -409,7 +409,7 @@ def test_data_check_names_what_is_broken_and_sums_up_the_rest(every_frame, video
     (tmp_path / "broken.mp4").write_text("no video")
     write_video(tmp_path / "short.mp4", 5)
     (tmp_path / "list.txt").write_text("\n".join([*lines, "broken.mp4 0", "short.mp4 1"]))
-    config = CheckConfig(
+    config = data_check.Config(
         data=str(tmp_path / "list.txt"), frames=4, every_frame=every_frame, workers=0, output=str(tmp_path / "good.txt")
     )
     good, errors = data_check.run(config)

@@ -11,6 +11,7 @@ from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassi
 from stmae.training import cli
 from stmae.training.commands import plan
 from stmae.training.config import FinetuneConfig, PretrainConfig, parse
+from stmae.training.planning import memory as estimates
 from tests.support.synthetic_video import write_video
 
 ENCODER = {"image_size": 64, "num_frames": 8, "patch_size": 8, "width": 64, "depth": 3, "num_heads": 2}
@@ -59,17 +60,17 @@ def saved_bytes(config, batch, bf16, checkpointed):
 def test_the_estimate_of_activations_is_what_a_forward_pass_keeps(config, bf16, checkpointed):
     """Within 5 %: what is left out are ids and the ends' small tensors. The difference of two batches, for copies of weights."""
     measured = (saved_bytes(config, 4, bf16, checkpointed) - saved_bytes(config, 2, bf16, checkpointed)) / 2
-    expected, _ = plan.activation_bytes(config, bf16=bf16, checkpointed=checkpointed, gpu=False)
+    expected, _ = estimates.activation_bytes(config, bf16=bf16, checkpointed=checkpointed, gpu=False)
     assert expected == pytest.approx(measured, rel=0.05)
 
 
 def test_state_is_16_bytes_a_parameter_and_what_ddp_fsdp_and_bf16_add():
-    size, blocks = plan.parameters(AUTOENCODER)
+    size, blocks = estimates.parameters(AUTOENCODER)
     assert size == sum(p.numel() for p in MaskedAutoencoder(AUTOENCODER).parameters()) and len(blocks) == 5
     alone = plan.Config(recipe="", memory=1, precision="float32")
 
     def state(**changes):
-        return plan.estimate(AUTOENCODER, dataclasses.replace(alone, **changes)).state
+        return estimates.estimate(AUTOENCODER, dataclasses.replace(alone, **changes)).state
 
     assert state() == 16 * size
     assert state(precision="bf16") == 18 * size
@@ -111,7 +112,7 @@ def test_repeats_count_in_finetunings_rate():
 def test_what_is_planned_fits_and_fewer_parts_would_not(memory):
     numbers = make(memory=memory, gpus=4)
     parts = numbers["parts that a step is computed in"]
-    estimate = plan.estimate(plan.read_recipe("paper-large")[1].model, plan.Config(recipe="", memory=memory, gpus=4))
+    estimate = estimates.estimate(plan.read_recipe("paper-large")[1].model, plan.Config(recipe="", memory=memory, gpus=4))
     assert numbers["GB of a GPU: in all, expected"] <= memory
     assert parts == 1 or estimate.total(128 // (parts // 2) * 4) > memory * 1e9
 

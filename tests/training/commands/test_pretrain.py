@@ -23,6 +23,7 @@ from stmae.training.commands import pretrain
 from stmae.training.config import PretrainConfig, parse
 from stmae.training.engine import loop
 from stmae.training.engine.run_folder import RunFolder, RunFolderError
+from stmae.training.tasks import pretraining
 from tests.support.synthetic_video import write_video
 
 ROOT = Path(__file__).parents[3]
@@ -244,7 +245,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, tmp_path, finish
     process = command([*tiny, "--run.save_every", "5"], output, preexec_fn=limit)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in said
-    assert re.search(rf"cannot write state-\d+.safetensors: .*the checkpoint of step {step} is whole", said), said
+    assert re.search(rf"cannot write state-\d+.safetensors: .*the checkpoint of step {step} is complete", said), said
     assert RunFolder(output).states()[0] == step
     assert not [name for name in os.listdir(output) if name.endswith(".tmp")]
     pretrain.run(configure(tiny, output))
@@ -260,7 +261,7 @@ def test_an_output_that_cannot_be_a_folder_says_so(tiny, tmp_path, capsys):
 
 def nan_at(steps, monkeypatch):
     """Poisons the loss at the calls in training numbered ``steps``."""
-    forward, calls = pretrain.MaskedAutoencoder.forward, []
+    forward, calls = pretraining.MaskedAutoencoder.forward, []
 
     def poisoned(self, video, **options):
         out = forward(self, video, **options)
@@ -269,13 +270,13 @@ def nan_at(steps, monkeypatch):
         calls.append(None)
         return out._replace(loss=out.loss * float("nan")) if len(calls) in steps else out
 
-    monkeypatch.setattr(pretrain.MaskedAutoencoder, "forward", poisoned)
+    monkeypatch.setattr(pretraining.MaskedAutoencoder, "forward", poisoned)
 
 
 def test_a_step_without_finite_loss_is_skipped_and_counted(tiny, tmp_path, monkeypatch, capsys):
     nan_at({3, 4}, monkeypatch)
-    counters = pretrain.run(configure(tiny, tmp_path / "run"))
-    assert counters["skipped_steps"] == 2 and counters["step"] == 30
+    state = pretrain.run(configure(tiny, tmp_path / "run"))
+    assert state.skipped_steps == 2 and state.step == 30
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
     events = [line for line in lines(tmp_path / "run") if "event" in line]
     assert [event["step"] for event in events] == [3, 4]
@@ -284,7 +285,7 @@ def test_a_step_without_finite_loss_is_skipped_and_counted(tiny, tmp_path, monke
 
 def test_many_in_a_row_stop_the_run_and_keep_the_checkpoint(tiny, tmp_path, monkeypatch):
     nan_at(range(7, 1000), monkeypatch)
-    with pytest.raises(loop.TrainingError, match="20 steps in a row had no finite loss .*the checkpoint of step 24 is whole"):
+    with pytest.raises(loop.TrainingError, match="20 steps in a row had no finite loss .*the checkpoint of step 24 is complete"):
         pretrain.run(configure(tiny, tmp_path / "run"))
     counters = RunFolder(tmp_path / "run").load_state()[1]
     assert counters["skips_in_a_row"] == 18

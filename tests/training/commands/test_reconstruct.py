@@ -8,9 +8,10 @@ from PIL import Image
 from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
 from stmae.training import cli
-from stmae.training.commands import demo, reconstruct
+from stmae.training.commands import demo
 from stmae.training.config import PretrainConfig, from_preset
 from stmae.training.data.video_list import find_videos
+from stmae.training.evaluation.pictures import GAP, LABEL, load_autoencoder
 from tests.support.synthetic_video import write_video
 
 SIZES = {"image_size": 32, "num_frames": 4, "patch_size": 8, "width": 32, "depth": 1, "num_heads": 1}
@@ -43,11 +44,11 @@ def test_a_grid_and_an_animation(model, video, tmp_path, capsys):
         assert gif.is_animated and gif.n_frames == 2  # one frame for each of the two time slices
     sheet = np.asarray(Image.open(tmp_path / "pictures" / "a video.png"))
 
-    size, step = 96, 96 + reconstruct.GAP  # 32 pixels, three times enlarged
+    size, step = 96, 96 + GAP  # 32 pixels, three times enlarged
 
     def picture(row, column):
-        top = row * (size + reconstruct.LABEL + reconstruct.GAP) + reconstruct.LABEL
-        left = reconstruct.GAP + column * step
+        top = row * (size + LABEL + GAP) + LABEL
+        left = GAP + column * step
         return sheet[top : top + size, left : left + size].reshape(4, 24, 4, 24, 3).swapaxes(1, 2)  # [4, 4, 24, 24, 3] patches
 
     visible = 0
@@ -82,10 +83,10 @@ def test_the_same_seed_gives_the_same_pictures(model, video, tmp_path):
 
 
 def test_the_stride_is_the_runs_own(model, tmp_path):
-    assert reconstruct.load(model, None)[1].stride == 4
+    assert load_autoencoder(model, None)[1].stride == 4
     (model / "config.yaml").write_text("clips: {stride: 2}\n")
-    assert reconstruct.load(model, None)[1].stride == 2
-    assert reconstruct.load(model / "model.safetensors", 3)[1].stride == 3
+    assert load_autoencoder(model, None)[1].stride == 2
+    assert load_autoencoder(model / "model.safetensors", 3)[1].stride == 3
 
 
 def test_a_folder_with_a_broken_video(model, video, tmp_path, capsys):

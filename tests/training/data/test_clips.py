@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
 from stmae.training.data import clip_sampling, transforms
-from stmae.training.data.batch_sampler import Order
+from stmae.training.data.batch_sampler import ResumableBatchSampler
 from stmae.training.data.dataset import PretrainClips, ViewClips, as_video, collate, require_readable
 from stmae.training.data.video import Video, VideoError
 from stmae.training.data.video_list import Entry, find_videos
@@ -125,11 +125,11 @@ def test_resized_crop_is_uint8_and_close_to_float_resizing():
     assert (out.float() - exact).abs().max() <= 2  # uint8 filter weights
 
 
-# Order
+# ResumableBatchSampler
 
 
 def keys(**options):
-    return list(Order(5, 4, seed=3, num_steps=7, **options))
+    return list(ResumableBatchSampler(5, 4, seed=3, num_steps=7, **options))
 
 
 def test_every_video_comes_once_an_epoch_though_batches_cross_epochs():
@@ -143,7 +143,7 @@ def test_every_video_comes_once_an_epoch_though_batches_cross_epochs():
 def test_order_continues_anywhere():
     assert keys(first_step=3) == keys()[3:]
     assert keys() == keys()
-    assert keys() != list(Order(5, 4, seed=4, num_steps=7))
+    assert keys() != list(ResumableBatchSampler(5, 4, seed=4, num_steps=7))
 
 
 def test_ranks_and_accumulated_parts_divide_the_same_batches():
@@ -153,7 +153,7 @@ def test_ranks_and_accumulated_parts_divide_the_same_batches():
     parts = keys(accumulate=2)
     assert [parts[2 * i] + parts[2 * i + 1] for i in range(7)] == whole
     with pytest.raises(ValueError, match="a batch of 4 videos does not divide into 3"):
-        Order(5, 4, seed=0, num_steps=1, accumulate=3)
+        ResumableBatchSampler(5, 4, seed=0, num_steps=1, accumulate=3)
 
 
 # Clips
@@ -217,7 +217,7 @@ def test_the_batch_reaches_the_model_as_a_view(folder):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(folder, workers):
     entries = find_videos(folder)
-    order = Order(len(entries), 3, seed=0, num_steps=4)
+    order = ResumableBatchSampler(len(entries), 3, seed=0, num_steps=4)
     alone = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate))
     spread = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=workers))
     assert len(alone) == 4
@@ -227,8 +227,8 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
 
 def test_a_loader_continues_in_mid_epoch(folder):
     entries = find_videos(folder)
-    whole = list(DataLoader(dataset(entries), batch_sampler=Order(4, 3, seed=0, num_steps=5), collate_fn=collate))
-    order = Order(4, 3, seed=0, num_steps=5, first_step=2)
+    whole = list(DataLoader(dataset(entries), batch_sampler=ResumableBatchSampler(4, 3, seed=0, num_steps=5), collate_fn=collate))
+    order = ResumableBatchSampler(4, 3, seed=0, num_steps=5, first_step=2)
     rest = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=1))
     for a, b in zip(whole[2:], rest):
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])

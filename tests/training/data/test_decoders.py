@@ -174,13 +174,13 @@ def test_a_decoder_that_is_not_there(monkeypatch, tmp_path, capsys):
     use(monkeypatch, None)
     path = write_video(tmp_path / "a.mp4", 30)
     assert choose_decoder("auto") == choose_decoder("pyav") == "pyav"
-    with pytest.raises(ValueError, match="decoder: torchcodec was asked for and cannot be used: cannot import name") as error:
+    with pytest.raises(ValueError, match="decoder: torchcodec was requested and cannot be used: cannot import name") as error:
         require_readable(find_videos(path), 4, ClipConfig(decoder="torchcodec"))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="decoder: expected one of pyav, torchcodec, auto, got 'decord'"):
         open_entry(Entry(str(path), -1), "decord")
     assert cli.main(["data", "check", str(tmp_path), "--frames", "4", "--workers", "0", "--decoder", "torchcodec"]) == 1
-    assert "torchcodec was asked for and cannot be used" in capsys.readouterr().err
+    assert "torchcodec was requested and cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("choice, said", [("pyav", "pyav"), ("auto", "torchcodec"), ("torchcodec", "torchcodec")])

@@ -12,7 +12,7 @@ from PIL import Image
 from stmae.masking import sample_noise
 from stmae.training import cli
 from stmae.training.commands import data_check, pretrain
-from stmae.training.config import AugmentationConfig, CheckConfig, ClipConfig, PretrainConfig, parse
+from stmae.training.config import AugmentationConfig, ClipConfig, PretrainConfig, parse
 from stmae.training.data.dataset import LabelledClips, PretrainClips, ViewClips, require_readable
 from stmae.training.data.decoders import open_entry
 from stmae.training.data.images import FrameFolder, Still
@@ -172,8 +172,8 @@ def test_pre_training_takes_the_three_paths(tmp_path):
         "run: {workers: 0, device: cpu, precision: float32, tensorboard: false, log_every: 1}\n"
     )  # a path in a file is relative to the file
     arguments = [f"--config={tmp_path / 'tiny.yaml'}", f"--data={source}", f"--output={tmp_path / 'run'}"]
-    counters = pretrain.run(parse(PretrainConfig, arguments, prog="stmae pretrain", description=""))
-    assert counters["done"] and counters["videos"] == 3
+    state = pretrain.run(parse(PretrainConfig, arguments, prog="stmae pretrain", description=""))
+    assert state.done and state.videos == 3
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["path"] for line in log if "path" in line] == [str(tmp_path / "elsewhere" / "34.webm")]
 
@@ -361,7 +361,7 @@ def test_data_check_counts_images_and_frames_and_names_the_decoder(taken_apart, 
     write_image(tmp_path / "photo.jpg", 2, size=(48, 32))
     (tmp_path / "broken.jpg").touch()
     (tmp_path / "list.txt").write_text("v.mp4 0\ni.png 1\nphoto.jpg 1\nbroken.jpg 1\njpegs/some video 30 2\n")
-    data_check.run(CheckConfig(data=str(tmp_path / "list.txt"), frames=4, workers=0, output=str(tmp_path / "good.txt")))
+    data_check.run(data_check.Config(data=str(tmp_path / "list.txt"), frames=4, workers=0, output=str(tmp_path / "good.txt")))
     said = capsys.readouterr().out
     assert "5 videos: 4 can be used, 1 cannot (decoder: pyav)" in said
     assert "images:  2, each a still clip" in said and "frames:  30 to 30, median 30" in said

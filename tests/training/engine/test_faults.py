@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from stmae.training.data.loader import Batches, LoaderError
 from stmae.training.data.video import Video
-from stmae.training.engine.loop import Batches, TrainingError
 from stmae.training.engine.run_folder import RunFolder, RunFolderError
 from tests.support.fork_server import PATIENCE, ForkServer
 from tests.support.synthetic_video import write_audio, write_image, write_video
@@ -284,7 +284,7 @@ def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, fin
         assert status == 1, said.read_text()
         last = said.read_text().splitlines()[-1]
         assert last.startswith("stmae pretrain: no more data: ") and "run.workers" in last, said.read_text()
-        assert f"the checkpoint of step {after} is whole" in last
+        assert f"the checkpoint of step {after} is complete" in last
         kills += 1
         if kills == 5:
             break
@@ -294,7 +294,7 @@ def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, fin
 
 def test_a_killed_worker_is_heard_of_where_a_batch_is_asked_for(tmp_path):
     for workers, killed in ((1, 0), (2, 1)):
-        with Batches(DataLoader(range(100), num_workers=workers), RunFolder(tmp_path)) as batches:
+        with Batches(DataLoader(range(100), num_workers=workers)) as batches:
             assert next(batches) == 0
             pid = batches.iterator._workers[killed].pid
             os.kill(pid, signal.SIGKILL)
@@ -302,7 +302,7 @@ def test_a_killed_worker_is_heard_of_where_a_batch_is_asked_for(tmp_path):
                 time.sleep(0.01)
             for _ in range(1000):  # torch's word would come in one of these lines
                 time.sleep(0.0001)
-            with pytest.raises(TrainingError, match=f"no more data: DataLoader worker .pid {pid}. is killed by signal: Killed"):
+            with pytest.raises(LoaderError, match=f"no more data: DataLoader worker .pid {pid}. is killed by signal: Killed"):
                 next(batches)
 
 
@@ -311,7 +311,7 @@ def test_batches_where_nobody_listens_for_children(tmp_path):
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         for _ in range(2):
-            with Batches(DataLoader(range(3), num_workers=1), RunFolder(tmp_path)) as batches:
+            with Batches(DataLoader(range(3), num_workers=1)) as batches:
                 signal.signal(signal.SIGCHLD, batches._child_ended)
                 batches.child_ended = signal.SIG_DFL
                 assert [int(next(batches)) for _ in range(3)] == [0, 1, 2]
@@ -346,7 +346,7 @@ def test_a_disk_that_fills_at_every_position_of_writing(server, command, tmp_pat
         assert re.search(r"^stmae pretrain: .*cannot write .*No space left on device", last), (what, last)
         assert after >= before
         if after:  # what there is to continue from
-            assert f"(the checkpoint of step {after} is whole: the same command continues from it)" in last, (what, last)
+            assert f"(the checkpoint of step {after} is complete: the same command continues from it)" in last, (what, last)
         assert not [name for name in os.listdir(output) if name.endswith(".tmp")], what
     finish(server, command, output, finished)
 
@@ -373,7 +373,7 @@ def test_a_small_disk_that_fills(server, command, tmp_path, finished):
         step = newest_step(disk / "run")
         assert 0 < step < STEPS
         last = said.splitlines()[-1]
-        assert "No space left on device" in last and f"the checkpoint of step {step} is whole" in last
+        assert "No space left on device" in last and f"the checkpoint of step {step} is complete" in last
         assert mount(64 << 20, "remount").returncode == 0
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:

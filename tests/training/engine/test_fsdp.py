@@ -13,7 +13,7 @@ from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
 from stmae.training.commands import finetune, pretrain
 from stmae.training.config import FinetuneConfig, PretrainConfig, parse
-from stmae.training.engine.distributed import ALONE
+from stmae.training.engine.distributed import SINGLE_PROCESS
 from stmae.training.engine.run_folder import RunFolder, RunFolderError
 from tests.support import two_processes
 from tests.support.synthetic_video import write_video
@@ -243,7 +243,7 @@ def test_a_process_that_cannot_write_its_share_ends_all_with_what_is_whole(runs)
     drop_newest(output)
     said = two_processes.finish(two_processes.start(runs.pretrain("full", *FSDP), before_second=limit), status=1)
     assert said.count("cannot write state-00000006: ") == 2 and "Traceback" not in said
-    assert said.count("the checkpoint of step 4 is whole: the same command continues from it") == 2
+    assert said.count("the checkpoint of step 4 is complete: the same command continues from it") == 2
     assert RunFolder(output, read_only=True).states() == [4] and not list(output.glob(".*"))
 
 
@@ -276,7 +276,7 @@ def test_a_damaged_state_is_passed_over_kept_and_then_replaced(damage, copy, run
     tensors, counters = copy.load_state(said.append)
     assert counters["step"] == 4 and "checkpoint state-00000006 is damaged" in said[0]
     assert copy.states() == [6, 4]
-    copy.save_shards(6, tensors, {**counters, "step": 6}, ALONE)
+    copy.save_shards(6, tensors, {**counters, "step": 6}, SINGLE_PROCESS)
     assert copy.load_state(said.append)[1]["step"] == 6 and len(said) == 1
     assert copy.states() == [6, 4] and not list(copy.path.glob(".*"))
 
@@ -294,8 +294,8 @@ def test_a_full_disk_leaves_the_states_before_whole(copy):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # stands for the disk: writing stops in the middle
     try:
-        with pytest.raises(RunFolderError, match=r"cannot write state-00000008: .*the checkpoint of step 6 is whole"):
-            copy.save_shards(8, tensors, counters, ALONE)
+        with pytest.raises(RunFolderError, match=r"cannot write state-00000008: .*the checkpoint of step 6 is complete"):
+            copy.save_shards(8, tensors, counters, SINGLE_PROCESS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert copy.states() == [6, 4] and not list(copy.path.glob(".*"))
@@ -314,6 +314,6 @@ def test_of_two_kinds_of_one_step_the_newer_replaces_the_older(copy):
     tensors, counters = copy.load_state()
     copy.save_state(6, tensors, counters)
     assert sorted(path.name for path in copy.path.glob("state-*")) == ["state-00000004", "state-00000006.safetensors"]
-    copy.save_shards(6, tensors, counters, ALONE)
+    copy.save_shards(6, tensors, counters, SINGLE_PROCESS)
     assert sorted(path.name for path in copy.path.glob("state-*")) == ["state-00000004", "state-00000006"]
     assert copy.load_state()[1] == counters

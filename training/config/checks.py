@@ -1,0 +1,17 @@
+"""What the sections of a configuration check of themselves. Errors name the field; ``parse`` puts the section before it."""
+
+
+def require_positive(section, *names):
+    """Raises ValueError unless every field of these ``names`` is more than 0."""
+    for name in names:
+        value = getattr(section, name)
+        if not value > 0:
+            raise ValueError(f"{name}: expected more than 0, got {value}")
+
+
+def require_not_negative(section, *names):
+    """Raises ValueError where a field of these ``names`` is less than 0; None passes."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {value}")

@@ -1,0 +1,89 @@
+"""Sections about data: where it is, how clips are cut and augmented, the views of an evaluation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import require_positive
+
+
+@dataclass(kw_only=True)
+class DataLocationConfig:
+    """Where the videos and the classes' numbers of a data set are, where its list does not say."""
+
+    data_root: str | None = None
+    """folder that a list's relative paths start from (null: the list's own), or where Something-Something's videos lie"""
+    data_labels: str | None = None
+    """numbers of the classes, {class: number} in json or a text file with a class a line; null: class folders in the order of
+    their names, Something-Something's labels.json beside its list"""
+
+
+@dataclass(kw_only=True)
+class ClipConfig:
+    """Clips: how they are cut from a video and augmented."""
+
+    stride: int = 4
+    """every stride-th frame of the video"""
+    spacing: Literal["stride", "linspace", "segments"] = "stride"
+    """'segments': one frame from each of T equal parts of the video, whatever the stride; 'stride': exactly that;
+    'linspace': evenly over T*stride frames, rounded down, as the paper's published code (4.2
+    apart, not 4)"""
+    repeats: int = 4
+    """clips taken from one opened video (repeated sampling)"""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """random resized crop: fraction of the frame's area"""
+    aspect: tuple[float, float] = (0.75, 1.3333)
+    """random resized crop: width over height"""
+    flip: bool = True
+    """mirror every second clip (not for data where left and right mean something)"""
+    decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
+    """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
+
+    def __post_init__(self):
+        require_positive(self, "stride", "repeats")
+        for name in ("scale", "aspect"):
+            value = getattr(self, name)
+            if not 0 < value[0] <= value[1]:
+                raise ValueError(f"{name}: expected two numbers above 0, the smaller first, got {list(value)}")
+
+
+@dataclass(kw_only=True)
+class FinetuneClipConfig(ClipConfig):
+    """Clips: how they are cut from a video and augmented."""
+
+    repeats: int = 2
+    """clips taken from one opened video (repeated sampling)"""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random resized crop: fraction of the frame's area"""
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """Further augmentation of labelled clips; defaults are the paper's."""
+
+    operations: int = 2
+    """RandAugment: operations per clip, each with probability one half; 0: none"""
+    magnitude: float = 7.0
+    """RandAugment: their strength, out of 10"""
+    magnitude_std: float = 0.5
+    """RandAugment: how much that varies"""
+    erasing: float = 0.25
+    """probability that a box becomes noise"""
+    mixup: float = 0.8
+    """mixing of two clips, parameter of the Beta distribution; 0: none"""
+    cutmix: float = 1.0
+    """a box from another clip, parameter of the Beta distribution; 0: none"""
+    label_smoothing: float = 0.1
+    """fraction of the target spread over all classes"""
+
+
+@dataclass(kw_only=True)
+class ViewConfig:
+    """Views of a video in a test, their scores averaged."""
+
+    temporal: int = 1
+    """clips, spread evenly over the video"""
+    spatial: int = 1
+    """crops of each, along the longer side"""
+
+    def __post_init__(self):
+        require_positive(self, "temporal", "spatial")

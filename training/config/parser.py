@@ -1,0 +1,86 @@
+"""Configurations from the command line: every field of a configuration is an option, and a line in a preset or file.
+
+Order of precedence: the command line, then ``--config FILE``, then ``--preset NAME``, then the defaults (the paper's).
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from .preset_files import preset_path, presets, read_settings, with_bases
+from .training import FinetuneConfig, PretrainConfig
+
+
+def parse(config_class, argv, *, prog, description):
+    """The configuration that ``argv`` asks for. Prints what is wrong and exits, as argparse does, when it cannot be made."""
+    import jsonargparse  # half a second: only where there is a command line
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = {PretrainConfig: "pretrain", FinetuneConfig: "finetune"}.get(config_class)
+    has_presets = command is not None
+    required = [f"--{f.name} {f.name.upper()}" for f in dataclasses.fields(config_class) if _is_required(f)]
+    usage = [prog, *["[--preset NAME]"] * has_presets, "[--config FILE]", *required, "[--SETTING VALUE ...]"]
+    parser = jsonargparse.ArgumentParser(prog=prog, usage=" ".join(usage), description=description)
+    # Files become the parser's defaults, so that --help shows what would be used and the order of the options does not matter.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    if has_presets:
+        parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(presets(command))}")
+        early.add_argument("--preset")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of settings" + ", on top of the preset's" * has_presets
+    )
+    early.add_argument("--config")
+    parser.add_class_arguments(config_class, None)
+    try:
+        files = vars(early.parse_known_args(argv)[0])
+        preset, config_file = files.get("preset"), files.get("config")
+        if preset is not None:
+            _set_defaults(parser, preset_path(preset, command), command)
+        if config_file is not None:
+            if preset is not None and read_settings(Path(config_file))[0].get("preset") is not None:
+                raise ValueError(f"expected one preset to start from, got --preset {preset} and another in {config_file}")
+            _set_defaults(parser, Path(config_file), command)
+        parsed = parser.parse_args(argv)
+        for name in files:
+            parsed.pop(name)
+        return _build(config_class, parsed)
+    except (ValueError, argparse.ArgumentError) as error:
+        parser.error(str(error))
+
+
+def from_preset(config_class, name, **settings):
+    """The configuration of a preset, with the top-level ``settings`` given."""
+    return parse(
+        config_class, [f"--preset={name}", *(f"--{key}={value}" for key, value in settings.items())], prog="stmae", description=""
+    )
+
+
+def _build(config_class, values):
+    """The dataclass from parsed values, its sections too."""
+    made = {}
+    for f in dataclasses.fields(config_class):
+        value = getattr(values, f.name)
+        if hasattr(value, "__dict__"):  # jsonargparse's Namespace: a section
+            section = type(f.default_factory())
+            try:
+                value = _build(section, value)
+            except ValueError as error:
+                own = str(error).partition(":")[0] in {field.name for field in dataclasses.fields(section)}
+                raise ValueError(f"{f.name}.{error}" if own else str(error)) from error
+        made[f.name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**made)
+
+
+def _set_defaults(parser, file, command):
+    for source, about, settings in with_bases(file):
+        if about.get("command", command) != command:
+            raise ValueError(f"{source}: its settings are for 'stmae {about['command']}', not for '{parser.prog}'")
+        for name, value in settings.items():
+            try:
+                parser.set_defaults({name: value})
+            except KeyError as error:
+                raise ValueError(f"{source}: there is no setting {name!r}") from error
+
+
+def _is_required(f):
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

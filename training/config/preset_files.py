@@ -1,0 +1,86 @@
+"""Presets and configuration files: YAML or JSON that holds what differs from the defaults, or from the preset it starts from.
+
+A path in such a file is relative to the file. At its top it may name the preset that it starts from (``preset: NAME``), the
+command it is for (``command``), the number of GPUs that its source ran it on (``gpus``) and, for fine-tuning, the preset that
+made the weights (``pretrained``).
+"""
+
+from pathlib import Path
+
+import yaml
+
+PRESETS = Path(__file__).parents[1] / "presets"
+ABOUT = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
+PATH_FIELDS = (  # in a file, relative to it
+    "data",
+    "data_root",
+    "data_labels",
+    "held_out",
+    "checkpoint",
+    "video",
+    "test_data",
+    "probe.data",
+    "probe.test_data",
+)
+
+
+def presets(command=None):
+    """Names of the presets, of one command or of all."""
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return [name for name in names if command in (None, about_preset(name)["command"])]
+
+
+def preset_path(name, command=None):
+    """The file of a preset, which must be for ``command`` if one is given."""
+    if not (PRESETS / f"{name}.yaml").is_file() or Path(name).name != name:
+        raise ValueError(f"expected --preset to be one of {', '.join(presets(command))}, got {name!r}")
+    meant_for = about_preset(name)["command"]
+    if command not in (None, meant_for):
+        raise ValueError(
+            f"the preset {name} is for 'stmae {meant_for}'; expected one for 'stmae {command}': {', '.join(presets(command))}"
+        )
+    return PRESETS / f"{name}.yaml"
+
+
+def about_preset(name):
+    """{"command": ..., "pretrained": ..., "gpus": ...} of a preset, its own or its base's; None where neither has it."""
+    about = {"command": None, "pretrained": None, "gpus": None}
+    for _, own, _ in with_bases(PRESETS / f"{name}.yaml"):
+        about.update({key: value for key, value in own.items() if key in about})
+    return about
+
+
+def read_settings(file):
+    """(about, settings) of a YAML or JSON file: ``about`` has what it says under ABOUT, ``settings`` is {"section.field": value},
+    its relative paths made absolute."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the settings in {file}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected 'field: value' lines, got {type(tree).__name__}")
+    about = {name: tree.pop(name) for name in ABOUT if name in tree}
+    settings = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            settings.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            settings[name] = value
+    paths = {name: str(file.parent.joinpath(settings[name]).resolve()) for name in PATH_FIELDS if settings.get(name)}
+    return about, {**settings, **paths}
+
+
+def with_bases(file):
+    """[(file, about, settings)] of the presets that ``file`` starts from, the first base first, and of the file itself."""
+    chain, seen = [], set()
+    while file is not None:
+        if file in seen:
+            raise ValueError(f"{file}: the presets that it starts from lead back to it")
+        seen.add(file)
+        about, settings = read_settings(file)
+        chain.insert(0, (file, about, settings))
+        base = about.get("preset")
+        if base is not None and not (PRESETS / f"{base}.yaml").is_file():
+            raise ValueError(f"{file}: expected preset to be the name of one, got {base!r}")
+        file = None if base is None else PRESETS / f"{base}.yaml"
+    return chain

@@ -1,0 +1,220 @@
+"""Sections about training, and the two configurations made of them: of pre-training and of fine-tuning."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stmae.masking import num_keep
+from stmae.models import MaskedAutoencoderConfig
+
+from .checks import require_not_negative, require_positive
+from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneClipConfig, ViewConfig
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
+
+    batch: int = 512
+    """videos a step, over all processes and accumulated parts; repeats are not counted"""
+    accumulate: int = 1
+    """parts that a step's batch is computed in, to save memory; the result is the same"""
+    epochs: float = 800
+    """effective epochs: passes over the videos times repeats"""
+    warmup_epochs: float = 120
+    """effective epochs of linear warm-up from 0"""
+    base_lr: float = 1.6e-3
+    """learning rate at a batch of base_batch videos; the rate used is base_lr * batch / base_batch"""
+    base_batch: int = 512
+    """the batch that base_lr is meant for"""
+    min_lr: float = 0.0
+    """where the cosine ends"""
+    weight_decay: float = 0.05
+    """on matrices, positions and tokens; never on biases and norms"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's"""
+    clip_grad: float | None = 0.02
+    """largest gradient norm; null: no clipping"""
+
+    def __post_init__(self):
+        require_positive(self, "batch", "accumulate", "epochs")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs: expected less than epochs ({self.epochs:g}), got {self.warmup_epochs:g}")
+
+
+@dataclass(kw_only=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
+
+    batch: int = 256
+    """videos a step, over all processes and accumulated parts"""
+    epochs: float = 150
+    """effective epochs: passes over the videos times repeats"""
+    warmup_epochs: float = 10
+    """effective epochs of linear warm-up from 0"""
+    base_lr: float = 4.8e-3
+    """learning rate at base_batch clips; the rate used is base_lr * batch * repeats / base_batch: repeats count here"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's"""
+    clip_grad: float | None = 5.0
+    """largest gradient norm; null: no clipping"""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Running: nothing here changes what is computed, but for the number format."""
+
+    device: str = "auto"
+    """'auto': cuda where there is one, else cpu"""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+    workers: int | None = None
+    """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+    save_every: int = 500
+    """steps between checkpoints"""
+    log_every: int = 10
+    """steps between lines of the log"""
+    evaluate_every: int = 0
+    """steps between losses on held_out; 0: only at the start and at the end"""
+    backend: Literal["ops", "reference"] = "ops"
+    """'ops': the kernels; 'reference': the same in plain PyTorch"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """on several processes: 'ddp': each holds the full model; 'fsdp': each holds a shard of weights, gradients and AdamW's
+    moments (FSDP2), and writes its shard of a checkpoint. A run continues with either, on any number of processes"""
+    checkpoint_activations: bool = False
+    """keep only each block's input and compute the block again in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile the model (with fsdp: each block)"""
+    tensorboard: bool = True
+    """write TensorBoard's event files too"""
+
+    def __post_init__(self):
+        require_positive(self, "save_every", "log_every")
+        require_not_negative(self, "evaluate_every", "workers")
+
+
+@dataclass(kw_only=True)
+class PretrainRunConfig(RunConfig):
+    """Running: nothing here changes what is computed, but for the number format."""
+
+    reconstruct_every: int = 0
+    """steps between pictures of what the model makes of three held-out videos (else of data); 0: only at the start and
+    at the end"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_not_negative(self, "reconstruct_every")
+
+
+@dataclass(kw_only=True)
+class OnlineProbeConfig:
+    """Nearest neighbours on the encoder's features while it trains: whether it learns anything that labels want."""
+
+    data: str | None = None
+    """labelled videos whose features are the neighbours, as for stmae probe; null: no probe"""
+    test_data: str | None = None
+    """labelled videos that are classified"""
+    every: int = 0
+    """steps between probes; 0: only at the start and at the end"""
+    neighbours: int = 20
+    """k of the nearest neighbours"""
+    tokens: Literal["mean", "all"] = "mean"
+    """'mean': the normalised mean of a clip's tokens; 'all': every token, side by side, for small models"""
+
+    def __post_init__(self):
+        if (self.data is None) != (self.test_data is None):
+            raise ValueError("probe: expected both of probe.data and probe.test_data, or neither")
+        require_not_negative(self, "every")
+        require_positive(self, "neighbours")
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig:
+    """The classifier; the encoder's shape comes from the checkpoint."""
+
+    num_classes: int | None = None
+    """null: the highest label plus one"""
+    dropout: float = 0.3
+    """before the head"""
+    drop_path: float = 0.1
+    """stochastic depth of the last block, growing from 0 in the first"""
+    num_frames: int | None = None
+    """frames of a clip; null: as pre-trained. Positions are interpolated"""
+    image_size: int | tuple[int, int] | None = None
+    """frame height and width; null: as pre-trained. Positions are interpolated"""
+
+
+@dataclass(kw_only=True)
+class EncodingConfig(DataLocationConfig):
+    """How videos are encoded."""
+
+    tokens: Literal["mean", "all"] = "mean"
+    """'mean': the normalised mean of a clip's tokens; 'all': every token, side by side, for small models"""
+    stride: int | None = None
+    """every stride-th frame; null: as the run was trained, else 4"""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    device: str = "auto"
+    """'auto': cuda where there is one, else cpu"""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+    workers: int | None = None
+    """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(DataLocationConfig):
+    """The run: what is read, what is written."""
+
+    data: str
+    """videos: a folder, searched recursively, a list file with a line 'path' or 'path label' each, or
+    Something-Something's json"""
+    output: str
+    """folder of the run; the same command again continues what is there"""
+    held_out: str | None = None
+    """videos kept out of training, as data; their loss is shown before and after"""
+    seed: int = 0
+    """of the weights, the order, the crops and the masks"""
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    model: MaskedAutoencoderConfig = field(default_factory=MaskedAutoencoderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
+    run: PretrainRunConfig = field(default_factory=PretrainRunConfig)
+
+    def __post_init__(self):
+        require_not_negative(self, "seed")
+        if self.model.in_channels != 3:
+            raise ValueError(f"model.in_channels: expected 3 for decoded video, got {self.model.in_channels}")
+        num_keep(self.model.mask_strategy, self.model.grid, self.model.mask_ratio)  # a ratio that keeps nothing is an error
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(DataLocationConfig):
+    """The run: what is read, what is written."""
+
+    data: str
+    """labelled videos: a list file with a line 'path label' each, Something-Something's json, or a folder
+    with a folder for each class"""
+    output: str
+    """folder of the run; the same command again continues what is there"""
+    checkpoint: str
+    """a pre-trained model.safetensors, or a classifier's"""
+    random_weights: bool = False
+    """take only the checkpoint's shape, to see what pre-training is worth"""
+    test_data: str | None = None
+    """labelled videos to test on before, after, and every run.evaluate_every steps"""
+    seed: int = 0
+    """of the head, the order, the crops and the mixing"""
+    layer_decay: float = 0.75
+    """each layer's learning rate is this times the next one's"""
+    average_decay: float = 0.0
+    """of a running average of the weights, which is then tested and saved in their place, such as 0.9999; 0: none"""
+    mask_ratio: float = 0.0
+    """masked fine-tuning: fraction of masked tokens at the start, falling to 0 on a cosine"""
+    clips: FinetuneClipConfig = field(default_factory=FinetuneClipConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    optimizer: FinetuneOptimizerConfig = field(default_factory=FinetuneOptimizerConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        require_not_negative(self, "seed")

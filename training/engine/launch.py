@@ -1,0 +1,20 @@
+"""A run from its configuration: the device, the process group, the folder, and a task inside them."""
+
+import torch
+
+from .device import choose_device
+from .distributed import Processes
+from .run_folder import open_run
+
+
+def run_distributed(work, config):
+    """``work(config, processes, device, folder)`` in the process group that torchrun describes, if any, with the run's folder
+    opened. PyTorch's random state is put back at the end.
+
+    ``work`` is a function of its own, so that nothing of its model is alive when the group is left.
+    """
+    processes = Processes()
+    device = processes.local_device(choose_device(config.run.device))
+    devices = [device] if device.type == "cuda" else []
+    with processes.process_group(device), torch.random.fork_rng(devices):
+        return work(config, processes, device, open_run(config, processes))

@@ -1,0 +1,99 @@
+"""What a masked autoencoder is worth while it trains: its loss on held-out videos, nearest neighbours on its features,
+pictures."""
+
+import functools
+import math
+from pathlib import Path
+
+import torch
+
+from stmae.checkpoint.resize import classifier_from_autoencoder
+from stmae.masking import sample_noise
+
+from ..config import EncodingConfig
+from ..data.dataset import ViewClips, as_video
+from ..data.video import VideoError
+from .features import encode
+from .pictures import ROWS, grid, to_uint8
+from .probes import knn
+
+
+@torch.no_grad()
+def held_out_loss(entries, config, processes, device, model, autocast, logger, step):
+    """Mean loss on fixed clips of ``entries`` (start, middle and end, centre crop) under fixed masks: the same at every call.
+
+    Every process takes a shard of the videos. A video that cannot be read is named and left out, never replaced; with none left
+    the result is NaN.
+    """
+    views = ViewClips(entries, config.clips, frames=config.model.num_frames, size=config.model.image_size, temporal=3)
+    losses, left_out = {}, {}
+    model.eval()
+    for number in processes.shard(range(len(views))):
+        try:
+            clips = views[number]["clips"]
+        except VideoError as error:
+            left_out[number] = f"left out of the held-out loss: {error}"
+            continue
+        noise = fixed_noise(config.model, len(clips), number)
+        with autocast():
+            losses[number] = model(as_video(clips.to(device)), noise=noise.to(device)).loss.item()
+    losses, left_out = processes.gather_dict(losses), processes.gather_dict(left_out)
+    for number in sorted(left_out):
+        logger.info(left_out[number])
+    return {"held_out_loss": sum(losses[number] for number in sorted(losses)) / len(losses) if losses else math.nan}
+
+
+def knn_accuracy(train, test, config, processes, device, model, autocast, logger, step):
+    """Accuracy of nearest neighbours on the encoder's features of labelled videos (see probes.knn), each process encoding a
+    shard."""
+    settings = EncodingConfig(
+        tokens=config.probe.tokens, device=str(device), precision=config.run.precision, workers=config.run.workers
+    )
+    encoder = classifier_from_autoencoder(model)
+
+    def features(entries):
+        """(features, labels) in the order of ``entries``, whatever the number of processes."""
+        rows = {}
+        mine = processes.shard(range(len(entries)))
+        x, y, paths, left_out = encode(config.output, [entries[number] for number in mine], settings, model=encoder)
+        numbers = iter(mine)
+        for row, label, path in zip(x, y, paths):
+            number = next(number for number in numbers if entries[number].path == path)
+            rows[number] = (row, label)
+        rows = processes.gather_dict(rows)
+        for error in sum(processes.gather(left_out), []):
+            logger.info(f"left out of the probe: {error}")
+        ordered = [rows[number] for number in sorted(rows)]
+        return [torch.stack(part) for part in zip(*ordered)] if ordered else (x, y)
+
+    (x, y), (test_x, test_y) = features(train), features(test)
+    if not len(y) or not len(test_y):
+        return {"knn_accuracy": math.nan}
+    classes = int(max(y.max(), test_y.max())) + 1
+    return {"knn_accuracy": knn(x, y, test_x, test_y, classes, config.probe.neighbours)}
+
+
+@torch.no_grad()
+def log_reconstructions(entries, config, device, model, autocast, logger, step):
+    """Pictures of what the model makes of the middle clip of each of ``entries``, always under the same mask."""
+    views = ViewClips(entries, config.clips, frames=config.model.num_frames, size=config.model.image_size)
+    model.eval()
+
+    def picture(number):
+        video = as_video(views[number]["clips"].to(device))
+        with autocast():
+            out = model(video, noise=fixed_noise(config.model, 1, number).to(device), decoder_mask_ratio=0)
+        pictures = model.reconstruct(video, out)
+        note = "patch mean and contrast from the original" if pictures.patch_statistics == "original" else "all of it predicted"
+        labels = ("original", f"{config.model.mask_ratio:.0%} masked", f"reconstruction at step {step} ({note})")
+        return grid([to_uint8(getattr(pictures, name)[0]) for name in ROWS], labels)
+
+    for number, entry in enumerate(entries):
+        logger.image(step, f"{number}-{Path(entry.path).stem}", functools.partial(picture, number))
+    return {}
+
+
+def fixed_noise(config, clips, number):
+    """Masking noise [clips, N] that is always the same for video ``number``."""
+    generator = torch.Generator().manual_seed(number)
+    return sample_noise(config.mask_strategy, clips, config.grid, config.mask_ratio, generator=generator)

@@ -1,0 +1,90 @@
+"""Masked-autoencoder pre-training, from a folder of videos to weights."""
+
+import functools
+
+import torch
+
+from stmae.masking import sample_noise
+from stmae.models import MaskedAutoencoder
+
+from ..data.dataset import PretrainClips, as_video, require_readable
+from ..data.video_list import find_labelled_videos, find_videos
+from ..engine.launch import run_distributed
+from ..engine.loop import EvaluationHook, Task, train
+from ..engine.optimizer import peak_learning_rate, weight_decay_groups
+from ..evaluation.pretraining import held_out_loss, knn_accuracy, log_reconstructions
+from ..planning.flops import autoencoder_flops
+
+PICTURES = 3  # videos whose reconstructions are shown
+
+
+def pretrain(config):
+    """Pre-trains a masked autoencoder on videos, or continues the run in ``config.output``.
+
+    config: a PretrainConfig. Under torchrun every process calls this with the same one.
+
+    Returns the TrainState: ``done`` (false where a signal stopped the run), ``step``, and what was evaluated ``before`` and
+    ``after``. The weights are in ``config.output``/model.safetensors; ``stmae.checkpoint.load`` reads them.
+
+    Raises ValueError for data or settings that cannot be used, RunFolderError for an output folder that cannot, TrainingError
+    where training cannot go on.
+    """
+    return run_distributed(_pretrain, config)
+
+
+def _pretrain(config, processes, device, folder):
+    entries = find_videos(config.data, config.data_root, config.data_labels)
+    require_readable(entries, config.model.num_frames, config.clips)
+    held_out = find_videos(config.held_out, config.data_root, config.data_labels) if config.held_out else []
+    if processes.is_main:
+        print(f"{len(entries)} videos in {config.data}" + (f", {len(held_out)} held out" if held_out else ""))
+    task = pretraining_task(config, entries, device, evaluation_hooks(config, processes, device, entries, held_out))
+    state = train(task, config, processes, device, folder)
+    if state.done and held_out and processes.is_main:
+        before, after = state.before["held_out_loss"], state.after["held_out_loss"]
+        hint = " (1.0: predicting each patch's mean)" if config.model.target == "normalized_pixels" else ""
+        print(f"loss on held-out videos: {before:.3f} before, {after:.3f} after{hint}")
+    return state
+
+
+def pretraining_task(config, entries, device, hooks=()):
+    """The Task: a new autoencoder on random clips of ``entries`` under random masks, its own loss."""
+    torch.manual_seed(config.seed)
+    model = MaskedAutoencoder(config.model).to(device)
+    model.backend = config.run.backend
+    mask = (config.model.mask_strategy, 1, config.model.grid, config.model.mask_ratio)
+    dataset = PretrainClips(
+        entries,
+        config.clips,
+        frames=config.model.num_frames,
+        size=config.model.image_size,
+        sample_noise=functools.partial(sample_noise, *mask),
+        seed=config.seed,
+    )
+    return Task(
+        model=model,
+        dataset=dataset,
+        loss=lambda forward, batch, epoch: forward(as_video(batch["clips"]), noise=batch["noise"]).loss,
+        parameter_groups=functools.partial(weight_decay_groups, weight_decay=config.optimizer.weight_decay),
+        # A batch counts videos: the repeats of one video are not counted in pre-training.
+        peak_lr=peak_learning_rate(config.optimizer, config.optimizer.batch),
+        repeats=config.clips.repeats,
+        tokens=config.model.num_tokens,
+        flops=lambda epoch: autoencoder_flops(config.model)[1],
+        hooks=list(hooks),
+    )
+
+
+def evaluation_hooks(config, processes, device, entries, held_out):
+    """The EvaluationHooks that the configuration asks for."""
+    pictures = functools.partial(log_reconstructions, (held_out or entries)[:PICTURES], config, device)
+    hooks = [EvaluationHook(config.run.reconstruct_every, pictures)]
+    if held_out:
+        loss = functools.partial(held_out_loss, held_out, config, processes, device)
+        hooks.append(EvaluationHook(config.run.evaluate_every, loss))
+    if config.probe.data:
+        locations = config.data_root, config.data_labels
+        labelled = (find_labelled_videos(data, *locations) for data in (config.probe.data, config.probe.test_data))
+        probe = functools.partial(knn_accuracy, *labelled, config, processes, device)
+        hooks.append(EvaluationHook(config.probe.every, probe))
+    return hooks
