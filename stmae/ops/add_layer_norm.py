@@ -1,3 +1,5 @@
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -36,21 +38,29 @@ def add_layer_norm(
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"{op}: expected eps a number of at least 0, got {eps!r}")
     dtype = checks.autocast_dtype(op, x) or x.dtype
-    if branch is None or x.device.type != "cpu":
+    on_cpu = x.device.type == "cpu"
+    if not checks.has_kernels(x) or (on_cpu and branch is None):
         x = x if branch is None else x + branch.to(x.dtype)
         return x, F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(dtype)
-    return _op(x.contiguous(), branch.contiguous(), weight.float().contiguous(), bias.float().contiguous(), eps, dtype)[:2]
+    if branch is None:
+        return x, _layer_norm(x, weight, bias, eps, dtype)[0]
+    if on_cpu:
+        x, branch, weight, bias = x.contiguous(), branch.contiguous(), weight.float().contiguous(), bias.float().contiguous()
+    return _op(x, branch, weight, bias, eps, dtype)[:2]
 
 
 def _fake(x, branch, weight, bias, eps, dtype):
-    rows = x.numel() // x.shape[-1]
-    statistics = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
-    return torch.empty_like(x), torch.empty_like(x, dtype=dtype), *statistics
+    return x.new_empty(x.shape), *_layer_norm_fake(x, weight, bias, eps, dtype)
+
+
+def _layer_norm_fake(x, weight, bias, eps, dtype):
+    rows = math.prod(x.shape[:-1]) if x.shape[-1] else 0
+    return x.new_empty(x.shape, dtype=dtype), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
 def _backward_fake(grad_sum, grad_out, sum, mean, rstd, weight, branch_dtype):
-    grad_branch = sum.new_empty(0) if branch_dtype == sum.dtype else torch.empty_like(sum, dtype=branch_dtype)
-    return torch.empty_like(sum), grad_branch, torch.empty_like(weight), torch.empty_like(weight)
+    grad_branch = sum.new_empty(0 if branch_dtype == sum.dtype else sum.shape, dtype=branch_dtype)
+    return sum.new_empty(sum.shape), grad_branch, *(weight.new_empty(weight.shape) for _ in range(2))
 
 
 def _setup_context(ctx, inputs, output):
@@ -73,16 +83,42 @@ def _backward(ctx, grad_sum, grad_out, *_):
     return grad_x, grad_x if ctx.branch_dtype == sum.dtype else grad_branch, grad_weight, grad_bias, None, None
 
 
+def _layer_norm_setup_context(ctx, inputs, output):
+    x, weight, *_ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_backward(ctx, grad_out, *_):
+    x, mean, rstd, weight = ctx.saved_tensors
+    if grad_out is None:
+        return (None,) * 5
+    grad_x, _, grad_weight, grad_bias = _backward_op(None, grad_out.contiguous(), x, mean, rstd, weight, x.dtype)
+    return grad_x, grad_weight, grad_bias, None, None
+
+
 _op = library.define(
     "add_layer_norm",
     "(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
+    stem="add_layer_norm",
+)
+# Without a branch, on GPUs: the first norm of a stack.
+_layer_norm = library.define(
+    "_layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    fake=_layer_norm_fake,
+    stem="add_layer_norm",
 )
 _backward_op = library.define(
     "add_layer_norm_backward",
     "(Tensor? grad_sum, Tensor grad_out, Tensor sum, Tensor mean, Tensor rstd, Tensor weight, ScalarType branch_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
+    stem="add_layer_norm",
 )
 library.differentiable(_op, _backward, _setup_context)
+library.differentiable(_layer_norm, _layer_norm_backward, _layer_norm_setup_context)
 library.not_twice_differentiable(_backward_op)

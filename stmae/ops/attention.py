@@ -114,13 +114,18 @@ def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(*projections, out, lse)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for lse
 
 
 def _backward(ctx, grad_out, _):
+    if grad_out is None:  # what is behind it has no gradient
+        return (None,) * 4
     return *_backward_op(checks.dense_rows(grad_out), *ctx.saved_tensors, ctx.scale), None
 
 
 def _packed_backward(ctx, grad_out, _):
+    if grad_out is None:
+        return None, None
     return _packed_backward_op(checks.dense_rows(grad_out), *ctx.saved_tensors, ctx.scale), None
 
 

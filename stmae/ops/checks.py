@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from stmae.kernels import support
+
 DEBUG = os.environ.get("STMAE_DEBUG", "0") not in ("", "0")
 
 
@@ -31,6 +33,13 @@ def floating(x):
     if x.device.type == "cpu":
         return (torch.float32, torch.bfloat16)
     return (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_kernels(x):
+    """Whether the ops that plain torch could serve, too, have kernels where x is. The meta device, where nothing is computed, is
+    taken for a GPU."""
+    device = x.device
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and support.gpu_problem(device.index) is None)
 
 
 def same_device(op, **tensors):

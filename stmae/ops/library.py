@@ -28,7 +28,7 @@ def define(name, schema, *, fake, stem=None, cpu=None):
 
         def launch(*arguments):
             support = importlib.import_module("stmae.kernels.support")
-            support.require(name, arguments[0])
+            support.require(name, next(x for x in arguments if isinstance(x, torch.Tensor)))
             return getattr(importlib.import_module(f"stmae.kernels.{stem}"), name)(*arguments)
 
         torch.library.impl(f"stmae::{name}", "CUDA")(launch)

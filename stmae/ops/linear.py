@@ -111,7 +111,8 @@ def weight_gradient(grad_out, x, *, to=None):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias, as `torch.nn.functional.linear`; on CPUs by the fastest of several ways (`set_linear_backend`).
 
-    Parameters stay in their own dtype: under autocast a CPU product casts them as it runs, and nothing cast is kept.
+    Parameters stay in their own dtype: under autocast a CPU product casts them as it runs, and nothing cast is kept; on a GPU a
+    weight is cast once, for forward and backward.
 
     Args:
         x: [..., K] float32 or bfloat16.
@@ -126,9 +127,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     checks.linear_layer("linear", x, weight, bias)
     (x,) = checks.autocast("linear", x)
-    if x.device.type != "cpu":
+    if not checks.has_kernels(x):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    out = _op(checks.matrix(x), weight, bias)
+    out, _ = _op(checks.matrix(x), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -147,30 +148,46 @@ def _check(op, x, weight, bias, grad_out=None):
 
 def _cpu(x, weight, bias):
     _check("linear", x, weight, bias)
-    return product(x, weight, bias)
+    return product(x, weight, bias), weight.new_empty(0)
 
 
 def _fake(x, weight, bias):
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0]), cast_fake(x, weight)
 
 
-def _backward_cpu(grad_out, x, weight, bias, wanted):
+def cast_fake(x, weight):
+    """A weight in x's dtype where a GPU's product needs a cast one: an output, so that it is cast once for forward and backward.
+    Else nothing, [0]."""
+    if x.device.type == "cpu" or x.dtype == weight.dtype:
+        return weight.new_empty(0)
+    return weight.new_empty(weight.shape, dtype=x.dtype)
+
+
+def used(weight, cast):
+    """The weight as the product took it."""
+    return cast if cast.dim() == 2 else weight
+
+
+def _backward_cpu(grad_out, x, weight, bias, weight_dtype, wanted):
     _check("linear_backward", x, weight, bias, grad_out)
     checks.wanted("linear_backward", wanted, (True, True, bias is not None))
     return (
         product(grad_out, weight, transposed=True) if wanted[0] else x.new_empty(0),
-        weight_gradient(grad_out, x).to(weight.dtype) if wanted[1] else x.new_empty(0),
+        weight_gradient(grad_out, x).to(weight_dtype) if wanted[1] else x.new_empty(0),
         column_sum(grad_out).to(bias.dtype) if wanted[2] else x.new_empty(0),
     )
 
 
-def _backward_fake(grad_out, x, weight, bias, wanted):
-    return wanted_like((x, weight, bias), wanted)
+def _backward_fake(grad_out, x, weight, bias, weight_dtype, wanted):
+    return wanted_like((x, weight, bias), wanted, (None, weight_dtype, None))
 
 
-def wanted_like(inputs, wanted):
-    """Gradients of the ``inputs`` that are ``wanted``, nothing in place of the others: what a backward op returns."""
-    return tuple(tensor.new_empty(tensor.shape) if want else inputs[0].new_empty(0) for tensor, want in zip(inputs, wanted))
+def wanted_like(inputs, wanted, dtypes):
+    """What a backward op returns: gradients of the ``inputs`` that are ``wanted``, in these dtypes (None: the input's), and
+    nothing in place of the others."""
+    return tuple(
+        x.new_empty(x.shape, dtype=dtype) if want else inputs[0].new_empty(0) for x, want, dtype in zip(inputs, wanted, dtypes)
+    )
 
 
 def wanted_only(gradients, wanted):
@@ -178,20 +195,28 @@ def wanted_only(gradients, wanted):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    x, weight, bias = inputs
+    ctx.weight_dtype = weight.dtype
+    ctx.save_for_backward(x, used(weight, output[1]), bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out):
+def _backward(ctx, grad_out, _):
+    if grad_out is None:
+        return (None,) * 3
     wanted = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
-    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, wanted), wanted)
+    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, ctx.weight_dtype, wanted), wanted)
 
 
-_op = library.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", fake=_fake, cpu=_cpu)
+_op = library.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", fake=_fake, cpu=_cpu, stem="linear")
 _backward_op = library.define(
     "linear_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, ScalarType weight_dtype, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
+    stem="linear",
 )
 library.differentiable(_op, _backward, _setup_context)
 library.not_twice_differentiable(_backward_op)

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import check_matrix, column_sum, product, wanted_like, wanted_only, weight_gradient
+from .linear import cast_fake, check_matrix, column_sum, product, used, wanted_like, wanted_only, weight_gradient
 
 
 def mlp(
@@ -10,9 +10,8 @@ def mlp(
 ) -> torch.Tensor:
     """The transformer's MLP, fc2(gelu(fc1(x))) with the exact GELU.
 
-    On CPUs it is one op that keeps only the hidden layer before its GELU.
-
-    The backward recomputes the activation in the same pass that multiplies its derivative in and sums the bias gradient.
+    The backward multiplies GELU's derivative in and sums the bias gradient in one pass. On CPUs only the hidden layer before its
+    GELU is kept, and that pass recomputes the activation; on GPUs, where it would be bound by memory, both are kept.
 
     Args:
         x: [..., D] float32 or bfloat16.
@@ -33,10 +32,10 @@ def mlp(
     checks.tensor("mlp", "fc2_bias", fc2_bias, "[D]", (fc2_weight.shape[0],))
     checks.same_device("mlp", x=x, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
     (x,) = checks.autocast("mlp", x)
-    if x.device.type != "cpu":
+    if not checks.has_kernels(x):
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (p.to(x.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
         return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    out, _ = _op(checks.matrix(x), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    out, *_ = _op(checks.matrix(x), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return out.view(*x.shape[:-1], fc2_weight.shape[0])
 
 
@@ -75,14 +74,24 @@ def _cpu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     out = x.new_empty(x.shape[0], fc2_weight.shape[0])
     for hidden_rows, out_rows in pieces(hidden, out):
         product(_gelu(hidden_rows), fc2_weight, fc2_bias, out=out_rows)
-    return out, hidden
+    return out, hidden, x.new_empty(0), fc1_weight.new_empty(0), fc2_weight.new_empty(0)
 
 
 def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    return x.new_empty(x.shape[0], fc2_weight.shape[0]), x.new_empty(x.shape[0], fc1_weight.shape[0])
+    hidden = x.new_empty(x.shape[0], fc1_weight.shape[0])
+    activation = x.new_empty(0 if x.device.type == "cpu" else hidden.shape)
+    return (
+        x.new_empty(x.shape[0], fc2_weight.shape[0]),
+        hidden,
+        activation,
+        cast_fake(x, fc1_weight),
+        cast_fake(x, fc2_weight),
+    )
 
 
-def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, wanted):
+def _backward_cpu(
+    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted
+):  # fmt: skip
     _check("mlp_backward", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, grad_out)
     checks.wanted("mlp_backward", wanted, (True,) * 5)
     grad_out, hidden = grad_out.contiguous(), hidden.contiguous()
@@ -104,43 +113,52 @@ def _backward_cpu(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bia
             fc1 = weight_gradient(grad_hidden, x_rows, to=fc1)
     return (
         grad_x,
-        fc1.to(fc1_weight.dtype) if fc1 is not None else x.new_empty(0),
+        fc1.to(fc1_dtype) if fc1 is not None else x.new_empty(0),
         torch.stack(fc1_biases).sum(0).to(fc1_bias.dtype) if wants_fc1_bias else x.new_empty(0),
-        fc2.to(fc2_weight.dtype) if fc2 is not None else x.new_empty(0),
+        fc2.to(fc2_dtype) if fc2 is not None else x.new_empty(0),
         torch.stack(fc2_biases).sum(0).to(fc2_bias.dtype) if wants_fc2_bias else x.new_empty(0),
     )
 
 
-def _backward_fake(grad_out, x, hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias, wanted):
-    return wanted_like((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), wanted)
+def _backward_fake(
+    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted
+):  # fmt: skip
+    inputs = x, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    return wanted_like(inputs, wanted, (None, fc1_dtype, None, fc2_dtype, None))
 
 
 def _setup_context(ctx, inputs, output):
-    x, *parameters = inputs
-    ctx.save_for_backward(x, output[1], *parameters)
-    ctx.mark_non_differentiable(output[1])
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs
+    _, hidden, activation, fc1_cast, fc2_cast = output
+    ctx.dtypes = fc1_weight.dtype, fc2_weight.dtype
+    parameters = used(fc1_weight, fc1_cast), fc1_bias, used(fc2_weight, fc2_cast), fc2_bias
+    ctx.save_for_backward(x, hidden, activation, *parameters)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros of the hidden layer's size
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx, grad_out, *_):
     if grad_out is None:  # what is behind it has no gradient
         return (None,) * 5
     wanted = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
-    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, wanted), wanted)
+    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, *ctx.dtypes, wanted), wanted)
 
 
 _op = library.define(
     "mlp",
-    "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias)"
+    " -> (Tensor out, Tensor hidden, Tensor activation, Tensor fc1_cast, Tensor fc2_cast)",
     fake=_fake,
     cpu=_cpu,
+    stem="mlp",
 )
 _backward_op = library.define(
     "mlp_backward",
-    "(Tensor grad_out, Tensor x, Tensor hidden, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias,"
-    " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor hidden, Tensor activation, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,"
+    " Tensor fc2_bias, ScalarType fc1_dtype, ScalarType fc2_dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
+    stem="mlp",
 )
 library.differentiable(_op, _backward, _setup_context)
 library.not_twice_differentiable(_backward_op)

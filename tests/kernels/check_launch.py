@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.suite import launch, masks, random
+from tests.kernels.suite import launch, layer_arguments, masks, random
 
 STREAM = 0x51A3
 SOURCE = Path(__file__).parents[1] / "support" / "recording_cuda.c"
@@ -188,7 +188,20 @@ def _attention():
     launch("attention_backward", out, q, k, v, out, lse, -0.7)
 
 
-OPS = {"tokens": _tokens, "masked_patchify": _patchify, "patch_loss": _loss, "attention": _attention}
+def _transformer():
+    x, branch, weight, eps = random(5, 64)[:, 8:56], random(48, 5, dtype=torch.bfloat16).t(), random(48), 1e-6
+    total, out, mean, rstd = launch("add_layer_norm", x, branch, weight, weight, eps, torch.bfloat16)
+    launch("_layer_norm", x, weight, weight, eps, torch.float32)
+    launch("add_layer_norm_backward", total, out, total, mean, rstd, weight, torch.bfloat16)
+    launch("add_layer_norm_backward", None, out, total, mean, rstd, weight, torch.float32)
+    x, fc1, fc1_bias, fc2, fc2_bias = layer_arguments("mlp", 70, 24, 40, torch.bfloat16, torch.float32, "cpu")
+    out, hidden, activation, *casts = launch("mlp", x, fc1, fc1_bias, fc2, fc2_bias)
+    parameters, dtypes = (casts[0], fc1_bias, casts[1], fc2_bias), (torch.float32, torch.float32)
+    for wanted in ([True] * 5, [True, True, False, True, True]):  # with the bias gradient and without
+        launch("mlp_backward", out, x, hidden, activation, *parameters, *dtypes, wanted)
+
+
+OPS = {"tokens": _tokens, "masked_patchify": _patchify, "patch_loss": _loss, "attention": _attention, "transformer": _transformer}
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -202,7 +215,7 @@ def test_every_argument_arrives(ops, recorder, passed):
     assert total["pointer"] and total["number"] and total["constant"]
     if ops in ("masked_patchify", "patch_loss", "attention"):
         assert total["float"] and total["tuple"]
-    if ops == "masked_patchify":
+    if ops in ("masked_patchify", "transformer"):
         assert total["none"]
 
 

@@ -13,6 +13,8 @@ interpreted.install()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from stmae.kernels.linear import cast  # noqa: E402
+from stmae.kernels.mlp import gelu, gelu_backward  # noqa: E402
 from tests.kernels.lower_bounds import attention_work  # noqa: E402
 from tests.kernels.suite import launch, masks, random, video_of  # noqa: E402
 
@@ -54,6 +56,36 @@ def test_gather_and_restore_tokens(dtype):
     with interpreted.Traffic() as traffic:
         launch("restore_tokens_backward", x, keep, dtype)
     assert_traffic(traffic, nbytes(x, keep), nbytes(tokens, mask_token, position))
+
+
+@pytest.mark.parametrize("dtype, D", [(torch.float32, 384), (BF16, 192), (BF16, 1280)], ids=str)
+def test_add_layer_norm(dtype, D):
+    """A float32 stream under autocast: 12 bytes an element forward, 16 backward."""
+    rows = 2 * 157
+    x, branch, weight, bias = random(rows, D), random(rows, D, dtype=dtype), random(D), random(D)
+    with interpreted.Traffic() as traffic:
+        sum, out, mean, rstd = launch("add_layer_norm", x, branch, weight, bias, 1e-6, dtype)
+    assert_traffic(traffic, nbytes(x, branch, weight, bias), nbytes(sum, out, mean, rstd))
+    with interpreted.Traffic() as traffic:
+        grads = launch("add_layer_norm_backward", x, out, sum, mean, rstd, weight, dtype)
+    assert_traffic(traffic, nbytes(x, out, sum, mean, rstd, weight), nbytes(*grads))
+    with interpreted.Traffic() as traffic:
+        launch("_layer_norm", x, weight, bias, 1e-6, dtype)
+    assert_traffic(traffic, nbytes(x, weight, bias), nbytes(out, mean, rstd))
+
+
+def test_gelu_and_cast():
+    hidden, grad = random(4 * 156, 768, dtype=BF16), random(4 * 156, 768, dtype=BF16)
+    with interpreted.Traffic() as traffic:
+        grads = gelu_backward(hidden, grad, torch.float32)
+    assert_traffic(traffic, nbytes(hidden, grad), nbytes(*grads))
+    with interpreted.Traffic() as traffic:
+        activation = gelu(hidden)
+    assert_traffic(traffic, nbytes(hidden), nbytes(activation))
+    weight, bias = random(192, 768), random(192)
+    with interpreted.Traffic() as traffic:
+        casts = cast(weight, bias, BF16)
+    assert_traffic(traffic, nbytes(weight, bias), nbytes(*casts))
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "planar"])

@@ -22,7 +22,17 @@ if __name__ == "__main__":
 import torch
 import triton
 
-from stmae.kernels import attention, gather_tokens, masked_patchify, patch_loss, random_masking, restore_tokens
+from stmae.kernels import (
+    add_layer_norm,
+    attention,
+    gather_tokens,
+    linear,
+    masked_patchify,
+    mlp,
+    patch_loss,
+    random_masking,
+    restore_tokens,
+)
 from tests.support import compiler
 
 FIGURES = Path(__file__).parent / "figures"
@@ -70,6 +80,19 @@ def _patch_loss(dtype, channels_last, patch):
     patch_loss.patch_loss_backward(loss, pred, video, masked, mean, rstd, list(patch), frames, MEAN, STD)
 
 
+def _norm(dtype, D, stream=F32):
+    x, branch, weight = meta(4, 1569, D, dtype=stream), meta(4, 1569, D, dtype=dtype), meta(D, dtype=stream)
+    sum, out, mean, rstd = add_layer_norm.add_layer_norm(x, branch, weight, weight, 1e-6, dtype)
+    add_layer_norm.add_layer_norm_backward(sum, out, sum, mean, rstd, weight, dtype)
+
+
+def _mlp(dtype, F):
+    linear.cast(meta(F, F // 4, dtype=F32), meta(F, dtype=F32), F16 if dtype == F16 else BF16)
+    hidden = meta(4 * 1569, F, dtype=dtype)
+    mlp.gelu(hidden)
+    mlp.gelu_backward(hidden, hidden, F32)
+
+
 def _attention(dtype, D):
     # A length that every tile divides well enough, so that all of them are offered.
     qkv = meta(4, 1568, 3, 8, D, dtype=dtype)
@@ -95,6 +118,14 @@ CASES = {
     "loss planar bf16": lambda: _patch_loss(BF16, False, (1, 16, 16)),
     "loss two frames f32": lambda: _patch_loss(F32, True, (2, 16, 16)),
     "loss patch 14 bf16": lambda: _patch_loss(BF16, True, (1, 14, 14)),
+    **{f"norm {D} bf16": lambda D=D: _norm(BF16, D) for D in (192, 384, 512, 768, 1024, 1280, 1408)},
+    "norm 768 f32": lambda: _norm(F32, 768),
+    "norm 1280 f32": lambda: _norm(F32, 1280),
+    "norm 768 all bf16": lambda: _norm(BF16, 768, BF16),
+    "norm 512 f16": lambda: _norm(F16, 512),
+    "mlp 2048 bf16": lambda: _mlp(BF16, 2048),
+    "mlp 3072 f32": lambda: _mlp(F32, 3072),
+    "mlp 4096 f16": lambda: _mlp(F16, 4096),
     **{f"head {D} bf16": lambda D=D: _attention(BF16, D) for D in (32, 64, 80, 96, 128)},
     **{f"head {D} f32": lambda D=D: _attention(F32, D) for D in (64, 80, 128)},
     "head 64 f16": lambda: _attention(F16, 64),
@@ -108,6 +139,11 @@ ONLY = {
     "channels-last tf32": ("sm_80",),
     "loss patch 14 bf16": BOTH,
     "head 80 f32": BOTH,
+    "norm 384 bf16": BOTH,
+    "norm 1408 bf16": BOTH,
+    "norm 1280 f32": BOTH,
+    "norm 512 f16": ("sm_90",),
+    "mlp 4096 f16": ("sm_90",),
     "head 64 f16": ("sm_90",),
     "head 64 tf32": ("sm_80",),
 }

@@ -4,10 +4,13 @@ Both ways go through the dispatcher's CUDA entry, so that registration and launc
 `device` says where tensors live; `guarded` wraps the launches (the sanitiser, where there is one).
 """
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stmae import reference
+from stmae import ops, reference
 from stmae.reference.patch_loss import patchify
 from tests.support.tolerance import assert_as_good_as
 
@@ -15,6 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = [0.4, 0.45, 0.5, 0.6], [0.2, 0.225, 0.25, 0.3]
 
 name_of = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}.get
+id_of = lambda x: name_of(x) or str(x)  # noqa: E731
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
@@ -24,6 +28,20 @@ def launch(op, *arguments):
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments):
         return overload(*arguments)
     return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+
+
+class _OnGpuEntry(TorchDispatchMode):
+    """Hands every stmae op, whatever its tensors are on, to its CUDA entry."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "stmae":
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def on_gpu_entry(device):
+    """Within, the public functions, with autograd, reach the kernels as CUDA tensors do, also from the CPU."""
+    return contextlib.nullcontext() if torch.device(device).type == "cuda" else _OnGpuEntry()
 
 
 @pytest.fixture(autouse=True)
@@ -335,7 +353,7 @@ def attention_errors(device, guarded, q, k, v, scale):
     assert_all(("out", "grad_q", "grad_k", "grad_v"), plain, exact, (out, *grads))
 
 
-@pytest.mark.parametrize("dtype, B, N, H, D", ATTENTION, ids=lambda x: name_of(x) or str(x))
+@pytest.mark.parametrize("dtype, B, N, H, D", ATTENTION, ids=id_of)
 def test_packed_attention(device, guarded, dtype, B, N, H, D):
     qkv, grad = random(B, N, 3, H, D, dtype=dtype, device=device), random(B, N, H, D, dtype=dtype, device=device)
     scale = D**-0.5
@@ -395,6 +413,196 @@ def test_tf32_only_where_torch_allows_it(device, guarded, monkeypatch):
     assert 1e-5 < errors["tf32"] < 5e-3
 
 
+# add_layer_norm
+
+WIDTHS = [192, 384, 768, 1024, 1280, 100, 7]
+STREAMS = [  # x, branch, out: as under autocast, and all of one kind
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    *((dtype, dtype, dtype) for dtype in DTYPES),
+]
+
+
+def norm_errors(guarded, x, branch, weight, bias, grad_sum, grad_out, dtype):
+    """add_layer_norm, or with branch None a layer norm, and its gradients, against the reference."""
+    eps = 1e-6
+    with guarded():
+        if branch is None:
+            sum, (out, mean, rstd) = x, launch("_layer_norm", x, weight, bias, eps, dtype)
+        else:
+            sum, out, mean, rstd = launch("add_layer_norm", x, branch, weight, bias, eps, dtype)
+        branch_dtype = x.dtype if branch is None else branch.dtype
+        grads = launch("add_layer_norm_backward", grad_sum, grad_out, sum, mean, rstd, weight, branch_dtype)
+    grad_x, grad_branch, grad_weight, grad_bias = grads
+    if branch_dtype == x.dtype:
+        assert grad_branch.shape == (0,)
+        grad_branch = grad_x
+    results = []
+    for exact in (False, True):
+        leaves = [None if t is None else t.detach().to(torch.float64 if exact else t.dtype) for t in (x, branch, weight, bias)]
+        given = [t.requires_grad_() for t in leaves if t is not None]
+        first, second = reference.add_layer_norm(*leaves, eps=eps)
+        second = second if exact else second.to(dtype)
+        upstream = [None if t is None else t.to(torch.float64) if exact else t for t in (grad_sum, grad_out)]
+        used = [(a, b) for a, b in zip((first, second), upstream) if b is not None]
+        found = torch.autograd.grad([a for a, _ in used], given, [b for _, b in used])
+        results.append((first.detach(), second.detach(), *found))
+    names = ["sum", "out", "grad_x", "grad_branch", "grad_weight", "grad_bias"]
+    kernel = [sum, out, grad_x, grad_branch, grad_weight, grad_bias]
+    if branch is None:
+        del names[3], kernel[3]
+    assert_all(names, *results, kernel)
+
+
+@pytest.mark.parametrize(
+    "x_dtype, branch_dtype, dtype, D", [(*STREAMS[0], D) for D in WIDTHS] + [(*kinds, 328) for kinds in STREAMS[1:]], ids=id_of
+)
+def test_add_layer_norm(device, guarded, x_dtype, branch_dtype, dtype, D):
+    x, branch, grad_sum, grad_out = (
+        random(2, 19, D, dtype=kind, device=device) for kind in (x_dtype, branch_dtype, x_dtype, dtype)
+    )
+    weight, bias = random(D, device=device), random(D, device=device)
+    norm_errors(guarded, 2 * x + 1, branch, weight, bias, grad_sum, grad_out, dtype)
+
+
+@each_dtype
+def test_layer_norm_and_no_gradient_of_the_sum(device, guarded, dtype):
+    x, branch, grad = (random(3, 7, 72, dtype=dtype, device=device) for _ in range(3))
+    weight, bias = random(72, dtype=dtype, device=device), random(72, dtype=dtype, device=device)
+    norm_errors(guarded, x, None, weight, bias, None, grad, dtype)
+    norm_errors(guarded, x, branch, weight, bias, None, grad, dtype)
+
+
+def test_add_layer_norm_strided(device, guarded):
+    """Rows apart from each other, columns apart from each other, and expanded gradients."""
+    weight, bias = random(96, device=device)[::2], random(48, device=device)
+    wide = random(5, 64, device=device)
+    branch, grad = random(48, 5, dtype=torch.bfloat16, device=device).t(), random(48, dtype=torch.bfloat16, device=device)
+    norm_errors(guarded, wide[:, 8:56], branch, weight, bias, wide[:, :48], grad.expand(5, 48), torch.bfloat16)
+
+
+def test_add_layer_norm_sums_in_parts(device, guarded):
+    """Rows enough for several programs to sum the parameters' gradients, the last with fewer rows than the others."""
+    x, branch, grad_sum, grad_out = (random(16 * 20 + 3, 40, device=device) for _ in range(4))
+    norm_errors(guarded, x, branch, random(40, device=device), random(40, device=device), grad_sum, grad_out, torch.float32)
+
+
+def test_layer_norm_far_from_zero(device, guarded):
+    """A mean 10,000 times the deviation: squares of the elements would lose the variance."""
+    x = random(4, 768, device=device) + 1e4
+    with guarded():
+        out, mean, rstd = launch("_layer_norm", x, torch.ones(768, device=device), torch.zeros(768, device=device), 0.0, x.dtype)
+    exact = torch.nn.functional.layer_norm(x.double(), (768,), eps=0.0)
+    # Of x's magnitude, float32 keeps 2^-24, which the division by a deviation of 1 keeps.
+    assert (out - exact).abs().max() < 4 * 1e4 * 2**-24
+    torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-6, atol=0)
+
+
+# linear and mlp
+
+
+def layer_arguments(op, rows, width, hidden, dtype, parameters, device):
+    x = random(rows, width, dtype=dtype, device=device)
+    fan_in = random(hidden, width) * width**-0.5
+    shapes = [fan_in, random(hidden)]
+    if op == "mlp":
+        shapes += [random(width, hidden) * max(1, hidden) ** -0.5, random(width)]
+    return [x, *(t.to(parameters).to(device) for t in shapes)]
+
+
+@pytest.mark.parametrize(
+    "dtype, parameters", [*((d, torch.float32) for d in DTYPES), (torch.bfloat16, torch.bfloat16)], ids=name_of
+)
+@pytest.mark.parametrize("rows, width, hidden", [(70, 24, 192), (131, 40, 100), (3, 16, 1024), (1, 8, 7)])
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_linear_layers(device, guarded, op, rows, width, hidden, dtype, parameters):
+    """Autograd and all: the ops are entered where CUDA tensors would enter them, forward and backward."""
+    arguments = layer_arguments(op, rows, width, hidden, dtype, parameters, device)
+    grad = random(rows, hidden if op == "linear" else width, dtype=dtype, device=device)
+    plain, exact = expected(getattr(reference, op), arguments, {}, grad)
+    leaves = [x.detach().requires_grad_() for x in arguments]
+    with guarded(), on_gpu_entry(device):
+        out, *kept = getattr(torch.ops.stmae, op)(*leaves)
+        grads = torch.autograd.grad(out, leaves, grad)
+    names = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    assert_all(("out", *(f"grad_{name}" for name in names[: len(grads)])), plain, exact, (out.detach(), *grads))
+    for weight, cast in zip(arguments[1::2], kept if op == "linear" else kept[2:], strict=True):
+        assert torch.equal(cast, weight.new_empty(0) if parameters == dtype else weight.to(dtype))
+
+
+@pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False, False, True]], ids=str)
+def test_frozen_arguments_of_linear(device, guarded, wanted):
+    x, weight, bias = layer_arguments("linear", 9, 16, 24, torch.bfloat16, torch.float32, device)
+    grad, cast = random(9, 24, dtype=torch.bfloat16, device=device), weight.bfloat16()
+    with guarded():
+        every = launch("linear_backward", grad, x, cast, bias, torch.float32, [True] * 3)
+        some = launch("linear_backward", grad, x, cast, bias, torch.float32, wanted)
+    for a, b, want in zip(every, some, wanted, strict=True):
+        assert torch.equal(a, b) if want else b.shape == (0,)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_frozen_arguments_of_mlp(device, guarded, number):
+    wanted = [i == number for i in range(5)]
+    arguments = layer_arguments("mlp", 9, 16, 24, torch.bfloat16, torch.bfloat16, device)
+    grad = random(9, 16, dtype=torch.bfloat16, device=device)
+    with guarded():
+        _, hidden, activation, *_ = launch("mlp", *arguments)
+        kept = (grad, arguments[0], hidden, activation, *arguments[1:], torch.bfloat16, torch.bfloat16)
+        every, some = (launch("mlp_backward", *kept, want) for want in ([True] * 5, wanted))
+    for a, b, want in zip(every, some, wanted, strict=True):
+        assert torch.equal(a, b) if want else b.shape == (0,)
+
+
+@each_dtype
+def test_gelu_over_its_whole_range(device, guarded, dtype):
+    from stmae.kernels.mlp import gelu, gelu_backward
+
+    extremes = torch.tensor([0.0, -0.0, 1e-4, -1e-4, 80.0, -80.0, 6e4, -6e4])
+    h = torch.cat([torch.linspace(-12, 12, 4000), extremes]).to(dtype).view(8, 501).to(device)
+    grad = torch.ones_like(h)
+    leaf = h.double().requires_grad_()
+    (exact,) = torch.autograd.grad(torch.nn.functional.gelu(leaf), leaf, grad.double())
+    with guarded():
+        result, sums = gelu_backward(h, grad, torch.float32)
+    # Phi is off by a few 2^-24. The result is rounded to its dtype, the sums are taken before.
+    assert ((result - exact).abs() <= 5e-7 + torch.finfo(dtype).eps / 2 * exact.abs()).all()
+    assert ((sums - exact.sum(0)).abs() <= 8 * 5e-7).all()
+    with guarded():
+        result, exact = gelu(h), torch.nn.functional.gelu(h.double())
+    assert ((result - exact).abs() <= 5e-7 * h.abs().clamp(max=12) + torch.finfo(dtype).eps / 2 * exact.abs()).all()
+    with guarded():
+        nan = torch.full_like(h, float("nan"))
+        result, _ = gelu_backward(nan, grad, None)
+        assert result.isnan().all() and gelu(nan).isnan().all()
+
+
+def test_a_residual_branch_with_its_gradients(device, guarded):
+    """Norm, product, norm and MLP through the public functions under autocast: what a block does around its attention."""
+    x = random(2, 37, 48, device=device)
+    shapes = [(48,), (48,), (48, 48), (48,), (48,), (48,), (96, 48), (96,), (48, 96), (48,)]
+    parameters = [random(*shape, device=device) / (len(shape) * 3) for shape in shapes]
+    grad = random(2, 37, 48, device=device)
+
+    def block(module, x, parameters):
+        w1, b1, w, b, w2, b2, *rest = parameters
+        x, normal = module.add_layer_norm(x, None, w1, b1)
+        x, normal = module.add_layer_norm(x, module.linear(normal, w, b), w2, b2)
+        return module.add_layer_norm(x, module.mlp(normal, *rest), w1, b1)[1].float()
+
+    def run(module, dtype, autocast):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+            out = block(module, leaves[0], leaves[1:])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    plain, exact = run(reference, torch.float32, True), run(reference, torch.float64, False)
+    with guarded(), on_gpu_entry(device):
+        kernel = run(ops, torch.float32, True)
+    assert_all(["out", "grad_x", *(f"grad {number}" for number in range(10))], plain, exact, kernel)
+
+
 # what holds for all
 
 
@@ -408,7 +616,9 @@ def far(x):
     return y.copy_(x)
 
 
-@pytest.mark.parametrize("op", ["gather_tokens", "restore_tokens", "attention", "masked_patchify", "patch_loss"])
+@pytest.mark.parametrize(
+    "op", ["gather_tokens", "restore_tokens", "attention", "masked_patchify", "patch_loss", "add_layer_norm"]
+)
 def test_offsets_beyond_32_bits(device, guarded, op, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     keep, _ = (ids.flip(1).contiguous() for ids in masks(3, 6, 5, device))
@@ -429,6 +639,14 @@ def test_offsets_beyond_32_bits(device, guarded, op, monkeypatch):
             return out, launch("packed_attention_backward", grad, qkv, out, lse, 0.3)
 
         near = (random(3, 5, 3, 1, 16, dtype=torch.bfloat16), random(3, 5, 1, 16, dtype=torch.bfloat16))
+    elif op == "add_layer_norm":  # rows far apart
+
+        def call(x, branch):
+            x, branch = x.squeeze(1), branch.squeeze(1)
+            sum, out, mean, rstd = launch(op, x, branch, position[0].to(device), position[1].to(device), 1e-6, torch.bfloat16)
+            return sum, out, *launch("add_layer_norm_backward", branch, x, x, mean, rstd, position[0].to(device), x.dtype)
+
+        near = (random(3, 1, 16, dtype=torch.bfloat16), random(3, 1, 16, dtype=torch.bfloat16))
     else:  # clips and colours far apart, then clips and frames
         near = tuple(torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((3, 5, 6, 4, 4), (3, 6, 4, 4, 3)))
         weights = [random(16, C, 1, 4, 4, dtype=torch.bfloat16).to(device) for C in (5, 3)]
@@ -474,9 +692,25 @@ def test_empty(device, guarded):
         qkv = random(B, K, 3, 2, 8, device=device)
         out, lse = launch("packed_attention", qkv, 1.0)
         assert launch("packed_attention_backward", out, qkv, out, lse, 1.0).shape == qkv.shape
+    for rows, D in ((0, 16), (2, 0)):
+        x, weight = random(rows, D, device=device), random(D, device=device)
+        sum, out, mean, rstd = launch("add_layer_norm", x, x, weight, weight, 1e-6, torch.bfloat16)
+        assert sum.shape == out.shape == x.shape and out.dtype == torch.bfloat16
+        grads = launch("add_layer_norm_backward", sum, out, sum, mean, rstd, weight, torch.float32)
+        assert [g.shape for g in grads] == [x.shape, (0,), (D,), (D,)] and all((g == 0).all() for g in grads)
+    for rows, F in ((0, 16), (2, 0)):
+        arguments = layer_arguments("mlp", rows, 8, F, torch.bfloat16, torch.float32, device)
+        out, hidden, activation, *casts = launch("mlp", *arguments)
+        assert out.shape == (rows, 8) and out.isfinite().all()
+        _, fc1, fc1_bias, fc2, fc2_bias = arguments
+        weights = casts[0], fc1_bias, casts[1], fc2_bias
+        dtypes = torch.float32, torch.float32
+        grads = launch("mlp_backward", out, arguments[0], hidden, activation, *weights, *dtypes, [True] * 5)
+        assert [g.shape for g in grads] == [x.shape for x in arguments]
+        assert all((g == 0).all() for g in grads[:4])
 
 
-@pytest.mark.parametrize("op", ["masked_patchify", "restore_tokens", "attention"])
+@pytest.mark.parametrize("op", ["masked_patchify", "restore_tokens", "attention", "add_layer_norm", "mlp"])
 def test_same_bits_every_time(device, guarded, op):
     keep, _ = masks(3, 96, 40, device)
 
@@ -485,6 +719,14 @@ def test_same_bits_every_time(device, guarded, op):
             qkv = random(1, 45, 3, 1, 32, dtype=torch.bfloat16, device=device)
             out, lse = launch("packed_attention", qkv, 0.2)
             return [launch("packed_attention_backward", out, qkv, out, lse, 0.2)]
+        if op == "add_layer_norm":
+            x, statistics = random(90, 24, device=device), torch.rand(90, device=device)
+            return launch("add_layer_norm_backward", x, x, x, statistics, statistics, x[0], torch.bfloat16)
+        if op == "mlp":
+            arguments = layer_arguments("mlp", 150, 16, 24, torch.bfloat16, torch.bfloat16, device)
+            out, hidden, activation, *_ = launch("mlp", *arguments)
+            kinds = torch.bfloat16, torch.bfloat16
+            return launch("mlp_backward", out, arguments[0], hidden, activation, *arguments[1:], *kinds, [True] * 5)
         grad = random(3, 96 if op == "restore_tokens" else 40, 24, device=device)
         if op == "restore_tokens":
             return launch("restore_tokens_backward", grad, keep, torch.float32)

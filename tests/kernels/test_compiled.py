@@ -51,7 +51,18 @@ def test_every_kernel_and_target_is_there(report):
     kernels = {(key.split(" | ")[0], key.split(" | ")[3]) for key in report[0]["kernels"]}
     sources = "".join(file.read_text() for file in (HERE.parents[1] / "kernels").glob("*.py"))
     names = set(re.findall(r"@triton\.jit\ndef _(\w+)\(", sources))
-    helpers = {"accumulate", "attend", "grad_kv_tile", "grad_q_tile", "head", "load", "load2", "load_patches", "patch_origins"}
+    helpers = {
+        "accumulate",
+        "attend",
+        "grad_kv_tile",
+        "grad_q_tile",
+        "head",
+        "load",
+        "load2",
+        "load_patches",
+        "normal",
+        "patch_origins",
+    }
     helpers |= {"patch_values", "scores", "sort_keys", "store2", "target", "where"}  # called by kernels
     assert kernels == {(name, target) for name in names - helpers for target in SHARED}
 
@@ -97,7 +108,18 @@ def test_products_run_on_tensor_cores(report):
 def test_loads_and_stores_are_wide_where_the_layout_allows(report):
     """Rows of a multiple of 8 elements (16 for bytes) are loaded and stored 128 bits at a time. Not: patches of 14.
     Of head dims, those that are split into pieces of 16 columns have narrower loads beside."""
-    streams = ("gather_rows", "restore_tokens", "restore_tokens_backward", "patch_loss_backward", *PRODUCTS)
+    streams = (
+        "add_layer_norm",
+        "add_layer_norm_backward",
+        "cast",
+        "gelu",
+        "gelu_backward",
+        "gather_rows",
+        "restore_tokens",
+        "restore_tokens_backward",
+        "patch_loss_backward",
+        *PRODUCTS,
+    )
 
     def select(kernel, case, tiles, target):
         return kernel in streams and "patch 14" not in case and not (target == "gfx942" and "head" in case)

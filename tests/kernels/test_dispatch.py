@@ -34,6 +34,13 @@ ALL_OPS = [
     "packed_attention_backward",
     "patch_loss",
     "patch_loss_backward",
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "_layer_norm",
+    "linear",
+    "linear_backward",
+    "mlp",
+    "mlp_backward",
 ]
 
 
@@ -45,7 +52,7 @@ def test_registered_for_cuda_with_the_launchers_signature(op):
 
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"stmae::{op}", "CUDA")
     schema = getattr(torch.ops.stmae, op).default._schema
-    stem = op.removeprefix("packed_").removesuffix("_backward")
+    stem = "add_layer_norm" if op == "_layer_norm" else op.removeprefix("packed_").removesuffix("_backward")
     launcher = getattr(importlib.import_module(f"stmae.kernels.{stem}"), op)
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 
@@ -70,14 +77,18 @@ def test_public_ops_on_tensors_that_hold_nothing(device):
         pred = ops.gather_tokens(restored, masked)
         loss = ops.patch_loss(new(2, 13, 768), video, masked, patch_size=(1, 16, 16), frames=[0, 2, 4, 7])
         y = ops.attention(*(new(2, 5, 2, 80) for _ in range(3)))
+        layer = new(96, 64, dtype=torch.float32), new(96, dtype=torch.float32), new(64, 96, dtype=torch.float32), new(64)
+        total, out = ops.add_layer_norm(ops.add_layer_norm(tokens, None, new(64), new(64))[0], new(2, 3, 64), new(64), new(64))
+        hidden, out = ops.linear(out, *layer[:2]), ops.mlp(out, *layer)
         results = (keep, masked, tokens, x, restored, pred, loss, y)
         shapes = [tuple(z.shape) for z in results]
         assert shapes == [(2, 3), (2, 13), (2, 3, 64), (2, 3, 2, 32), (2, 16, 64), (2, 13, 64), (), (2, 5, 2, 80)]
         assert tokens.dtype == torch.float32 and loss.dtype == torch.float32
-        assert all(z.device.type == device for z in results)
+        assert total.dtype == out.dtype == torch.float32 and (hidden.shape, out.shape) == ((2, 3, 96), (2, 3, 64))
+        assert all(z.device.type == device for z in (*results, total, hidden, out))
         if requires_grad:
-            (tokens.sum() + pred.float().sum() + loss + y.float().sum()).backward()
-            assert all(z.grad.shape == z.shape and z.grad.dtype == z.dtype for z in parameters)
+            (tokens.sum() + pred.float().sum() + loss + y.float().sum() + hidden.sum() + out.sum()).backward()
+            assert all(z.grad.shape == z.shape and z.grad.dtype == z.dtype for z in (*parameters, *layer))
 
 
 def test_compiled_for_a_gpu_in_one_graph():
@@ -88,13 +99,15 @@ def test_compiled_for_a_gpu_in_one_graph():
         graphs.append(graph)
         return graph.forward
 
-    def step(video, noise, weight, mask_token, position, qkv, q, k, v, pred):
+    def step(video, noise, weight, mask_token, position, qkv, q, k, v, pred, square):
         keep, masked = ops.random_masking(noise, 3)
         x = ops.masked_patchify(video, keep, weight, None, position)
         x = ops.restore_tokens(x, keep, mask_token, position)
         x = ops.gather_tokens(x, masked)
         loss = ops.patch_loss(pred, video, masked, patch_size=(1, 16, 16), frames=[0, 2, 4, 7])
-        return x, loss, ops.packed_attention(qkv), ops.attention(q, k, v)
+        x, normal = ops.add_layer_norm(x, None, mask_token, mask_token)
+        normal = ops.mlp(ops.linear(normal, square), square, mask_token, square, mask_token)
+        return ops.add_layer_norm(x, normal, mask_token, mask_token)[1], loss, ops.packed_attention(qkv), ops.attention(q, k, v)
 
     with FakeTensorMode(), torch.no_grad():
         new = functools.partial(torch.empty, device="cuda")
@@ -102,7 +115,7 @@ def test_compiled_for_a_gpu_in_one_graph():
         parameters = new(64, 3, 2, 16, 16), new(64), new(16, 64)
         projections = new(2, 3, 3, 2, 32), *(new(2, 3, 2, 32) for _ in range(3))
         compiled = torch.compile(step, backend=keep_graph, fullgraph=True)
-        results = compiled(video, new(2, 16), *parameters, *projections, new(2, 13, 768))
+        results = compiled(video, new(2, 16), *parameters, *projections, new(2, 13, 768), new(64, 64))
     assert all(x.device.type == "cuda" for x in results)
     assert [tuple(x.shape) for x in results] == [(2, 13, 64), (), (2, 3, 2, 32), (2, 3, 2, 32)]
     (graph,) = graphs
@@ -176,6 +189,25 @@ with compiler.compiling("sm_90", every_config=False) as compiled:
     qkv = meta(2, 392, 3, 2, 32)
     out, lse = check("packed_attention", qkv, 0.2)
     check("packed_attention_backward", out, qkv, out, lse, 0.2)
+    x, branch, norm = meta(2, 39, 64, dtype=torch.float32), meta(2, 39, 64), meta(64, dtype=torch.float32)
+    total, out, mean, rstd = check("add_layer_norm", x, branch, norm, norm, 1e-6, torch.bfloat16)
+    check("add_layer_norm", branch, x, norm.bfloat16(), norm.bfloat16(), 1e-6, torch.float32)
+    check("add_layer_norm", x.mT, x.mT, meta(39), meta(39), 1e-6, torch.float32)
+    check("_layer_norm", x[:, ::2], norm, norm, 1e-6, torch.bfloat16)
+    check("add_layer_norm_backward", None, out, total, mean, rstd, norm, torch.bfloat16)
+    check("add_layer_norm_backward", total, out, total, mean, rstd, norm, torch.float32)
+    x, grad = meta(78, 64), meta(78, 96)
+    for dtype in (torch.float32, torch.bfloat16):
+        fc1, fc1_bias, fc2, fc2_bias = (meta(*shape, dtype=dtype) for shape in ((96, 64), (96,), (64, 96), (64,)))
+        check("linear", x, fc1, None)
+        _, kept = check("linear", x, fc1, fc1_bias)
+        taken = kept if kept.dim() == 2 else fc1
+        for wanted in ([True] * 3, [False, True, False]):
+            check("linear_backward", grad, x, taken, fc1_bias, dtype, wanted)
+        _, hidden, activation, kept1, kept2 = check("mlp", x, fc1, fc1_bias, fc2, fc2_bias)
+        parameters = taken, fc1_bias, kept2 if kept2.dim() == 2 else fc2, fc2_bias
+        for wanted in ([True] * 5, [False, True, False, False, True]):
+            check("mlp_backward", x, x, hidden, activation, *parameters, dtype, dtype, wanted)
     q, k, v = qkv.unbind(2)
     check("attention", q, k, v, 0.2)
     check("attention_backward", out, q, k, v, out, lse, 0.2)

@@ -31,7 +31,7 @@ def test_tuned_configurations_give_the_same(device):
     torch.testing.assert_close(out, plain, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("op", ["random_masking", "masked_patchify", "restore_tokens", "attention", "patch_loss"])
+@pytest.mark.parametrize("op", ["random_masking", "masked_patchify", "restore_tokens", "attention", "patch_loss", "mlp"])
 def test_captured_in_a_cuda_graph(device, op):
     """No op waits for the device or allocates by data, forward or backward."""
     from stmae import ops
@@ -41,14 +41,23 @@ def test_captured_in_a_cuda_graph(device, op):
     weight, tokens = random(32, 3, 2, 16, 16, device=device), random(2, 3, 32, device=device)
     position, qkv, pred = random(8, 32, device=device), random(2, 40, 3, 2, 32, device=device), random(2, 5, 1536, device=device)
     noise = torch.rand(2, 8, device=device)
+    norm, square = random(32, device=device), random(32, 32, device=device)
     for x in (weight, tokens, position, qkv, pred):
         x.requires_grad_()
+
+    def mlp():
+        x, normal = ops.add_layer_norm(tokens, None, norm, norm)
+        with torch.autocast("cuda", torch.bfloat16):
+            normal = ops.mlp(ops.linear(normal, square, norm), square, norm, square, norm)
+            return ops.add_layer_norm(x, normal, norm, norm)[1]
+
     calls = {
         "random_masking": lambda: ops.random_masking(noise, 3),
         "masked_patchify": lambda: ops.masked_patchify(video, keep, weight, None, position),
         "restore_tokens": lambda: ops.restore_tokens(tokens, keep, position[0], position),
         "attention": lambda: ops.packed_attention(qkv),
         "patch_loss": lambda: ops.patch_loss(pred, video, masked, patch_size=(2, 16, 16)),
+        "mlp": mlp,
     }
     leaves = [x for x in (weight, tokens, position, qkv, pred)]
 
