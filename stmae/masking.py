@@ -139,15 +139,18 @@ def _check(strategy: str, grid: tuple[int, int, int], ratio: float) -> tuple[int
         raise ValueError(f"masking: expected a patch grid (t, h, w) of positive sizes, got {tuple(grid)}")
     if not 0 < ratio < 1:  # also refuses NaN
         raise ValueError(f"masking: expected a mask ratio between 0 and 1 (exclusive), got {ratio}")
-    return tuple(grid)
+    t, h, w = grid
+    return t, h, w
 
 
-def _permutation(batch: int, size: int, generator: torch.Generator | None, device) -> torch.Tensor:
+def _permutation(batch: int, size: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
     """A random permutation of 0..size-1 in each row: [B, size] float32 (exact up to 2**24)."""
     return torch.rand(batch, size, generator=generator, device=device).argsort(dim=1).float()
 
 
-def _block_noise(batch: int, grid: tuple[int, int, int], num_masked: int, generator, device) -> torch.Tensor:
+def _block_noise(
+    batch: int, grid: tuple[int, int, int], num_masked: int, generator: torch.Generator | None, device: torch.device | str | None
+) -> torch.Tensor:
     """Noise [B, N]: tokens of the first block highest, of the second next, ..., tokens in no block lowest.
 
     Within a block the noise grows or, in half of the rows, falls with the token index: masking the
@@ -170,7 +173,7 @@ def _block_noise(batch: int, grid: tuple[int, int, int], num_masked: int, genera
         depth = 1 + (draw[:, 2] * t).floor()
         height = (area * aspect).sqrt().round().clamp(1, h)
         width = (area / aspect).sqrt().round().clamp(1, w)
-        covered = True
+        covered = torch.ones_like(block, dtype=torch.bool)
         for position, extent, size, place in ((it, depth, t, 3), (ih, height, h, 4), (iw, width, w, 5)):
             start = ((draw[:, place] * (size + extent - 1)).floor() - extent + 1)[:, None]
             covered = covered & (position >= start) & (position < start + extent[:, None])
