@@ -2,6 +2,7 @@
 # make test   from nothing: all tests
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
 # make bench  from nothing: every op and the training step beside the reference and a strong user's version
+# make gpu    on a machine with a GPU: tests, kernel times, steps, profiles; a report in gpu-results (PYTHON's own torch is used)
 # make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
 #
 # Each makes its own virtual environment. PYTHON=python3.12 or TORCH='torch==2.10.0' choose others than the tested ones. Triton is the
@@ -20,7 +21,7 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test lint bench study clean
+.PHONY: demo test lint bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -35,7 +36,10 @@ lint: $(STAMP)-dev
 	$(VENV)/bin/mypy
 
 bench: $(STAMP)
-	$(VENV)/bin/python -m pytest bench --benchmark-only --benchmark-json bench-results.json
+	$(VENV)/bin/python -m pytest bench --benchmark-only --results bench-results.json
+
+gpu:
+	$(PYTHON) -m bench.gpu
 
 study: $(STAMP)
 	$(VENV)/bin/python -m studies.motion --images '$(IMAGES)'

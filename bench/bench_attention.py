@@ -1,13 +1,13 @@
 """Attention, forward and backward apart, at the shapes of ViT-B, ViT-L and ViT-H clips of 16 x 224 x 224, 90 % masked.
 
 Beside scaled_dot_product_attention, what a strong user would call, and (where its matrices fit) the reference; on a GPU also
-beside flash-attn and xformers where they are installed, and the reference under torch.compile.
+beside flash-attn and xformers where they are installed, and with `--full` the reference under torch.compile.
 """
 
 import pytest
 import torch
-from compare import compiled
 
+from bench.compare import compiled
 from stmae import ops, reference
 from stmae.kernels import attention_backends
 
@@ -25,8 +25,8 @@ CLIPS = {"cpu": 1, "cuda": 8}  # times B: a few clips do not fill a GPU
 LARGEST_MATRICES = {"cpu": 2**26, "cuda": 2**32}  # bytes of the reference's scores
 
 
-def implementations(B, H, N, dtype, device):
-    """Ours, and all that can serve here, by name."""
+def implementations(B, H, N, dtype, device, full):
+    """Ours, and all that can serve here, by name; with ``full`` on a GPU also the compiled reference."""
     sides = {"ours": ops.attention}
     for name, adapter in attention_backends.ADAPTERS.items():
         if attention_backends.unusable(name, device_type=device, dtype=dtype) is None:
@@ -34,7 +34,7 @@ def implementations(B, H, N, dtype, device):
     scores = 4 * B * H * N * N
     if scores <= LARGEST_MATRICES[device]:
         sides["reference"] = reference.attention
-        if device == "cuda":  # on a CPU compiling takes longer than all benches together
+        if device == "cuda" and full:  # on a CPU compiling takes longer than all benches together
             sides["compiled"] = compiled(reference.attention)
     return sides
 
@@ -59,7 +59,7 @@ def bench_attention(shape, dtype, direction, compare, full, device):
     q, k, v = (x.requires_grad_() for x in torch.randn(B, N, 3, H, D).to(device, dtype).unbind(2))  # views of a projection
     grad_out = torch.randn(B, N, H, D).to(device, dtype)
 
-    sides = implementations(B, H, N, dtype, device)
+    sides = implementations(B, H, N, dtype, device, full)
     outs = {name: attend(q, k, v) for name, attend in sides.items()}
     grads = {name: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True) for name, out in outs.items()}
     tolerance = 3e-2 if dtype is torch.bfloat16 else 3e-5

@@ -10,10 +10,10 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from bench_step import Step
 from torch.utils.data import DataLoader
 
 import stmae.training
+from bench.steps import Step
 from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
 from stmae.training.data.batch_sampler import ResumableBatchSampler

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compare import compiled
 
+from bench.compare import compiled
 from stmae import ops, reference
 
 SHAPES = {"quick": [(4, 512)], "full": [(4, 512), (16, 512)]}  # B, D of the decoder
@@ -31,6 +31,6 @@ def bench_gather_tokens(backward, shape, dtype, compare, device, full):
     ours, plain = side(ops.gather_tokens), side(reference.gather_tokens)
     assert torch.equal(ours(), plain())
     moved = B * D * x.element_size() * (2 * M + (M + N if backward else 0))
-    others = {"compiled": side(compiled(reference.gather_tokens))} if device == "cuda" else {}
+    others = {"compiled": side(compiled(reference.gather_tokens))} if device == "cuda" and full else {}
     take = side(lambda x, _: torch.take_along_dim(x, index, 1))
     compare(ours=ours, reference=plain, take_along_dim=take, **others, bytes=moved)

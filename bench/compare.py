@@ -1,5 +1,6 @@
 """Ratios that hold on a shared machine: both sides alternate within one run, medians are compared, results checked first."""
 
+import math
 import statistics
 import time
 
@@ -51,9 +52,11 @@ def _on_the_device(sides, rounds):
     # while the host queues the call, so that the time between the events is not the host's.
     buffer = torch.empty(_LARGER_THAN_ANY_CACHE, dtype=torch.int8, device="cuda")
     events = {name: [] for name in sides}
+    flushes = {name: _flushes(buffer, side) for name, side in sides.items()}
     for _ in range(rounds):
         for name, side in sides.items():
-            buffer.zero_()
+            for _ in range(flushes[name]):
+                buffer.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             side()
@@ -61,6 +64,26 @@ def _on_the_device(sides, rounds):
             events[name].append((start, end))
     torch.cuda.synchronize()
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
+
+
+def _flushes(buffer, side, *, most=100):
+    """How often `buffer` is to be written so that the device needs twice as long for it as the host for queueing `side`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    buffer.zero_()
+    end.record()
+    torch.cuda.synchronize()
+    flush = start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    side()
+    host = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return max(1, min(most, math.ceil(2 * host / max(flush, 1e-6))))
+
+
+def duration(seconds):
+    """A time as it is shown: microseconds below 10 ms, where kernels are."""
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-2 else f"{seconds * 1e3:.1f} ms"
 
 
 def quantiles(seconds):

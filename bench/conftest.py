@@ -1,14 +1,19 @@
 """`pytest bench --benchmark-only`: ours beside the reference and what a strong user would run. `--full` for every shape."""
 
 import gc
+import json
+import os
+import platform
 
 import pytest
 import torch
-from compare import alternate, finished, quantiles, ratio, rounds_for
+
+from bench.compare import alternate, duration, finished, quantiles, ratio, rounds_for
 
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="every shape and dtype, and longer runs")
+    parser.addoption("--results", metavar="FILE", help="JSON, rewritten after each bench: a killed run keeps its numbers")
     parser.addoption("--device", default=None, help="cpu or cuda; cuda when there is one")
 
 
@@ -25,6 +30,48 @@ def device(request):
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device cuda: torch {torch.__version__} finds no GPU")
     return device
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """cuDNN's convolutions round float32 to tf32 unless told otherwise; ours do not, so that nothing could be compared."""
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
+
+
+@pytest.fixture(scope="session")
+def results(request, device):
+    """A list; a bench's name and `extra_info` are added as it ends, and the file that `--results` names is written anew."""
+    path = request.config.getoption("--results")
+    found = []
+
+    def add(benchmark):
+        found.append({"name": benchmark.name, "extra_info": dict(benchmark.extra_info)})
+        if path:
+            about = {
+                "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "threads": torch.get_num_threads(),
+            }
+            with open(f"{path}.tmp", "w") as file:
+                json.dump({**about, "benchmarks": found}, file, indent=1)
+            os.replace(f"{path}.tmp", path)
+
+    return add
+
+
+@pytest.fixture(autouse=True)
+def _recorded(request):
+    if "benchmark" not in request.fixturenames:
+        yield
+        return
+    results, benchmark = request.getfixturevalue("results"), request.getfixturevalue("benchmark")
+    yield
+    if benchmark.extra_info:
+        results(benchmark)
 
 
 @pytest.fixture
@@ -54,7 +101,7 @@ def compare(benchmark, device, full):
             info["gbytes"] = bytes / median / 1e9
         shown = ", ".join(f"{value:.2f}x {name}" for name, value in info["ratio"].items())
         print(
-            f"\n  {benchmark.name}: {median * 1e3:.2f} ms = {shown}"
+            f"\n  {benchmark.name}: {duration(median)} = {shown}"
             + (f", {info['gflops']:.0f} GFLOP/s" if flops else "")
             + (f", {info['gbytes']:.1f} GB/s" if bytes else "")
         )

@@ -1,10 +1,12 @@
-"""A table and a plot of what `pytest bench --benchmark-only --benchmark-json FILE` measured.
+"""A table and a plot of what `pytest bench --benchmark-only --results FILE` measured.
 
-python bench/report.py FILE [--plot FILE.png]
+python -m bench.report FILE [--plot FILE.png]
 """
 
 import argparse
 import json
+
+from bench.compare import duration
 
 
 def share(value, ceiling):
@@ -12,7 +14,7 @@ def share(value, ceiling):
 
 
 def rows(results):
-    """(name, median in ms, ratios, targets, achieved rate) of each comparison, and the machine's ceilings."""
+    """(name, median in seconds, ratios, targets, achieved rate) of each comparison, and the machine's ceilings."""
     ceilings = {bench["name"]: bench["extra_info"]["ceiling"] for bench in results if "ceiling" in bench["extra_info"]}
     table = []
     for bench in results:
@@ -25,18 +27,18 @@ def rows(results):
             rate = f"{info['gflops']:.0f} GFLOP/s" + share(info["gflops"], ceilings.get(f"bench_product[{dtype}]"))
         elif "gbytes" in info:
             rate = f"{info['gbytes']:.1f} GB/s" + share(info["gbytes"], ceilings.get("bench_copy"))
-        median = info["seconds"]["ours"]["p50"] * 1e3
+        median = info["seconds"]["ours"]["p50"]
         table.append((bench["name"].removeprefix("bench_"), median, info["ratio"], info["target"], rate))
     return table, ceilings
 
 
 def markdown(table, ceilings):
-    lines = ["| what | ours, ms | faster than | rate (share of the ceiling) |", "|---|---|---|---|"]
+    lines = ["| what | ours | faster than | rate (share of the ceiling) |", "|---|---|---|---|"]
     for name, median, ratios, targets, rate in table:
         faster = ", ".join(
             f"{side} {ratio:.1f}x" + (f" (goal {targets[side]:g})" if side in targets else "") for side, ratio in ratios.items()
         )
-        lines.append(f"| {name} | {median:.1f} | {faster} | {rate} |")
+        lines.append(f"| {name} | {duration(median)} | {faster} | {rate} |")
     lines += ["", "Ceilings in the same run: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()) + "."]
     return "\n".join(lines)
 
@@ -67,7 +69,7 @@ def plot(table, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", help="the JSON that --benchmark-json wrote")
+    parser.add_argument("results", help="the JSON that --results (or --benchmark-json) wrote")
     parser.add_argument("--plot", help="where to write a bar chart (PNG)")
     arguments = parser.parse_args()
     with open(arguments.results) as file:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import compare
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -55,17 +57,7 @@ class Buffer:
 
 
 @pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.delitem(sys.modules, "compare", raising=False)
-    import compare
-
-    yield compare
-    del sys.modules["compare"]
-
-
-@pytest.fixture
-def device(monkeypatch, compare):
+def device(monkeypatch):
     device = Device()
     monkeypatch.setattr(torch.cuda, "Event", device.event)
     monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
@@ -73,7 +65,7 @@ def device(monkeypatch, compare):
     return device
 
 
-def test_times_are_the_devices_alone(compare, device):
+def test_times_are_the_devices_alone(device):
     """Each call's own kernels, not the flush before it, nor the first calls, which are slower; no wait between the calls."""
     calls = {"ours": 0, "theirs": 0}
 
@@ -90,7 +82,7 @@ def test_times_are_the_devices_alone(compare, device):
     assert compare.ratio(seconds["theirs"], seconds["ours"]) == pytest.approx(1.5)
 
 
-def test_rounds_are_counted_by_what_the_device_takes(compare, device, monkeypatch):
+def test_rounds_are_counted_by_what_the_device_takes(device, monkeypatch):
     """A launch returns at once: without a wait any side would seem to fit any number of times."""
     monkeypatch.setattr(compare.time, "perf_counter", lambda: device.now)
     first = iter([50.0])
@@ -106,17 +98,30 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
     assert run.returncode and "--device cuda: torch" in run.stdout + run.stderr and "finds no GPU" in run.stdout + run.stderr
 
 
-def test_attention_is_compared_with_what_can_serve(compare, monkeypatch):
+def test_attention_is_compared_with_what_can_serve(monkeypatch):
     """On a GPU beside SDPA, installed packages and the compiled reference; the names that the results carry."""
-    import bench_attention
-
+    from bench import bench_attention
     from stmae.kernels import attention_backends
 
     monkeypatch.setattr(attention_backends, "unusable", lambda name, **_: "not installed" if name == "xformers" else None)
-    sides = bench_attention.implementations(2, 3, 40, torch.bfloat16, "cuda")
+    sides = bench_attention.implementations(2, 3, 40, torch.bfloat16, "cuda", True)
     assert list(sides) == ["ours", "sdpa", "flash_attn", "reference", "compiled"]
-    assert list(bench_attention.implementations(64, 16, 9000, torch.bfloat16, "cuda")) == ["ours", "sdpa", "flash_attn"]
+    assert "compiled" not in bench_attention.implementations(2, 3, 40, torch.bfloat16, "cuda", False)
+    assert list(bench_attention.implementations(64, 16, 9000, torch.bfloat16, "cuda", True)) == ["ours", "sdpa", "flash_attn"]
     q, k, v = torch.randn(3, 2, 40, 3, 8).unbind(0)
     torch.testing.assert_close(sides["sdpa"](q, k, v), sides["reference"](q, k, v))
     monkeypatch.undo()
-    assert list(bench_attention.implementations(2, 3, 40, torch.bfloat16, "cpu")) == ["ours", "sdpa", "reference"]
+    assert list(bench_attention.implementations(2, 3, 40, torch.bfloat16, "cpu", True)) == ["ours", "sdpa", "reference"]
+
+
+def test_the_flush_outlasts_the_hosts_work(device, monkeypatch):
+    """A call that the host takes long to queue is begun only after more than that time of flushes, here of 0.5 s each."""
+    clock = iter([0.0, 1.1])
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
+    assert compare._flushes(Buffer(device), lambda: None) == 5
+
+
+def test_durations_show_kernels_in_microseconds():
+    assert (
+        compare.duration(12.34e-6) == "12.3 us" and compare.duration(2e-3) == "2000.0 us" and compare.duration(0.5) == "500.0 ms"
+    )

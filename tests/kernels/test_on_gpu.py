@@ -68,6 +68,7 @@ def test_captured_in_a_cuda_graph(device, op):
         return [out, *(g for g in torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True) if g is not None)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):  # compile and tune before the capture
         eager = [x.clone() for x in step()]
         step()

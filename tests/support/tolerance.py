@@ -21,4 +21,6 @@ def assert_as_good_as(plain, exact, kernel, *, factor=2.0, name="result"):
     assert kernel.dtype == plain.dtype, f"{name}: dtype {kernel.dtype}, expected {plain.dtype}"
     kernel_error = largest(kernel.double() - exact)
     allowed = factor * largest(plain.double() - exact) + 2 * torch.finfo(kernel.dtype).eps * largest(exact)
-    assert kernel_error <= allowed, f"{name}: error {kernel_error:.3e} exceeds {allowed:.3e}"  # NaN fails, too
+    ratio = kernel_error / allowed if allowed else float("inf")
+    # NaN fails, too
+    assert kernel_error <= allowed, f"{name}: error {kernel_error:.3e} exceeds {allowed:.3e}, {ratio:.2f} times what is allowed"

@@ -1,4 +1,4 @@
-"""What a strong user would run instead: plain PyTorch with its best parts. Same names and signatures as `stmae.ops`.
+"""Tuned PyTorch, what a strong user would run instead, with its best parts. Same names and signatures as `stmae.ops`.
 
 SDPA for attention, Conv3d and then a gather, `argsort` for masking, a materialised target for the loss;
 autocast and fused AdamW are the caller's.

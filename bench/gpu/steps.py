@@ -1,0 +1,100 @@
+"""Pre-training steps, one line of JSON a side, written as it ends.
+
+    python -m bench.gpu.steps OUT.jsonl --size base --clips 32 --sides ours,tuned-compiled [--device cpu] [--limit 60]
+
+The sides are those of bench/steps.py. A step's time is the device's, over steps queued without a wait; host_ms is what the host
+needs to queue one: where it is the larger, launches bound the step.
+"""
+
+import argparse
+import gc
+import json
+import signal
+import statistics
+import sys
+import time
+
+import torch
+
+from bench.steps import make
+
+
+def measure(side, size, clips, device):
+    cuda = device == "cuda"
+    torch.compiler.reset()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def wait():
+        if cuda:
+            torch.cuda.synchronize()
+
+    begin = time.perf_counter()
+    step = make(side, size, "bfloat16", device, clips)
+    loss = step()
+    wait()
+    first = time.perf_counter() - begin
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss is {loss.item()}")
+    for _ in range(4 if cuda else 1):
+        step()
+    wait()
+    marks, host = [], []
+    for _ in range((20 if cuda else 3) + 1):
+        if cuda:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        begin = time.perf_counter()
+        step()
+        host.append(1e3 * (time.perf_counter() - begin))
+    wait()
+    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])] if cuda else host
+    median = statistics.median(times)
+    return {
+        "ms": median,
+        "least_ms": min(times),
+        "most_ms": max(times),
+        "host_ms": statistics.median(host[:6]),
+        "clips_per_s": 1e3 * clips / median,
+        "first_step_s": first,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "loss": loss.item(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", help="JSON lines; added to")
+    parser.add_argument("--size", default="base")
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--sides", default="ours,reference,tuned,huggingface")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--limit", type=int, default=60, help="seconds for each side")
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+
+    def stop(*_):
+        raise TimeoutError(f"took more than {options.limit} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    failed = 0
+    for side in options.sides.split(","):
+        line = {"side": side, "size": options.size, "clips": options.clips, "device": device, "torch": torch.__version__}
+        signal.alarm(options.limit)
+        try:
+            line.update(measure(side, options.size, options.clips, options.device))
+        except Exception as error:  # the next one still runs
+            failed = 1
+            line["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        finally:
+            signal.alarm(0)
+        with open(options.output, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print({name: round(value, 2) if isinstance(value, float) else value for name, value in line.items()}, flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
