@@ -39,7 +39,8 @@ def markdown(table, ceilings):
             f"{side} {ratio:.1f}x" + (f" (goal {targets[side]:g})" if side in targets else "") for side, ratio in ratios.items()
         )
         lines.append(f"| {name} | {duration(median)} | {faster} | {rate} |")
-    lines += ["", "Ceilings in the same run: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()) + "."]
+    if ceilings:
+        lines += ["", "Ceilings in the same run: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()) + "."]
     return "\n".join(lines)
 
 

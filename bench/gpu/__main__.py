@@ -107,7 +107,7 @@ class Run:
         return self.call([*self.python, "bench.gpu.kernels", self.folder / "kernels.json", "--device", self.device, *tiny], 120)
 
     def _steps(self, size, sides, limit):
-        size, clips = (size, 32) if self.cuda() else ("tiny", 2)
+        size, clips, limit = (size, 32, limit) if self.cuda() else ("tiny", 2, 600)
         command = [*self.python, "bench.gpu.steps", self.folder / "steps.jsonl", "--device", self.device]
         sides = sides.split(",")
         if not importlib.util.find_spec("transformers"):

@@ -76,7 +76,7 @@ def steps(text):
     for line in map(json.loads, text.splitlines()):
         head = f"| {line['size']} | {line['clips']} | {line['side']} "
         if "error" in line:
-            lines.append(f"{head}| {line['error']} | | | | |")
+            lines.append(f"{head}| {line['error'][:160]} | | | | |")
             continue
         peak = "" if line["peak_gib"] is None else f"{line['peak_gib']:.1f}"
         lines.append(
