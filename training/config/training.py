@@ -84,12 +84,19 @@ class RunConfig:
     """keep only each block's input and compute the block again in the backward pass: less memory, about a third more time"""
     compile: bool = False
     """torch.compile the model (with fsdp: each block)"""
+    cuda_graph: bool = False
+    """pre-training on one GPU: capture the step, update included, and replay it, with no work on the host between its launches"""
     tensorboard: bool = True
     """write TensorBoard's event files too"""
 
     def __post_init__(self):
         require_positive(self, "save_every", "log_every")
         require_not_negative(self, "evaluate_every", "workers")
+        if self.cuda_graph and self.checkpoint_activations:
+            raise ValueError(
+                "run.cuda_graph: expected false with run.checkpoint_activations, which saves the random state on the host: a "
+                "capture does not allow that"
+            )
 
 
 @dataclass(kw_only=True)
@@ -218,3 +225,8 @@ class FinetuneConfig(DataLocationConfig):
 
     def __post_init__(self):
         require_not_negative(self, "seed")
+        if self.run.cuda_graph:
+            raise ValueError(
+                "run.cuda_graph: expected false for fine-tuning: only a pre-training step has the same shapes and launches every "
+                "time"
+            )

@@ -21,6 +21,7 @@ from ..data.batch_sampler import ResumableBatchSampler
 from ..data.loader import Batches, LoaderError, training_loader
 from ..planning.flops import measured_peak_flops
 from . import fsdp
+from .cuda_graph import CaptureError, GraphedStep, capture_problem, make_capturable
 from .device import choose_precision, choose_workers, describe
 from .logger import Logger, NullLogger
 from .meters import StepMeter
@@ -99,7 +100,7 @@ def train(task, config, processes, device, folder):
                 lr = training.set_learning_rate(state.step)
                 try:
                     loss, norm = train_step(training, batches, state.step, meter, logger, broken)
-                except LoaderError as error:
+                except (LoaderError, CaptureError) as error:
                     raise TrainingError(f"{error}{folder.resume_hint()}") from error
                 # Every process must come to the same decisions: to update, to skip, to stop.
                 loss, norm, stop_asked = processes.mean(loss, norm, float(bool(stop)), device=device)
@@ -136,14 +137,11 @@ def train(task, config, processes, device, folder):
 
 
 def train_step(training, batches, step, meter, logger, broken):
-    """The gradients of step ``step``, accumulated over its micro-batches and clipped. Returns (loss, gradient norm), tensors
-    []."""
+    """The gradients of step ``step``, accumulated over its micro-batches and clipped; with run.cuda_graph also its update.
+    Returns (loss, gradient norm), tensors []."""
     config, processes, device, task = training.config, training.processes, training.device, training.task
-    # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
-    torch.manual_seed(step_seed(config.seed, step, processes.rank))
-    epoch, accumulate = step / training.steps * config.optimizer.epochs, config.optimizer.accumulate
-    loss = 0.0
-    for part in range(accumulate):
+
+    def next_batch():
         with meter.waiting_for_data():
             batch = next(batches)
         meter.add_clips(len(batch["clips"]) * processes.world_size, task.flops(epoch))
@@ -151,7 +149,16 @@ def train_step(training, batches, step, meter, logger, broken):
             if path not in broken:
                 broken[path] = reason
                 logger.event(step, f"skipped video {path}: {reason}", path=path, reason=reason)
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        return batch
+
+    # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
+    torch.manual_seed(step_seed(config.seed, step, processes.rank))
+    epoch, accumulate = step / training.steps * config.optimizer.epochs, config.optimizer.accumulate
+    if training.graphed_step is not None:
+        return training.graphed_step([next_batch() for _ in range(accumulate)])
+    loss = 0.0
+    for part in range(accumulate):
+        batch = {name: value.to(device, non_blocking=True) for name, value in next_batch().items()}
         with processes.no_sync(training.wrapped, last=part == accumulate - 1):
             with training.autocast():
                 part_loss = task.loss(training.forward, batch, epoch) / accumulate
@@ -165,7 +172,8 @@ def update_or_skip(training, state, loss, norm, meter, logger, folder):
     """AdamW's update with the gradients of the step that ended, unless ``loss`` or ``norm`` is not finite. Raises TrainingError
     after SKIPS_IN_A_ROW steps without an update."""
     if math.isfinite(loss) and math.isfinite(norm):
-        training.optimizer.step()
+        if training.graphed_step is None:  # else it is made, by the same rule
+            training.optimizer.step()
         state.skips_in_a_row = 0
         meter.add_step(loss, norm)
         if training.average:
@@ -193,6 +201,9 @@ class Training:
         self.autocast = functools.partial(torch.autocast, device.type, self.dtype) if self.dtype else nullcontext
         self.steps = total_steps(config.optimizer, len(task.dataset), task.repeats)
         self.workers = choose_workers(config.run.workers, device)
+        problem = capture_problem(config.run, device, processes.world_size) if config.run.cuda_graph else None
+        if problem is not None:
+            raise TrainingError(f"run.cuda_graph: {problem}")
 
         model = task.model
         self.model_class = type(model)  # sharding makes it another class
@@ -205,7 +216,16 @@ class Training:
         self.forward = torch.compile(self.wrapped) if config.run.compile and not sharded else self.wrapped
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = adamw(task.parameter_groups(model), config.optimizer)
+        self.graphed_step = self.graph_step() if config.run.cuda_graph else None
         self.average = {n: value.detach().clone() for n, value in model.state_dict().items()} if task.average_decay else {}
+
+    def graph_step(self):
+        def loss(batch):
+            with self.autocast():
+                return self.task.loss(self.forward, batch, 0.0)  # of a pre-training step, which is the same in every epoch
+
+        make_capturable(self.optimizer, self.device)
+        return GraphedStep(loss, self.parameters, self.optimizer, clip_grad=self.config.optimizer.clip_grad, device=self.device)
 
     def loader(self, first_step):
         settings, processes = self.config.optimizer, self.processes
@@ -252,7 +272,11 @@ class Training:
     def set_learning_rate(self, step):
         lr = learning_rate(step, self.steps, self.config.optimizer, self.task.peak_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
+            value = lr * group.get("scale", 1.0)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
         return lr
 
     def progress(self, state, broken):
