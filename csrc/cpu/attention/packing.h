@@ -168,8 +168,8 @@ class NextHead {
   }
 
  private:
-  const T* first_[5];
-  int64_t stride_[5], row_ = 0, rows_ = 0, rows_per_tile_ = 0;
+  const T* first_[5] = {};
+  int64_t stride_[5] = {}, row_ = 0, rows_ = 0, rows_per_tile_ = 0;
   int D_ = 0, count_ = 0;
 };
 
