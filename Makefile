@@ -1,6 +1,8 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
 # make test   from nothing: all tests
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
+# make sanitize  from nothing: tests that call ops as no one should, under AddressSanitizer and UndefinedBehaviorSanitizer
+# make old-processor  from nothing: each op once on an emulated processor without AVX; needs qemu-x86_64 (Debian's qemu-user)
 # make bench  from nothing: every op and the training step beside the reference and a strong user's version
 # make gpu    on a machine with a GPU: tests, kernel times, steps, profiles; a report in gpu-results (PYTHON's own torch is used)
 # make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
@@ -21,7 +23,7 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test lint bench gpu study clean
+.PHONY: demo test lint sanitize old-processor bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -34,6 +36,21 @@ lint: $(STAMP)-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/mypy
+
+# Built beside the extension that is in use. Without optimisation, which would take the compiler several times as long.
+SANITIZE = -fsanitize=address,undefined
+RUNTIMES = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1
+export UBSAN_OPTIONS = print_stacktrace=1
+
+sanitize: $(STAMP)
+	STMAE_CXXFLAGS='-O0 -g1 -fno-omit-frame-pointer $(SANITIZE) -fno-sanitize-recover=undefined' STMAE_LDFLAGS='$(SANITIZE)' \
+		$(VENV)/bin/python setup.py -q build --build-base build/sanitize-objects --build-lib build/sanitize
+	cd build/sanitize && LD_PRELOAD='$(RUNTIMES)' $(abspath $(VENV))/bin/python -m pytest -q -c ../../pyproject.toml --rootdir ../.. \
+		--import-mode=append $(addprefix ../../tests/ops/test_,direct_calls.py invalid_input.py properties.py)
+
+old-processor: $(STAMP)
+	qemu-x86_64 -cpu Westmere $(VENV)/bin/python -m tests.support.each_op_once
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m pytest bench --benchmark-only --results bench-results.json
