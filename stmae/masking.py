@@ -1,23 +1,115 @@
-"""Which patches the encoder sees: the masking strategies of the paper's ablation, as noise for
-``random_masking``.
+"""Which patches the encoder sees and which the decoder reconstructs: the masking strategies of the paper's ablation.
 
 A strategy is a way of drawing noise ``[B, N]`` such that keeping the ``num_keep`` smallest entries of each
 row gives the mask. So one kernel (``stmae.ops.random_masking``) serves them all, and a stored noise tensor
-reproduces a mask exactly.
+reproduces a mask exactly. Where the decoder leaves tokens out, a stored ``phase`` [B] says with which pattern.
+
+``make_mask`` is the one place where a ``Mask`` comes from, ``token_counts`` the one place that says how many tokens are in it.
 
 Source: Feichtenhofer et al., "Masked Autoencoders As Spatiotemporal Learners", section 3 and figure 4
 (random "agnostic", space-only = tube, time-only = frame, block).
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
+
+from stmae import ops as _kernels
 
 STRATEGIES = ("random", "tube", "frame", "block")
 
 _BLOCK_AREA = (0.1, 0.4)  # of the frame, per block
 _BLOCK_ASPECT = (0.3, 1 / 0.3)  # height : width, log-uniform, as in BEiT's block-wise masking
 _MAX_BLOCKS = 1000  # reached only by ratios close to 1, where the rest is filled in raster order
+
+
+class Mask(NamedTuple):
+    """Which tokens of each clip the encoder sees and which are reconstructed: token ids in [0, N), ascending in each row.
+
+    keep: [B, K] int64, the visible tokens.
+    masked: [B, M] int64, those to be reconstructed: all others or, with a decoder mask, some of them. None is in ``keep``.
+    """
+
+    keep: torch.Tensor
+    masked: torch.Tensor
+
+
+class TokenCounts(NamedTuple):
+    """tokens: ``N``; visible: ``K``; masked: N - K; reconstructed: ``M``, all of the masked unless there is a decoder mask."""
+
+    tokens: int
+    visible: int
+    masked: int
+    reconstructed: int
+
+
+def token_counts(strategy: str, grid: tuple[int, int, int], ratio: float, decoder_ratio: float = 0.0) -> TokenCounts:
+    """How many tokens a mask of this kind has.
+
+    Args:
+        strategy: one of ``STRATEGIES``.
+        grid: (t, h, w), the patch grid.
+        ratio: masked share, in (0, 1).
+        decoder_ratio: share of the masked tokens that is not reconstructed: 0, 0.25, 0.5 or 0.75.
+
+    Raises:
+        ValueError: as ``num_keep`` and ``num_reconstructed``.
+    """
+    tokens, visible = math.prod(grid), num_keep(strategy, grid, ratio)
+    return TokenCounts(tokens, visible, tokens - visible, num_reconstructed(tokens - visible, decoder_ratio))
+
+
+def make_mask(
+    strategy: str,
+    batch: int,
+    grid: tuple[int, int, int],
+    ratio: float,
+    *,
+    decoder_ratio: float = 0.0,
+    noise: torch.Tensor | None = None,
+    phase: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    ops: Any = _kernels,
+) -> Mask:
+    """The mask of a batch of ``B`` clips.
+
+    Args:
+        strategy, grid, ratio, decoder_ratio: as for ``token_counts``.
+        batch: ``B``.
+        noise: [B, N] float32, as ``sample_noise`` draws it; default: drawn here.
+        phase: [B] int64 in [0, 4), as ``sample_phase`` draws it; default: drawn with the noise, 0 for noise that is given. Of use
+            to a decoder mask only.
+        generator: source of what is drawn here.
+        device: where the mask lies; default: the noise's device.
+        ops: ``stmae.ops`` or ``stmae.reference``.
+
+    Raises:
+        ValueError: noise or phase of another shape or dtype; noise with which this ratio would keep parts of tubes or time
+            slices, as it was drawn by another strategy (on CPUs; elsewhere with STMAE_DEBUG=1); and as ``token_counts``.
+        RuntimeError: NaN in the noise (on CPUs).
+    """
+    count = num_keep(strategy, grid, ratio)
+    if noise is None:
+        noise = sample_noise(strategy, batch, grid, ratio, generator=generator, device=device)
+        drawn = True
+    elif not isinstance(noise, torch.Tensor):
+        raise ValueError(f"make_mask: expected noise to be a tensor, got {type(noise).__name__}")
+    elif tuple(noise.shape) != (batch, math.prod(grid)):
+        raise ValueError(f"make_mask: expected noise [{batch}, {math.prod(grid)}] (B, N), got {list(noise.shape)}")
+    else:
+        drawn = False
+    keep, masked = ops.random_masking(noise, count)
+    if not drawn:
+        _check_whole(strategy, grid, keep)
+    if num_reconstructed(masked.shape[1], decoder_ratio) < masked.shape[1]:
+        if phase is None and drawn:
+            phase = sample_phase(batch, generator=generator, device=noise.device)
+        elif phase is None:
+            phase = torch.zeros(batch, dtype=torch.int64, device=noise.device)
+        masked = reconstructed(masked, noise, grid, decoder_ratio, phase=phase)
+    return Mask(keep, masked)
 
 
 def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
@@ -78,7 +170,7 @@ def sample_noise(
         raise ValueError(f"masking: expected a batch size of at least 0, got {batch}")
     source = generator.device if generator is not None else device
     if strategy == "random":
-        noise = torch.rand(batch, t * h * w, generator=generator, device=source)
+        noise = torch.rand(batch, t * h * w, generator=generator, device=source, dtype=torch.float32)
         return noise if device is None else noise.to(device)
     # Two tubes or time slices with equal noise would be torn apart at the cut, and float32 noise does
     # collide; a permutation cannot.
@@ -88,9 +180,23 @@ def sample_noise(
         noise = _permutation(batch, t, generator, source)[:, :, None].expand(batch, t, h * w)
     else:
         noise = _block_noise(batch, (t, h, w), t * h * w - keep, generator, source)
-    # Whole numbers have no fine bits for ``reconstructed`` to read: the same fraction for a whole row changes no order.
-    noise = noise.reshape(batch, t * h * w) + torch.rand(batch, 1, generator=generator, device=source)
+    noise = noise.reshape(batch, t * h * w)
     return noise if device is None else noise.to(device)
+
+
+def sample_phase(
+    batch: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Where the running cells of each clip's decoder mask start: [B] int64 in [0, 4).
+
+    Args:
+        batch: ``B``.
+        generator: source of randomness; drawn on its device, then moved to ``device``.
+        device: where the result lies; default: the generator's device, or torch's default device.
+    """
+    source = generator.device if generator is not None else device
+    phase = torch.randint(0, 4, (batch,), generator=generator, device=source)
+    return phase if device is None else phase.to(device)
 
 
 def num_reconstructed(num_masked: int, decoder_ratio: float) -> int:
@@ -104,13 +210,14 @@ def num_reconstructed(num_masked: int, decoder_ratio: float) -> int:
     return max(min(num_masked, 1), num_masked - int(num_masked * decoder_ratio))
 
 
-def reconstructed(masked: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int, int], decoder_ratio: float) -> torch.Tensor:
+def reconstructed(
+    masked: torch.Tensor, noise: torch.Tensor, grid: tuple[int, int, int], decoder_ratio: float, *, phase: torch.Tensor
+) -> torch.Tensor:
     """The tokens of ``masked`` [B, M] that the decoder reconstructs, [B, num_reconstructed(M, decoder_ratio)], ascending:
     running-cell masking (VideoMAE V2, arXiv 2303.16727, section 3.2, after Qing et al., arXiv 2207.11660).
 
     Every 2x2 cell of places hides ``4 * decoder_ratio`` of its four, and those that are hidden move on by one from a time
-    slice to the next, so that over four slices each place is seen equally often. Where the pattern starts is drawn for each
-    clip: from fine bits of its noise that its mask does not depend on, so that a stored noise tensor still says everything.
+    slice to the next, so that over four slices each place is seen equally often. ``phase`` says where the pattern starts.
 
     With tubes over a multiple of four slices this is the pattern exactly. Otherwise the pattern leaves a few masked tokens
     more or less from clip to clip, and for an equal number in each, the ones with the lowest noise make up the difference:
@@ -119,14 +226,22 @@ def reconstructed(masked: torch.Tensor, noise: torch.Tensor, grid: tuple[int, in
     Args:
         masked: int64, ascending, as ``random_masking`` gives it.
         noise: [B, N], what the mask was made of.
+        grid: (t, h, w), the patch grid.
+        decoder_ratio: share of the masked tokens that is left out: 0, 0.25, 0.5 or 0.75.
+        phase: [B] int64 in [0, 4).
+
+    Raises:
+        ValueError: a phase of another shape or dtype, and as ``num_reconstructed``.
     """
     count = num_reconstructed(masked.shape[1], decoder_ratio)
     if count == masked.shape[1]:
         return masked
+    if not isinstance(phase, torch.Tensor) or phase.dtype != torch.int64 or tuple(phase.shape) != (masked.shape[0],):
+        got = f"{list(phase.shape)} {phase.dtype}" if isinstance(phase, torch.Tensor) else type(phase).__name__
+        raise ValueError(f"masking: expected phase [{masked.shape[0]}] (B) int64, got {got}")
     _, h, w = grid
     time, row, column = masked // (h * w), masked // w % h, masked % w
-    start = (noise[:, :1] * 256).floor().long() % 4
-    hidden = (row % 2 * 2 + column % 2 + time + start) % 4 < int(4 * decoder_ratio)
+    hidden = (row % 2 * 2 + column % 2 + time + phase[:, None]) % 4 < int(4 * decoder_ratio)
     by_noise = noise.gather(1, masked).argsort(dim=1, stable=True)
     by_pattern = hidden.gather(1, by_noise).byte().argsort(dim=1, stable=True)
     return masked.gather(1, by_noise.gather(1, by_pattern)[:, :count]).sort(dim=1).values
@@ -145,7 +260,25 @@ def _check(strategy: str, grid: tuple[int, int, int], ratio: float) -> tuple[int
 
 def _permutation(batch: int, size: int, generator: torch.Generator | None, device: torch.device | str | None) -> torch.Tensor:
     """A random permutation of 0..size-1 in each row: [B, size] float32 (exact up to 2**24)."""
-    return torch.rand(batch, size, generator=generator, device=device).argsort(dim=1).float()
+    return torch.rand(batch, size, generator=generator, device=device, dtype=torch.float32).argsort(dim=1).float()
+
+
+def _check_whole(strategy: str, grid: tuple[int, int, int], keep: torch.Tensor) -> None:
+    """Raises ValueError where keep [B, K] has parts of tubes or time slices, in which the strategy keeps or masks all tokens."""
+    if strategy not in ("tube", "frame") or torch.compiler.is_compiling():
+        return
+    if keep.device.type != "cpu" and not _kernels.checks.DEBUG:  # there, the check would make the device wait
+        return
+    t, h, w = grid
+    visible = torch.zeros(keep.shape[0], t, h * w, dtype=torch.bool, device=keep.device)
+    visible.flatten(1).scatter_(1, keep, True)
+    along = 1 if strategy == "tube" else 2
+    if bool((visible.any(dim=along) != visible.all(dim=along)).any()):
+        parts = {"tube": "tubes", "frame": "time slices"}[strategy]
+        raise ValueError(
+            f"make_mask: expected noise that keeps or masks whole {parts}, as strategy '{strategy}' does, got noise with which "
+            f"keeping {keep.shape[1]} of {t * h * w} tokens keeps parts of some; draw it with sample_noise('{strategy}', ...)"
+        )
 
 
 def _block_noise(
@@ -166,7 +299,7 @@ def _block_noise(
     for number in range(_MAX_BLOCKS):
         if bool(((block >= 0).sum(dim=1) >= num_masked).all()):
             break
-        draw = torch.rand(batch, 6, generator=generator, device=device)
+        draw = torch.rand(batch, 6, generator=generator, device=device, dtype=torch.float32)
         area = (_BLOCK_AREA[0] + draw[:, 0] * (_BLOCK_AREA[1] - _BLOCK_AREA[0])) * (h * w)
         low, high = math.log(_BLOCK_ASPECT[0]), math.log(_BLOCK_ASPECT[1])
         aspect = (low + draw[:, 1] * (high - low)).exp()
@@ -179,7 +312,7 @@ def _block_noise(
             covered = covered & (position >= start) & (position < start + extent[:, None])
         block = torch.where(covered & (block < 0), number, block)
     # An integer rank per token: distinct, and exact in float32.
-    backwards = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+    backwards = torch.rand(batch, 1, generator=generator, device=device, dtype=torch.float32) < 0.5
     within = torch.where(backwards, tokens - 1 - index, index)
     order = torch.where(block >= 0, _MAX_BLOCKS - block, 0) * tokens + within
     return order.argsort(dim=1).argsort(dim=1).float()

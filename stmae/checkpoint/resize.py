@@ -31,7 +31,7 @@ def resize(model: Model, **changes: Any) -> Model:
         and isinstance(config, VideoClassifierConfig)
         and old.num_classes != config.num_classes
     ):
-        state.update(_new_head(config, state))
+        state = _with_new_head(config, state)
     return _finish(build(type(model), config, state, "the resized model"), model)
 
 
@@ -50,7 +50,7 @@ def classifier_from_autoencoder(model: MaskedAutoencoder, **changes: Any) -> Vid
     config = VideoClassifierConfig.from_dict({**shared, **changes})
     encoder = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
     state = _resized(encoder, model.config, config)
-    state.update(_new_head(config, state))
+    state = _with_new_head(config, state)
     return _finish(build(VideoClassifier, config, state, "the autoencoder's encoder"), model)
 
 
@@ -59,11 +59,14 @@ def _finish(new: Model, old: VideoModel) -> Model:
     return new.to(next(old.parameters()).device).train(old.training)
 
 
-def _new_head(config: VideoClassifierConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Head weights as ``VideoClassifier`` starts them, in the dtype of the others."""
+def _with_new_head(config: VideoClassifierConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """state with head weights as ``VideoClassifier`` starts them, in the dtype of the others; with no classes, without any."""
     dtype = state["encoder.norm.weight"].dtype
-    return {
-        "head.weight": torch.empty(config.num_classes, config.width).normal_(std=0.02).to(dtype),
+    state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    if config.num_classes == 0:
+        return state
+    return state | {
+        "head.weight": torch.empty(config.num_classes, config.width, dtype=torch.float32).normal_(std=0.02).to(dtype),
         "head.bias": torch.zeros(config.num_classes, dtype=dtype),
     }
 

@@ -11,8 +11,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from stmae.masking import STRATEGIES, num_reconstructed
+from stmae.masking import STRATEGIES, TokenCounts, num_reconstructed, token_counts
 from stmae.models.hog import BINS, CELL
+from stmae.ops.attention import takes_head_dim
 
 Config = TypeVar("Config", bound="EncoderConfig")
 TARGETS = ("pixels", "normalized_pixels", "hog")
@@ -101,11 +102,14 @@ class EncoderConfig:
     def _check_count(self, field: str) -> None:
         value = getattr(self, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            _fail(self, field, "to be a positive whole number", value)
+            _fail(self, field, "to be a positive integer", value)
 
     def _check_heads(self, width: str, heads: str) -> None:
         if getattr(self, width) % getattr(self, heads):
             _fail(self, width, f"to be a multiple of {heads} {getattr(self, heads)}", getattr(self, width))
+        if not takes_head_dim(getattr(self, width) // getattr(self, heads)):
+            expected = f"to be {heads} {getattr(self, heads)} times a head dim that is a multiple of 8 and at most 128"
+            _fail(self, width, expected, getattr(self, width))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -217,7 +221,20 @@ class MaskedAutoencoderConfig(EncoderConfig):
         if self.frame_choice == "stride":
             return [index * self.num_frames // count for index in range(count)]
         # torch's own linspace: its rounding decides the truncation, and the weights were trained with it.
-        return torch.linspace(0, self.num_frames - 1, count, device="cpu").long().tolist()
+        return torch.linspace(0, self.num_frames - 1, count, device="cpu", dtype=torch.float32).long().tolist()
+
+    def token_counts(self, mask_ratio: float | None = None, decoder_mask_ratio: float | None = None) -> TokenCounts:
+        """How many tokens there are, are visible, masked and reconstructed, without the class token.
+
+        Args:
+            mask_ratio, decoder_mask_ratio: instead of the configuration's.
+
+        Raises:
+            ValueError: a ratio that keeps nothing or everything.
+        """
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        decoder_ratio = self.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio
+        return token_counts(self.mask_strategy, self.grid, ratio, decoder_ratio)
 
     @property
     def target_patch_size(self) -> tuple[int, int, int]:
@@ -238,7 +255,7 @@ class VideoClassifierConfig(EncoderConfig):
     """The classifier.
 
     Args:
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; 0: no head, the model gives the pooled features.
         dropout: before the head, in training.
         drop_path: stochastic depth in training: the rate of the last block; it grows linearly from 0 in the
             first.
@@ -250,7 +267,8 @@ class VideoClassifierConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("num_classes")
+        if self.num_classes != 0:
+            self._check_count("num_classes")
         for field in ("dropout", "drop_path"):
             if not 0 <= getattr(self, field) < 1:
                 _fail(self, field, "to lie in [0, 1)", getattr(self, field))

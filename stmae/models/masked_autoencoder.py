@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stmae.masking import num_keep, reconstructed, sample_noise
+from stmae.masking import Mask, make_mask
 from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import MaskedAutoencoderConfig
 from stmae.models.encoder import Encoder, VideoModel
@@ -123,9 +123,11 @@ class MaskedAutoencoder(VideoModel):
         self,
         video: torch.Tensor,
         *,
+        mask: Mask | None = None,
         mask_ratio: float | None = None,
         decoder_mask_ratio: float | None = None,
         noise: torch.Tensor | None = None,
+        phase: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> MaskedAutoencoderOutput:
         """Masks, encodes, decodes and compares.
@@ -133,29 +135,46 @@ class MaskedAutoencoder(VideoModel):
         Args:
             video: [B, C, T, H, W]; uint8 (0..255, normalised inside the kernels) or floating point, already
                 normalised. Any strides.
+            mask: which tokens are visible and which are reconstructed, from ``sample_mask``, say; default: made of
+                the arguments that follow, which are refused beside it.
             mask_ratio: masked share of the tokens; default: the configuration's.
             decoder_mask_ratio: share of the masked tokens that is left out of the decoder; default: the configuration's.
             noise: [B, N] float32 whose smallest entries are kept; default: drawn by the configuration's
                 strategy.
-            generator: source of the drawn noise.
+            phase: [B] int64 in [0, 4), where the running cells of a decoder mask start (``stmae.masking.sample_phase``);
+                default: drawn with the noise, 0 for noise that is given. Without a decoder mask it is not used.
+            generator: source of what is drawn.
 
         Returns:
             ``MaskedAutoencoderOutput(loss, pred [B, M, P], keep [B, K], masked [B, M])``. The loss is the
             mean over reconstructed patches of the mean squared error within a patch (section 3 of the paper).
 
         Raises:
-            ValueError: video or noise of the wrong shape or dtype, a ratio that keeps nothing or everything.
+            ValueError: video, mask, noise or phase of the wrong shape or dtype, a ratio that keeps nothing or everything,
+                noise that does not fit the strategy, or arguments beside a mask.
             RuntimeError: NaN in the noise.
         """
         self._check_video(video)
-        keep, masked = self.sample_mask(
-            video.shape[0],
-            mask_ratio=mask_ratio,
-            decoder_mask_ratio=decoder_mask_ratio,
-            noise=noise,
-            generator=generator,
-            device=video.device,
-        )
+        if mask is None:
+            mask = self.sample_mask(
+                video.shape[0],
+                mask_ratio=mask_ratio,
+                decoder_mask_ratio=decoder_mask_ratio,
+                noise=noise,
+                phase=phase,
+                generator=generator,
+                device=video.device,
+            )
+        else:
+            beside = {
+                "mask_ratio": mask_ratio,
+                "decoder_mask_ratio": decoder_mask_ratio,
+                "noise": noise,
+                "phase": phase,
+                "generator": generator,
+            }
+            self._check_mask(mask, video.shape[0], [name for name, value in beside.items() if value is not None])
+        keep, masked = mask
         pred = self.decode(self.encode(video, keep), keep, masked)
         if self.config.target == "hog":
             loss = hog_loss(pred, video, masked, self._frames, self.config.target_patch_size)
@@ -179,23 +198,44 @@ class MaskedAutoencoder(VideoModel):
         mask_ratio: float | None = None,
         decoder_mask_ratio: float | None = None,
         noise: torch.Tensor | None = None,
+        phase: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keep [B, K], masked [B, M]), what is seen and what is reconstructed, both int64 and ascending in each row.
-        Arguments as in ``forward``."""
+    ) -> Mask:
+        """``Mask(keep [B, K], masked [B, M])`` for a batch of ``B`` clips, by the configuration's strategy. Arguments as in
+        ``forward``; device: where it lies, by default that of the noise or torch's default device."""
         config = self.config
-        ratio = config.mask_ratio if mask_ratio is None else mask_ratio
-        count = num_keep(config.mask_strategy, config.grid, ratio)
-        if noise is None:
-            noise = sample_noise(config.mask_strategy, batch, config.grid, ratio, generator=generator, device=device)
-        elif not isinstance(noise, torch.Tensor):
-            raise ValueError(f"MaskedAutoencoder: expected noise a tensor, got {type(noise).__name__}")
-        elif tuple(noise.shape) != (batch, config.num_tokens):
-            raise ValueError(f"MaskedAutoencoder: expected noise [{batch}, {config.num_tokens}] (B, N), got {list(noise.shape)}")
-        keep, masked = self._ops.random_masking(noise, count)
-        hidden = config.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio
-        return keep, reconstructed(masked, noise, config.grid, hidden)
+        return make_mask(
+            config.mask_strategy,
+            batch,
+            config.grid,
+            config.mask_ratio if mask_ratio is None else mask_ratio,
+            decoder_ratio=config.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio,
+            noise=noise,
+            phase=phase,
+            generator=generator,
+            device=device,
+            ops=self._ops,
+        )
+
+    def _check_mask(self, mask: Mask, batch: int, beside: list[str]) -> None:
+        if beside:
+            raise ValueError(f"MaskedAutoencoder: expected a mask or what one is made of, got mask and {', '.join(beside)}")
+        if not isinstance(mask, tuple) or len(mask) != 2:
+            raise ValueError(f"MaskedAutoencoder: expected mask to be a Mask(keep, masked), got {type(mask).__name__}")
+        for name, ids in zip(Mask._fields, mask):
+            if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != batch:
+                got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+                raise ValueError(f"MaskedAutoencoder: expected mask.{name} [{batch}, *] (B, tokens) int64, got {got}")
+        keep, masked = mask
+        tokens = self.config.num_tokens
+        if keep.shape[1] + masked.shape[1] > tokens:
+            got = f"{keep.shape[1]} and {masked.shape[1]}"
+            raise ValueError(f"MaskedAutoencoder: expected mask.keep and mask.masked with {tokens} tokens at most, got {got}")
+        if keep.device.type == "cpu" and not torch.compiler.is_compiling() and keep.numel() and masked.numel():
+            ids = torch.cat([keep, masked], dim=1).sort(dim=1).values
+            if bool((ids[:, 1:] == ids[:, :-1]).any()):
+                raise ValueError("MaskedAutoencoder: expected no token twice in a row of mask.keep and mask.masked, got one")
 
     def encode(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Latents [B, K, D] of the tokens ``keep`` [B, K] (default: all), after the final norm.

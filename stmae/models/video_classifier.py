@@ -19,23 +19,47 @@ class VideoClassifier(VideoModel):
     """
 
     config: VideoClassifierConfig
+    head: nn.Module
 
     def __init__(self, config: VideoClassifierConfig):
         super().__init__(config)
         self.encoder = Encoder(config, drop_path=config.drop_path)
-        self.head = nn.Linear(config.width, config.num_classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.reset_classifier(config.num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new head for ``num_classes``, by which the configuration goes from then on; 0: none, as in timm."""
+        if num_classes != self.config.num_classes:
+            self.config = self.config.replace(num_classes=num_classes)
+        if num_classes == 0:
+            self.head = nn.Identity()
+            return
+        like = self.encoder.norm.weight
+        head = nn.Linear(self.config.width, num_classes, device=like.device, dtype=like.dtype)
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        self.head = head
 
     def forward(self, video: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [B, num_classes].
+        """Logits [B, num_classes]; with ``num_classes=0`` the pooled features [B, D].
 
         Args:
             video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides.
             keep: [B, K] tokens to look at, for masked fine-tuning; default: all.
         """
-        x = F.dropout(self.features(video, keep=keep), self.config.dropout, self.training)
-        return linear(self.head, x, self._ops)
+        return self.forward_head(self.forward_features(video, keep=keep))
+
+    def forward_features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """All tokens [B, N, D], or [B, 1 + N, D] with the class token first, after the last block and before the norm, which
+        is that of their mean (timm's ``fc_norm``). Arguments as in ``forward``."""
+        self._check_video(video)
+        if keep is not None and keep.numel() == 0 and len(video):
+            raise ValueError(f"VideoClassifier: expected keep with at least one token a clip, got {list(keep.shape)}")
+        return self.encoder(video, keep, norm=False)
+
+    def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits [B, num_classes] of what ``forward_features`` gives; with ``pre_logits`` what the head would get, [B, D]."""
+        x = F.dropout(self.pool(self._patch_tokens(tokens)), self.config.dropout, self.training)
+        return x if pre_logits else linear(self.head, x, self._ops)
 
     def features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None, pooled: bool = True) -> torch.Tensor:
         """What the head sees: the normalised mean of the patch tokens, [B, D].
@@ -43,13 +67,11 @@ class VideoClassifier(VideoModel):
         ``pooled=False`` gives the tokens that are averaged, [B, N, D] in grid order ([B, K, D] with
         ``keep``), before the norm.
         """
-        self._check_video(video)
-        if keep is not None and keep.numel() == 0 and len(video):
-            raise ValueError(f"VideoClassifier: expected keep with at least one token a clip, got {list(keep.shape)}")
-        tokens = self.encoder(video, keep, norm=False)
-        if self.config.class_token:
-            tokens = tokens[:, 1:]
+        tokens = self._patch_tokens(self.forward_features(video, keep=keep))
         return self.pool(tokens) if pooled else tokens
+
+    def _patch_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, 1:] if self.config.class_token else tokens
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """The normalised mean [B, D] of tokens [B, N, D]: of those that ``features(pooled=False)`` gives, what it gives else."""

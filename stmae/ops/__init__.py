@@ -5,6 +5,7 @@ Letters: B batch; C T H W video; t h w the patch grid; N = t*h*w tokens, token (
 M = N - K masked; D width; P values in a patch, in the order (frame, row, column, channel).
 """
 
+from . import flops as _flops
 from . import library as library  # loads the C++ kernels
 from .add_layer_norm import add_layer_norm
 from .attention import attention, packed_attention
@@ -15,6 +16,8 @@ from .mlp import mlp
 from .patch_loss import patch_loss
 from .random_masking import random_masking
 from .restore_tokens import restore_tokens
+
+_flops.register()
 
 __all__ = [
     "add_layer_norm",

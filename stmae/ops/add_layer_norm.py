@@ -119,6 +119,6 @@ _backward_op = library.define(
     fake=_backward_fake,
     stem="add_layer_norm",
 )
-library.differentiable(_op, _backward, _setup_context)
-library.differentiable(_layer_norm, _layer_norm_backward, _layer_norm_setup_context)
-library.not_twice_differentiable(_backward_op)
+_op = library.differentiable(_op, _backward, _setup_context)
+_layer_norm = library.differentiable(_layer_norm, _layer_norm_backward, _layer_norm_setup_context)
+_backward_op = library.not_twice_differentiable(_backward_op)

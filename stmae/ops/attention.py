@@ -78,8 +78,13 @@ def _adapter(impl, device, dtype):
     return attention_backends.ADAPTERS.get(chosen)
 
 
+def takes_head_dim(D):
+    """Whether there is a kernel for heads of D values."""
+    return D % 8 == 0 and 8 <= D <= 128
+
+
 def _head_dim(op, D):
-    if D % 8 or not 8 <= D <= 128:
+    if not takes_head_dim(D):
         raise ValueError(f"{op}: expected a head dim D that is a multiple of 8 and at most 128, got {D}")
 
 
@@ -145,7 +150,7 @@ _packed_backward_op = library.define(
     fake=_packed_backward_fake,
     stem="attention",
 )
-library.differentiable(_op, _backward, _setup_context)
-library.differentiable(_packed_op, _packed_backward, _setup_context)
-library.not_twice_differentiable(_backward_op)
-library.not_twice_differentiable(_packed_backward_op)
+_op = library.differentiable(_op, _backward, _setup_context)
+_packed_op = library.differentiable(_packed_op, _packed_backward, _setup_context)
+_backward_op = library.not_twice_differentiable(_backward_op)
+_packed_backward_op = library.not_twice_differentiable(_packed_backward_op)

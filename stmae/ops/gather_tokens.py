@@ -49,5 +49,5 @@ _backward_op = library.define(
     fake=_backward_fake,
     stem="gather_tokens",
 )
-library.differentiable(_op, _backward, _setup_context)
-library.not_twice_differentiable(_backward_op)
+_op = library.differentiable(_op, _backward, _setup_context)
+_backward_op = library.not_twice_differentiable(_backward_op)

@@ -1,6 +1,8 @@
 """How an op is registered: its schema here in Python, its CPU kernels by loading stmae._C, its CUDA kernels on first use."""
 
+import functools
 import importlib
+from typing import Any
 
 import torch
 
@@ -38,14 +40,76 @@ def define(name, schema, *, fake, stem=None, cpu=None):
 
 
 def differentiable(op, backward, setup_context):
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
+    """Registers the gradient of ``op`` and returns the function to call it by.
+
+    backward, setup_context: as those of torch.autograd.Function. Under torch.func's grad and vmap the function is an
+    autograd.Function, which these see through (an op of the dispatcher they do not); a batch of calls is made one by one.
+    """
+    name = _name(op)
+    function: Any = type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(functools.partial(_below_autograd, op)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(functools.partial(_refuse_forward_mode, name.removesuffix("_backward"))),
+            "vmap": staticmethod(lambda info, in_dims, *arguments: _one_by_one(call, info, in_dims, arguments)),
+        },
+    )
+
+    def autograd(*arguments):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.ops.stmae.{name}: torch.func does not see through it; call stmae.ops.{name}, or stmae.reference.{name}"
+            )
+        return function.apply(*arguments)
+
+    torch.library.impl(f"stmae::{name}", "Autograd")(autograd)
+
+    def call(*arguments):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return op(*arguments)
+
+    return call
 
 
 def not_twice_differentiable(backward_op):
-    """Registers a backward op's own gradient as an error that says so, rather than a silent zero."""
-    name = backward_op._schema.name.replace("stmae::", "").replace("_backward", "")
+    """Registers a backward op's own gradient as an error that says so, rather than a silent zero; as ``differentiable``."""
+    name = _name(backward_op).removesuffix("_backward")
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{name}: double backward is not supported; use stmae.reference.{name} for second derivatives")
 
-    torch.library.register_autograd(backward_op, refuse)
+    return differentiable(backward_op, refuse, lambda ctx, inputs, output: None)
+
+
+def _name(op):
+    return op._schema.name.removeprefix("stmae::")
+
+
+def _below_autograd(op, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _refuse_forward_mode(name, ctx, *tangents):
+    raise RuntimeError(
+        f"{name}: forward mode (torch.func.jvp, torch.autograd.forward_ad) is not supported; use stmae.reference.{name}, or, in "
+        "a model, backend = 'reference'"
+    )
+
+
+def _one_by_one(call, info, in_dims, arguments):
+    """The vmap rule of every op: ``call`` for each element of the batch. Returns (stacked results, their batch dimensions)."""
+
+    def element(argument, dim, index):
+        return argument.select(dim, index).contiguous() if isinstance(argument, torch.Tensor) and dim is not None else argument
+
+    results = [
+        call(*(element(argument, dim, index) for argument, dim in zip(arguments, in_dims))) for index in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(result) for result in zip(*results)), (0,) * len(results[0])

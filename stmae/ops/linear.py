@@ -218,8 +218,8 @@ _backward_op = library.define(
     cpu=_backward_cpu,
     stem="linear",
 )
-library.differentiable(_op, _backward, _setup_context)
-library.not_twice_differentiable(_backward_op)
+_op = library.differentiable(_op, _backward, _setup_context)
+_backward_op = library.not_twice_differentiable(_backward_op)
 
 _product = library.define(
     "linear_product",

@@ -160,8 +160,8 @@ _backward_op = library.define(
     cpu=_backward_cpu,
     stem="mlp",
 )
-library.differentiable(_op, _backward, _setup_context)
-library.not_twice_differentiable(_backward_op)
+_op = library.differentiable(_op, _backward, _setup_context)
+_backward_op = library.not_twice_differentiable(_backward_op)
 
 _gelu = library.define("gelu", "(Tensor hidden) -> Tensor", fake=torch.empty_like)
 # (activation, gradient of hidden, its column sums in float32)

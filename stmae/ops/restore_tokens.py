@@ -71,5 +71,5 @@ _backward_op = library.define(
     fake=_backward_fake,
     stem="restore_tokens",
 )
-library.differentiable(_op, _backward, _setup_context)
-library.not_twice_differentiable(_backward_op)
+_op = library.differentiable(_op, _backward, _setup_context)
+_backward_op = library.not_twice_differentiable(_backward_op)

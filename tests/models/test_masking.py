@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from stmae import reference
-from stmae.masking import STRATEGIES, num_keep, num_reconstructed, reconstructed, sample_noise
+from stmae.masking import (
+    STRATEGIES,
+    make_mask,
+    num_keep,
+    num_reconstructed,
+    reconstructed,
+    sample_noise,
+    sample_phase,
+    token_counts,
+)
 
 GRID = (8, 14, 14)
 
@@ -148,7 +157,8 @@ def decoder_masks(strategy, batch, grid, ratio, decoder_ratio, seed=0):
     """masked and reconstructed [B, t, h, w] bool."""
     noise = sample_noise(strategy, batch, grid, ratio, generator=torch.Generator().manual_seed(seed))
     _, masked = reference.random_masking(noise, num_keep(strategy, grid, ratio))
-    chosen = reconstructed(masked, noise, grid, decoder_ratio)
+    phase = sample_phase(batch, generator=torch.Generator().manual_seed(seed))
+    chosen = reconstructed(masked, noise, grid, decoder_ratio, phase=phase)
     assert (chosen.diff(dim=1) > 0).all() and chosen.shape[1] == num_reconstructed(masked.shape[1], decoder_ratio)
     empty = torch.zeros(noise.shape, dtype=torch.bool)
     return (empty.scatter(1, ids, True).view(batch, *grid) for ids in (masked, chosen))
@@ -193,8 +203,59 @@ def test_every_place_is_reconstructed_equally_often():
 
 def test_no_decoder_mask_is_all_that_is_masked():
     masked = torch.arange(5).expand(2, -1)
-    assert reconstructed(masked, torch.rand(2, 8), (2, 2, 2), 0) is masked
+    assert reconstructed(masked, torch.rand(2, 8), (2, 2, 2), 0, phase=torch.zeros(2).long()) is masked
     assert num_reconstructed(1, 0.75) == 1 and num_reconstructed(0, 0.5) == 0  # something to learn from, where there is
     for ratio in (0.1, 1, -0.25, float("nan")):
         with pytest.raises(ValueError, match="decoder mask ratio of 0, 0.25, 0.5 or 0.75, got"):
             num_reconstructed(8, ratio)
+
+
+def test_the_phase_starts_the_pattern_and_the_noise_does_not():
+    noise = sample_noise("tube", 4, GRID, 0.9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(noise, noise.round())  # no bits beside the permutation
+    masked = make_mask("tube", 4, GRID, 0.9, noise=noise).masked
+    for start in range(4):
+        chosen = make_mask("tube", 4, GRID, 0.9, noise=noise, decoder_ratio=0.5, phase=torch.full((4,), start)).masked
+        shown = cell_pattern(GRID, 0.5, start).flatten()
+        assert all(torch.equal(one[shown[one]], other) for one, other in zip(masked, chosen))
+    zero = make_mask("tube", 4, GRID, 0.9, noise=noise, decoder_ratio=0.5, phase=torch.zeros(4).long())
+    assert all(torch.equal(a, b) for a, b in zip(make_mask("tube", 4, GRID, 0.9, noise=noise, decoder_ratio=0.5), zero))
+    for phase in (torch.zeros(3).long(), torch.zeros(4), 1):
+        with pytest.raises(ValueError, match=r"expected phase \[4\] \(B\) int64, got"):
+            make_mask("tube", 4, GRID, 0.9, noise=noise, decoder_ratio=0.5, phase=phase)
+
+
+@pytest.mark.parametrize("strategy, other", [("tube", "random"), ("tube", "frame"), ("frame", "tube"), ("frame", "block")])
+def test_noise_that_would_tear_tubes_or_slices_is_refused(strategy, other):
+    noise = sample_noise(other, 2, GRID, 0.75)
+    with pytest.raises(ValueError, match=f"as strategy '{strategy}' does, got noise with which keeping .* keeps parts of some"):
+        make_mask(strategy, 2, GRID, 0.75, noise=noise)
+    own = sample_noise(strategy, 2, GRID, 0.75)
+    for ratio in (0.25, 0.5, 0.8):  # of another ratio, it is what sample_noise would draw for this one
+        counts = token_counts(strategy, GRID, ratio)
+        mask = make_mask(strategy, 2, GRID, ratio, noise=own)
+        assert (mask.keep.shape[1], mask.masked.shape[1]) == (counts.visible, counts.masked)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_token_counts_are_those_of_the_masks(strategy):
+    for decoder_ratio in (0, 0.25, 0.75):
+        counts = token_counts(strategy, GRID, 0.8, decoder_ratio)
+        mask = make_mask(strategy, 1, GRID, 0.8, decoder_ratio=decoder_ratio)
+        assert counts == (1568, mask.keep.shape[1], 1568 - mask.keep.shape[1], mask.masked.shape[1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_default_dtype_changes_no_mask(strategy):
+    def draw():
+        noise = sample_noise(strategy, 2, GRID, 0.75, generator=torch.Generator().manual_seed(5))
+        return noise, *make_mask(strategy, 2, GRID, 0.75, decoder_ratio=0.5, generator=torch.Generator().manual_seed(5))
+
+    expected = draw()
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            got = draw()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, expected))

@@ -603,8 +603,8 @@ def test_configurations_turn_into_json_and_back():
         ({"num_frames": 7}, "num_frames to be a multiple of tubelet_size 2, got 7"),
         ({"num_heads": 3}, "width to be a multiple of num_heads 3, got 32"),
         ({"decoder_num_heads": 3}, "decoder_width to be a multiple of decoder_num_heads 3, got 16"),
-        ({"depth": 0}, "depth to be a positive whole number, got 0"),
-        ({"decoder_depth": 1.5}, "decoder_depth to be a positive whole number, got 1.5"),
+        ({"depth": 0}, "depth to be a positive integer, got 0"),
+        ({"decoder_depth": 1.5}, "decoder_depth to be a positive integer, got 1.5"),
         ({"mlp_ratio": 0}, "mlp_ratio to be positive"),
         ({"mean": (0.1, 0.2, 0.3)}, "mean to be a number or one for each of 2 channels"),
         ({"std": 0.0}, "std to be positive"),
@@ -624,7 +624,7 @@ def test_bad_configurations_are_refused(changes, message):
         MaskedAutoencoderConfig(**{**SMALL_MAE, **changes})
 
 
-@pytest.mark.parametrize("changes", [{"num_classes": 0}, {"dropout": 1.0}, {"drop_path": -0.1}])
+@pytest.mark.parametrize("changes", [{"num_classes": -1}, {"dropout": 1.0}, {"drop_path": -0.1}])
 def test_bad_classifier_configurations_are_refused(changes):
     with pytest.raises(ValueError, match=f"VideoClassifierConfig: expected {next(iter(changes))}"):
         VideoClassifierConfig(**{**SMALL, **changes})

@@ -2,6 +2,7 @@
 
 import torch
 
+from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
 
 BACKENDS = ("reference", "ops")
@@ -37,7 +38,9 @@ def clip(config, batch=2, seed=0):
 
 
 def random_noise(config, batch=2, seed=0):
-    return torch.rand(batch, config.num_tokens, generator=torch.Generator().manual_seed(seed))
+    """Noise of the configuration's strategy, float32 [batch, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    return sample_noise(config.mask_strategy, batch, config.grid, config.mask_ratio, generator=generator)
 
 
 def error(got, expected):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stmae.masking import num_keep
 from stmae.models import MaskedAutoencoderConfig
 
 from .checks import require_not_negative, require_positive
@@ -190,7 +189,7 @@ class PretrainConfig(DataLocationConfig):
         require_not_negative(self, "seed")
         if self.model.in_channels != 3:
             raise ValueError(f"model.in_channels: expected 3 for decoded video, got {self.model.in_channels}")
-        num_keep(self.model.mask_strategy, self.model.grid, self.model.mask_ratio)  # a ratio that keeps nothing is an error
+        self.model.token_counts()  # a ratio that keeps nothing is an error
 
 
 @dataclass(kw_only=True)

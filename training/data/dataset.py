@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from stmae.masking import sample_phase
+
 from .clip_sampling import clip_span, random_clip, spaced_clips
 from .decoders import open_entry
 from .randaugment import rand_augment
@@ -75,7 +77,7 @@ class RandomClips(Dataset):
 
 
 class PretrainClips(RandomClips):
-    """Adds each clip's masking noise, ``noise`` float32 [R, N].
+    """Adds what each clip's mask is made of: ``noise`` float32 [R, N] and ``phase`` int64 [R] (see ``stmae.masking``).
 
     sample_noise: called with generator=..., gives the noise [1, N] of one clip.
     """
@@ -85,7 +87,8 @@ class PretrainClips(RandomClips):
         self.sample_noise = sample_noise
 
     def extras(self, rng, entry):
-        return {"noise": self.sample_noise(generator=torch.Generator().manual_seed(int(rng.integers(2**63))))}
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        return {"noise": self.sample_noise(generator=generator), "phase": sample_phase(1, generator=generator)}
 
 
 class LabelledClips(RandomClips):

@@ -11,15 +11,13 @@ import time
 import torch
 
 from stmae import ops
-from stmae.masking import num_keep, num_reconstructed
 
 REPEATS = 5
 
 
 def autoencoder_flops(config):
     """(forward, forward and backward) of one clip through a MaskedAutoencoder; config: its MaskedAutoencoderConfig."""
-    kept = num_keep(config.mask_strategy, config.grid, config.mask_ratio)
-    predicted = num_reconstructed(config.num_tokens - kept, config.decoder_mask_ratio)
+    _, kept, _, predicted = config.token_counts()
     class_tokens = int(config.class_token)
     patches, encoder = _encoder(config, kept)
     width, tokens = config.decoder_width, kept + predicted + class_tokens

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from stmae.masking import num_keep, num_reconstructed
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier
 
 GB = 1e9
@@ -83,12 +82,12 @@ def activation_bytes(model, *, bf16, checkpointed=False, gpu=True):
 
     class_tokens = int(model.class_token)
     is_autoencoder = isinstance(model, MaskedAutoencoderConfig)
-    seen = num_keep(model.mask_strategy, model.grid, model.mask_ratio) if is_autoencoder else model.num_tokens
+    seen = model.token_counts().visible if is_autoencoder else model.num_tokens
     encoder = [block(seen + class_tokens, model.width, model.num_heads)] * model.depth
     inputs = entering(seen + class_tokens, model.width, model.depth)
     ends, decoder = 0, []
     if is_autoencoder:
-        width, predicted = model.decoder_width, num_reconstructed(model.num_tokens - seen, model.decoder_mask_ratio)
+        width, predicted = model.decoder_width, model.token_counts().reconstructed
         there = seen + predicted + class_tokens
         decoder = [block(there, width, model.decoder_num_heads)] * (model.decoder_depth - 1)
         decoder.append(block(there, width, model.decoder_num_heads, predicted))

@@ -64,7 +64,7 @@ def pretraining_task(config, entries, device, hooks=()):
     return Task(
         model=model,
         dataset=dataset,
-        loss=lambda forward, batch, epoch: forward(as_video(batch["clips"]), noise=batch["noise"]).loss,
+        loss=lambda forward, batch, epoch: forward(as_video(batch["clips"]), noise=batch["noise"], phase=batch["phase"]).loss,
         parameter_groups=functools.partial(weight_decay_groups, weight_decay=config.optimizer.weight_decay),
         # A batch counts videos: the repeats of one video are not counted in pre-training.
         peak_lr=peak_learning_rate(config.optimizer, config.optimizer.batch),

@@ -1,0 +1,110 @@
+"""What torch.utils.flop_counter.FlopCounterMode counts for the ops: the matrix products that they compute, as it counts those of
+`stmae.reference`. A multiplication with its addition counts two; what the attention's backward computes a second time is not
+counted, nor is what is no product.
+"""
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+def _linear(x, weight, *_, **__):
+    return 2 * x[0] * weight[0] * weight[1]
+
+
+def _linear_backward(grad_out, x, weight, bias, weight_dtype, wanted, **_):
+    return (wanted[0] + wanted[1]) * _linear(x, weight)
+
+
+def _mlp(x, fc1_weight, fc1_bias, fc2_weight, *_, **__):
+    return _linear(x, fc1_weight) + _linear(x, fc2_weight)
+
+
+def _mlp_backward(grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted, **_):
+    wants_x, wants_fc1, wants_fc1_bias, wants_fc2, _ = wanted
+    first = (wants_x + wants_fc1) * _linear(x, fc1_weight)
+    return first + ((wants_x or wants_fc1 or wants_fc1_bias) + wants_fc2) * _linear(x, fc2_weight)
+
+
+def _attention(q, k, *_, **__):
+    batch, queries, heads, head_dim = q
+    return 4 * batch * queries * k[1] * heads * head_dim
+
+
+def _attention_backward(grad_out, q, k, *_, **__):
+    return 2 * _attention(q, k)
+
+
+def _packed_attention(qkv, *_, **__):
+    batch, tokens, _, heads, head_dim = qkv
+    return 4 * batch * tokens * tokens * heads * head_dim
+
+
+def _packed_attention_backward(grad_out, qkv, *_, **__):
+    return 2 * _packed_attention(qkv)
+
+
+def _masked_patchify(video, keep, weight, *_, **__):
+    return 2 * math.prod(keep) * math.prod(weight)
+
+
+def _masked_patchify_backward(grad_out, video, keep, weight, *_, **__):
+    return _masked_patchify(video, keep, weight)
+
+
+FORMULAS = {
+    "linear": _linear,
+    "linear_backward": _linear_backward,
+    "mlp": _mlp,
+    "mlp_backward": _mlp_backward,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "packed_attention": _packed_attention,
+    "packed_attention_backward": _packed_attention_backward,
+    "masked_patchify": _masked_patchify,
+    "masked_patchify_backward": _masked_patchify_backward,
+}
+
+
+def _register():
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in FORMULAS.items():
+        register: Callable = register_flop_formula(getattr(torch.ops.stmae, name))
+        register(formula)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls ``action`` when the module ``name`` has been imported, and is then gone."""
+
+    def __init__(self, name, action):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        loader = None if spec is None else spec.loader
+        if loader is None:  # a torch without the counter
+            return spec
+        execute = loader.exec_module
+
+        def execute_and_act(module):
+            execute(module)
+            self.action()
+
+        vars(loader)["exec_module"] = execute_and_act  # of this loader alone
+        return spec
+
+
+def register():
+    """Registers the formulas: now if the counter is there, else when it is imported, for it imports Triton, which takes time."""
+    if "torch.utils.flop_counter" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register))
