@@ -1,5 +1,5 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
-# make test   from nothing: all tests
+# make test   from nothing: all tests; make test-quick: the ops of small tensors, masks, clips, recipes and imports
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
 # make sanitize  from nothing: tests that call ops as no one should, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make old-processor  from nothing: each op once on an emulated processor without AVX; needs qemu-x86_64 (Debian's qemu-user)
@@ -23,13 +23,19 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test lint sanitize old-processor bench gpu study clean
+.PHONY: demo test test-quick lint sanitize old-processor bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest tests
+
+QUICK = $(addprefix tests/,ops/test_gather_tokens.py ops/test_restore_tokens.py ops/test_random_masking.py ops/test_patch_loss.py \
+	models/test_masking.py training/data/test_clips.py training/test_recipes.py package/test_imports.py)
+
+test-quick: $(STAMP)
+	$(VENV)/bin/python -m pytest $(QUICK)
 
 lint: $(STAMP)-dev
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,11 @@ PARTS = {  # those that take long first
     "attention": ("check_interpreted.py", "attention or tile or tf32"),
     "traffic": ("check_traffic.py", "not attention"),
     "masked_patchify": ("check_interpreted.py", "patchify"),
-    "the rest": ("check_interpreted.py", "not (attention or tile or tf32 or patchify)"),
+    **{op: ("check_interpreted.py", op) for op in ("random_masking", "gather_tokens", "restore_tokens", "patch_loss")},
+    "every op": (
+        "check_interpreted.py",
+        "not (attention or tile or tf32 or patchify or random_masking or gather_tokens or restore_tokens or patch_loss)",
+    ),
     "interpreter": ("check_interpreter.py", ""),
 }
 
