@@ -85,7 +85,7 @@ def _patch_loss(
     masked_m,
     mean_scale,
     FRAMES: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    NORMALIZE: tl.constexpr,  # 0: not, 1: by the patch's mean and variance, 2: by each channel's
     C: tl.constexpr,
     U: tl.constexpr,
     PH: tl.constexpr,
@@ -94,7 +94,8 @@ def _patch_loss(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """loss = mean over a patch of (pred - (x - m) r)^2, m and r its mean and 1 / sqrt(unbiased variance + 1e-6).
+    """loss = mean over a patch of (pred - (x - m) r)^2, m and r its mean and 1 / sqrt(unbiased variance + 1e-6), or those of each
+    channel, r = 1 / (sqrt(unbiased variance) + 1e-6).
 
     A program holds whole patches in registers: the target is read once, its mean and variance are taken in two passes.
     """
@@ -128,7 +129,16 @@ def _patch_loss(
         PW,
         CHANNELS_LAST,
     )
-    if NORMALIZE:
+    if NORMALIZE == 2:
+        for i in tl.static_range(C):
+            own = inside & (e % C == i)[None, :]
+            channel_mean = tl.sum(tl.where(own, x, 0.0), axis=1) / (P // C)
+            x = tl.where(own, x - channel_mean[:, None], x)
+            channel_rstd = 1.0 / (tl.sqrt(tl.sum(tl.where(own, x * x, 0.0), axis=1) / (P // C - 1)) + 1e-6)
+            x = tl.where(own, x * channel_rstd[:, None], x)
+            tl.store(mean_ptr + row * C + i, channel_mean, mask=row < rows)
+            tl.store(rstd_ptr + row * C + i, channel_rstd, mask=row < rows)
+    elif NORMALIZE == 1:
         mean = tl.sum(x, axis=1) / P
         x = tl.where(inside, x - mean[:, None], 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / (P - 1) + 1e-6)
@@ -138,8 +148,9 @@ def _patch_loss(
         rstd = mean + 1.0
     error = tl.where(inside, pred.to(tl.float32) - x, 0.0)
     tl.store(loss_ptr + row, tl.sum(error * error, axis=1) / P, mask=row < rows)
-    tl.store(mean_ptr + row, mean, mask=row < rows)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    if NORMALIZE != 2:
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -170,6 +181,7 @@ def _patch_loss_backward(
     masked_m,
     mean_scale,
     FRAMES: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
     C: tl.constexpr,
     U: tl.constexpr,
     PH: tl.constexpr,
@@ -209,10 +221,17 @@ def _patch_loss_backward(
         PW,
         CHANNELS_LAST,
     )
-    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    if BY_CHANNEL:
+        for i in tl.static_range(C):
+            mean = tl.load(mean_ptr + row * C + i, mask=row < rows, other=0.0)
+            rstd = tl.load(rstd_ptr + row * C + i, mask=row < rows, other=0.0)
+            x = tl.where((e % C == i)[None, :], (x - mean[:, None]) * rstd[:, None], x)
+    else:
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        x = (x - mean[:, None]) * rstd[:, None]
     grad = tl.load(grad_loss_ptr + b * grad_b + m * grad_m, mask=row < rows, other=0.0) * (2.0 / P)
-    grad_pred = grad[:, None] * (pred.to(tl.float32) - (x - mean[:, None]) * rstd[:, None])
+    grad_pred = grad[:, None] * (pred.to(tl.float32) - x)
     where = grad_pred_ptr + row[:, None].to(tl.int64) * P + e[None, :]
     tl.store(where, grad_pred.to(grad_pred_ptr.dtype.element_ty), mask=inside)
 
@@ -232,8 +251,11 @@ def _problem(video, patch_size, frames, mean, std):
 
 
 def patch_loss(pred, video, masked, patch_size, frames, normalize, mean, std):
-    # pred [B, M, P], video [B, C, T, H, W], masked [B, M] -> loss, patch_mean, patch_rstd, each [B, M] float32
-    loss, patch_mean, patch_rstd = (torch.empty(masked.shape, dtype=torch.float32, device=pred.device) for _ in range(3))
+    # pred [B, M, P], video [B, C, T, H, W], masked [B, M] -> loss [B, M], patch_mean, patch_rstd [B, M] or by channel [B, M, C]
+    statistics = (*masked.shape, video.shape[1]) if normalize == 2 else masked.shape
+    loss, patch_mean, patch_rstd = (
+        torch.empty(shape, dtype=torch.float32, device=pred.device) for shape in (masked.shape, statistics, statistics)
+    )
     if pred.numel():
         (t, h, w), normalisation, constants = _problem(video, patch_size, frames, mean, std)
         rows = masked.numel()
@@ -287,6 +309,7 @@ def patch_loss_backward(grad_loss, pred, video, masked, patch_mean, patch_rstd, 
             *video.stride(),
             *masked.stride(),
             normalisation,
+            BY_CHANNEL=patch_mean.dim() == 3,
             **constants,
         )
     return grad_pred

@@ -24,13 +24,84 @@ static float read_target(const PatchLoss& l, int64_t index, float* target) {
   return sum(sums);
 }
 
+// What follows is for statistics by channel. Value d of a patch belongs to channel d % C, so vectors that are C apart hold the same
+// channels in the same lanes: a row of C vectors, C * kLanes values, is the pattern that repeats.
+
+// sums[c] = sum over channel c of value(x, vector of the pattern), for x the vectors of `target`.
+template <typename Value>
+STMAE_INLINE void sum_by_channel(const float* target, int64_t P, int64_t C, float* sums, const Value& value) {
+  std::fill(sums, sums + C, 0.f);
+  const int64_t vectors = P / kLanes;
+  float lanes[kLanes];
+  for (int64_t first = 0; first < C; first += 4) {  // four sums at a time, which do not wait for each other
+    const int64_t width = std::min<int64_t>(4, C - first);
+    vec total[4] = {zero(), zero(), zero(), zero()};
+    int64_t v = first;
+    for (; v + 4 <= vectors && width == 4; v += C)
+      for (int j = 0; j < 4; ++j) total[j] = total[j] + value(load(target + (v + j) * kLanes), (first + j) * kLanes);
+    for (; v + 3 <= vectors && width == 3; v += C)
+      for (int j = 0; j < 3; ++j) total[j] = total[j] + value(load(target + (v + j) * kLanes), (first + j) * kLanes);
+    for (; v < vectors; v += C)
+      for (int64_t j = 0; j < width && v + j < vectors; ++j)
+        total[j] = total[j] + value(load(target + (v + j) * kLanes), (first + j) * kLanes);
+    for (int64_t j = 0; j < width; ++j) {
+      store(lanes, total[j]);
+      for (int lane = 0; lane < kLanes; ++lane) sums[((first + j) * kLanes + lane) % C] += lanes[lane];
+    }
+  }
+  if (vectors * kLanes < P) {
+    store(lanes, value(load(target + vectors * kLanes, static_cast<int>(P % kLanes)), vectors % C * kLanes));
+    for (int64_t d = vectors * kLanes; d < P; ++d) sums[d % C] += lanes[d - vectors * kLanes];
+  }
+}
+
+// values[c] over the pattern.
+static void spread(const float* values, int64_t C, float* pattern) {
+  for (int64_t i = 0; i < C * kLanes; i += C) std::copy(values, values + C, pattern + i);
+}
+
+// target = (target - mean) * rstd, by channel.
+static void normalize_by_channel(float* target, int64_t P, int64_t C, const float* mean, const float* rstd, float* scratch) {
+  float *means = scratch, *rstds = scratch + C * kLanes;
+  spread(mean, C, means);
+  spread(rstd, C, rstds);
+  int64_t pattern = 0;
+  each_vector(P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
+    store(target + d, (load(target + d, lanes) - load(means + pattern)) * load(rstds + pattern), lanes);
+    pattern = pattern + kLanes == C * kLanes ? 0 : pattern + kLanes;
+  });
+}
+
+static void channel_statistics(const float* target, int64_t P, int64_t C, float* mean, float* rstd, float* scratch) {
+  const float count = static_cast<float>(P / C);
+  float *means = scratch, *off = scratch + C * kLanes;
+  sum_by_channel(target, P, C, mean, [](vec x, int64_t) STMAE_INLINE_BODY { return x; });
+  for (int64_t c = 0; c < C; ++c) mean[c] /= count;
+  spread(mean, C, means);
+  // As above: what the deviations sum to corrects the mean, and the variance.
+  sum_by_channel(target, P, C, off, [&](vec x, int64_t i) STMAE_INLINE_BODY { return x - load(means + i); });
+  sum_by_channel(target, P, C, rstd, [&](vec x, int64_t i) STMAE_INLINE_BODY {
+    const vec d = x - load(means + i);
+    return d * d;
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    mean[c] += off[c] / count;
+    rstd[c] = 1.f / (std::sqrt(std::max(0.f, rstd[c] - off[c] * off[c] / count) / (count - 1)) + 1e-6f);
+  }
+}
+
 template <typename T, typename Pred>
 static void loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t end) {
   const int64_t P = l.P;
   for (int64_t i = begin; i < end; ++i) {
     const Pred* pred = static_cast<const Pred*>(l.pred) + i / l.M * l.pred_batch + i % l.M * l.pred_token;
     float mean = read_target<T>(l, i, target) / P, rstd = 1.f;
-    if (l.normalize) {
+    if (l.normalize == 2) {
+      float *means = l.patch_mean + i * l.C, *rstds = l.patch_rstd + i * l.C, *scratch = target + l.statistics;
+      channel_statistics(target, P, l.C, means, rstds, scratch);
+      normalize_by_channel(target, P, l.C, means, rstds, scratch);
+      mean = 0.f;
+    } else if (l.normalize == 1) {
       // Deviations from a mean that is off by its rounding: what they sum to corrects the mean, and the variance.
       Accumulators off = zero_accumulators(), squares = zero_accumulators();
       each_vector_unrolled(P, [&](int64_t d, auto lanes, int accumulator) STMAE_INLINE_BODY {
@@ -51,6 +122,7 @@ static void loss_range(const PatchLoss& l, float* target, int64_t begin, int64_t
       error.v[accumulator] = fma(e, e, error.v[accumulator]);
     });
     l.loss[i] = sum(error) / P;
+    if (l.normalize == 2) continue;
     l.patch_mean[i] = mean;
     l.patch_rstd[i] = rstd;
   }
@@ -63,7 +135,12 @@ static void loss_backward_range(const PatchLoss& l, float* target, int64_t begin
     const Pred* pred = static_cast<const Pred*>(l.pred) + b * l.pred_batch + m * l.pred_token;
     Pred* grad_pred = static_cast<Pred*>(l.grad_pred) + i * l.P;
     read_target<T>(l, i, target);
-    const vec mean = set(l.patch_mean[i]), rstd = set(l.patch_rstd[i]);
+    vec mean = zero(), rstd = set(1.f);
+    if (l.normalize == 2) {
+      normalize_by_channel(target, l.P, l.C, l.patch_mean + i * l.C, l.patch_rstd + i * l.C, target + l.statistics);
+    } else {
+      mean = set(l.patch_mean[i]), rstd = set(l.patch_rstd[i]);
+    }
     const vec factor = set(2.f / l.P * l.grad_loss[b * l.grad_batch + m * l.grad_token]);
     each_vector(l.P, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {
       const vec x = (load(target + d, lanes) - mean) * rstd;
@@ -97,6 +174,7 @@ static void patch_loss_range(const PatchLoss& l, float* target, int64_t begin, i
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -112,11 +190,13 @@ namespace stmae {
 struct PatchLoss {
   const void* pred;       // [B, M, P]
   const int64_t* masked;  // [B, M]
-  int64_t count, M, P, pred_batch, pred_token, masked_batch, masked_token;
-  bool pred_float, normalize;
+  int64_t count, M, P, C, pred_batch, pred_token, masked_batch, masked_token;
+  int64_t statistics;  // where in the scratch memory of a thread, behind its target, those by channel are spread out
+  int64_t normalize;   // 0: not, 1: by the patch's mean and variance, 2: by each channel's
+  bool pred_float;
   Patches patches;
   const float *scale, *shift;             // [P], each channel's repeated
-  float *loss, *patch_mean, *patch_rstd;  // [B, M]; the backward only reads the last two
+  float *loss, *patch_mean, *patch_rstd;  // [B, M], by channel the last two [B, M, C]; the backward only reads those
   const float* grad_loss;                 // [B, M], null in the forward
   int64_t grad_batch, grad_token;
   void* grad_pred;  // [B, M, P], null in the forward
@@ -161,6 +241,8 @@ PatchLoss describe(const char* op, const Tensor& pred, const Tensor& video, cons
   l.count = masked.numel();
   l.M = pred.size(1);
   l.P = pred.size(2);
+  l.C = video.size(1);
+  l.statistics = (2 * l.P + 31) / 16 * 16;  // behind the target, and the same as the video stores it
   l.pred_batch = pred.stride(0);
   l.pred_token = pred.stride(1);
   l.masked_batch = masked.stride(0);
@@ -175,7 +257,7 @@ PatchLoss describe(const char* op, const Tensor& pred, const Tensor& video, cons
 void run(const PatchLoss& l) {
   if (l.count == 0) return;
   const int64_t workers = num_workers(l.count, std::max<int64_t>(1, 16384 / l.P));
-  const int64_t scratch = (2 * l.P + 31) / 16 * 16;  // the target, and the same as the video stores it
+  const int64_t scratch = l.statistics + (l.normalize == 2 ? 2 * 16 * l.C : 0);
   Buffer<float> target(workers * scratch);
   parallel_for_static(l.count, workers, [&](int64_t worker, int64_t begin, int64_t end) {
     STMAE_DISPATCH(patch_loss_range, l, target.data() + worker * scratch, begin, end);
@@ -183,15 +265,19 @@ void run(const PatchLoss& l) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& video, const Tensor& masked,
-                                              std::vector<int64_t> patch_size, std::vector<int64_t> frames, bool normalize,
+                                              std::vector<int64_t> patch_size, std::vector<int64_t> frames, int64_t normalize,
                                               std::vector<double> mean, std::vector<double> std) {
   const char* op = "patch_loss";
   Values values;
   PatchLoss l = describe(op, pred, video, masked, patch_size, frames, mean, std, values);
-  STMAE_CHECK(!normalize || l.P > 1, op, ": expected at least 2 values in a patch to normalise, got ", l.P);
+  STMAE_CHECK(normalize >= 0 && normalize <= 2, op, ": expected normalize 0, 1 or 2, got ", normalize);
+  const int64_t together = normalize == 2 ? l.P / l.C : l.P;
+  STMAE_CHECK(!normalize || together > 1, op, ": expected at least 2 values to normalise, got ", together);
+  std::vector<int64_t> statistics = sizes_of(masked);
+  if (normalize == 2) statistics.push_back(l.C);
   Tensor loss = torch::stable::new_empty(pred, masked.sizes(), ScalarType::Float);
-  Tensor patch_mean = torch::stable::new_empty(pred, masked.sizes(), ScalarType::Float);
-  Tensor patch_rstd = torch::stable::new_empty(pred, masked.sizes(), ScalarType::Float);
+  Tensor patch_mean = torch::stable::new_empty(pred, statistics, ScalarType::Float);
+  Tensor patch_rstd = torch::stable::new_empty(pred, statistics, ScalarType::Float);
   l.normalize = normalize;
   l.loss = loss.mutable_data_ptr<float>();
   l.patch_mean = patch_mean.mutable_data_ptr<float>();
@@ -206,9 +292,12 @@ Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Te
   const char* op = "patch_loss_backward";
   Values values;
   PatchLoss l = describe(op, pred, video, masked, patch_size, frames, mean, std, values);
+  l.normalize = patch_mean.dim() == 3 ? 2 : 1;
+  std::vector<int64_t> statistics = sizes_of(masked);
+  if (l.normalize == 2) statistics.push_back(l.C);
   check_tensor(op, "grad_loss", grad_loss, sizes_of(masked), ScalarType::Float);
-  check_contiguous_tensor(op, "patch_mean", patch_mean, sizes_of(masked), ScalarType::Float);
-  check_contiguous_tensor(op, "patch_rstd", patch_rstd, sizes_of(masked), ScalarType::Float);
+  check_contiguous_tensor(op, "patch_mean", patch_mean, statistics, ScalarType::Float);
+  check_contiguous_tensor(op, "patch_rstd", patch_rstd, statistics, ScalarType::Float);
   Tensor grad_pred = torch::stable::new_empty(pred, pred.sizes());
   l.patch_mean = const_cast<float*>(patch_mean.const_data_ptr<float>());
   l.patch_rstd = const_cast<float*>(patch_rstd.const_data_ptr<float>());

@@ -5,32 +5,30 @@ import contextlib
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
+from stmae.checkpoint.errors import CheckpointError
+from stmae.checkpoint.formats import build_foreign
+from stmae.checkpoint.reading import FORMAT, Weights, import_safetensors, read
+from stmae.checkpoint.report import LoadReport
 from stmae.checkpoint.resize import classifier_from_autoencoder, resize
-from stmae.checkpoint.state import build
+from stmae.checkpoint.state import CheckpointMismatch, build
 from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
 from stmae.models.video_classifier import VideoClassifier
 
-_FORMAT = 1
 _KINDS: dict[str, tuple[type[VideoModel], type[EncoderConfig]]] = {
     "MaskedAutoencoder": (MaskedAutoencoder, MaskedAutoencoderConfig),
     "VideoClassifier": (VideoClassifier, VideoClassifierConfig),
 }
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read, with the reason; what was there before a failed write is
-    untouched."""
-
-
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the folder of ``path``; what was written there replaces ``path`` if the
     block succeeds.
 
@@ -67,7 +65,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def save(model: VideoModel, path: str | os.PathLike[str], *, extra: dict[str, str] | None = None) -> None:
+def save(model: VideoModel, path: str | os.PathLike, *, extra: dict[str, str] | None = None) -> None:
     """Writes weights and configuration to one safetensors file, atomically.
 
     Args:
@@ -80,13 +78,12 @@ def save(model: VideoModel, path: str | os.PathLike[str], *, extra: dict[str, st
             untouched.
         ImportError: safetensors is not installed.
     """
-    safetensors = _safetensors()
+    safetensors = import_safetensors()
     model = _unwrap(model)
     kind = type(model).__name__
     if kind not in _KINDS:
         raise ValueError(f"save: expected a model of {', '.join(_KINDS)}, got {kind}")
-    about = {"format": _FORMAT, "kind": kind, "config": model.config.to_dict()}
-    metadata = {**(extra or {}), "format": "pt", "stmae": json.dumps(about)}
+    metadata = {**(extra or {}), "format": "pt", "stmae": json.dumps(describe(model))}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_write(path) as temporary:
         try:
@@ -95,47 +92,72 @@ def save(model: VideoModel, path: str | os.PathLike[str], *, extra: dict[str, st
             raise OSError(str(error)) from error
 
 
-def load(path: str | os.PathLike[str], **overrides: Any) -> VideoModel:
-    """Reads a checkpoint that ``save`` wrote: the model, on the CPU, in evaluation mode.
+def describe(model: VideoModel) -> dict:
+    """What a checkpoint says of its model besides the weights."""
+    return {"format": FORMAT, "kind": type(model).__name__, "config": model.config.to_dict()}
+
+
+def load(path: str | os.PathLike, *, ema: bool = False, **overrides: Any) -> VideoModel:
+    """Reads weights of this library or of another code base: the model, on the CPU, in evaluation mode.
+
+    What is read, recognised by names and shapes: files and folders of this library; checkpoints of mae_st (training and
+    published), SlowFast, VideoMAE and VideoMAE V2 (pre-training and fine-tuning), image MAE (inflated to video), as ``.pth``,
+    ``.pyth``, ``.pt``, ``.bin`` or safetensors; folders of Hugging Face's VideoMAE. Pickles are read by torch's restricted
+    unpickler alone.
 
     Args:
-        path: the file.
-        **overrides: fields of the configuration to change, for instance ``num_frames=32`` or
-            ``image_size=(224, 320)``: position embeddings are then interpolated (see ``resize``).
+        path: a file or folder.
+        ema: the running average of the weights, where the file has one beside them.
+        **overrides: fields of the configuration. For another code base's weights, those that the weights cannot tell
+            (``num_heads``, ``decoder_num_heads``, ``target``, ...) state what the file is. Any other changes the model:
+            ``num_frames=32`` or ``image_size=(224, 320)`` interpolate position embeddings (see ``resize``).
+
+    Returns:
+        The model; its ``load_report`` (a ``LoadReport``) says what was recognised, inferred and assumed.
 
     Raises:
-        CheckpointError: no such file, not a safetensors file, cut short, or not written by ``save``.
+        CheckpointError: no such file, not a checkpoint, cut short, another architecture, or a choice that must be stated.
         CheckpointMismatch: the weights do not fit the configuration; lists what differs.
-        ImportError: safetensors is not installed.
+        ImportError: safetensors is needed and not installed.
     """
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from error
-    if "stmae" not in metadata:
-        raise CheckpointError(
-            f"cannot read {os.fspath(path)}: it carries no stmae configuration; for weights of another code base "
-            "use stmae.checkpoint.from_mae_st or from_slowfast"
-        )
-    try:
-        about = json.loads(metadata["stmae"])
-        if about["format"] > _FORMAT or about["kind"] not in _KINDS:
-            raise CheckpointError(
-                f"cannot read {os.fspath(path)}: it holds a {about['kind']} in format {about['format']}, and this "
-                f"stmae reads {', '.join(_KINDS)} up to format {_FORMAT}; install a newer stmae"
+    found = read(path)
+    if found.config is not None:
+        model, changes = _build_own(found), overrides
+    else:
+        report = LoadReport("", found.path)
+        weights = found.pick(ema, report)
+        try:
+            model, changes = build_foreign(
+                weights, report, arguments=found.arguments, hub_config=found.hub_config, stated=overrides
             )
-        model_class, config_class = _KINDS[about["kind"]]
-        config = config_class.from_dict(about["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read {os.fspath(path)}: its stmae configuration is damaged: {error}") from error
-    integers = [name for name, value in state.items() if not value.is_floating_point()]
+        except CheckpointMismatch:
+            raise
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise CheckpointError(f"cannot read {found.path}: {error}") from error
+        model.load_report = report
+        for note in report.notes:
+            warnings.warn(f"{found.path}: {note}", stacklevel=2)
+    if changes:
+        found_out = model.load_report
+        model = resize(model, **changes)
+        model.load_report = found_out
+    return model
+
+
+def _build_own(found: Weights) -> VideoModel:
+    assert found.config is not None
+    kind, values = found.config
+    model_class, config_class = _KINDS[kind]
+    try:
+        config = config_class.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read {found.path}: its stmae configuration is damaged: {error}") from error
+    integers = [name for name, value in found.state.items() if not value.is_floating_point()]
     if integers:
-        raise CheckpointError(f"cannot read {os.fspath(path)}: expected floating-point weights, got others: {integers}")
-    model = build(model_class, config, state, os.fspath(path)).eval()
-    return resize(model, **overrides) if overrides else model
+        raise CheckpointError(f"cannot read {found.path}: expected floating-point weights, got others: {integers}")
+    model = build(model_class, config, found.state, found.path).eval()
+    model.load_report = LoadReport("stmae", found.path, inferred={"config": "all of it, from the file"})
+    return model
 
 
 def load_classifier(path: str | os.PathLike[str], **overrides: Any) -> VideoClassifier:
@@ -161,17 +183,6 @@ def _unwrap(model: Any) -> Any:
         if inner is None:
             return model
         model = inner
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing checkpoints needs safetensors, which is not installed; run: pip install 'stmae[train]'"
-        ) from error
-    return safetensors
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,9 +18,6 @@ from stmae.checkpoint.state import CheckpointMismatch
 from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
-from stmae.models.video_classifier import VideoClassifier
-
-_SOURCE = "the mae_st checkpoint"  # what errors call it
 
 # mae_st's argument -> (our field, mae_st's default).
 _SHARED = {
@@ -80,7 +77,7 @@ _DECODER = {
 }
 
 
-def from_mae_st(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoModel:
+def from_mae_st(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
     """A model with the weights of mae_st's ``MaskedAutoencoderViT`` or ``VisionTransformer``, computing what
     that computes.
 
@@ -91,7 +88,7 @@ def from_mae_st(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoMode
         config: the arguments of its constructor by mae_st's names (``img_size``, ``embed_dim``,
             ``t_patch_size``, ...); what is absent has mae_st's default. In addition ``mask_ratio``,
             ``layer_norm_eps`` (1e-6, as in all of mae_st's factories), and ``kind``, ``pretrain`` or
-            ``classify``; without it, the weights tell.
+            ``classify``; without it, the weights tell. Or one of our configuration classes.
 
     Returns:
         A ``MaskedAutoencoder`` or ``VideoClassifier`` on the CPU, in evaluation mode.
@@ -101,6 +98,8 @@ def from_mae_st(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoMode
         ValueError: an argument that mae_st does not have, or weights of another code base.
     """
     weights = unwrap(state_dict)
+    if isinstance(config, EncoderConfig):
+        return build_renamed(config, _fuse_qkv(weights), _names(config), "the mae_st checkpoint")
     if any("attn.qkv." in name or name.startswith(("pred_head.", "head.projection.")) for name in weights):
         raise ValueError(
             "from_mae_st: these weights carry SlowFast's names (fused qkv, pred_head), as the published ones do, "
@@ -111,21 +110,23 @@ def from_mae_st(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoMode
         raise ValueError(f"from_mae_st: expected kind to be pretrain or classify, got {kind!r}")
     values = fields("from_mae_st", config, _PRETRAIN if kind == "pretrain" else _CLASSIFY, _WITHOUT_FIELD)
     values["qkv_bias"] = not config.get("no_qkv_bias", False)
+    model_config: MaskedAutoencoderConfig | VideoClassifierConfig
     if kind == "pretrain":
         values["target"] = "normalized_pixels" if values["target"] else "pixels"
         model_config = MaskedAutoencoderConfig(**values)
         if model_config.predicted_frames == model_config.grid[0]:
             # One per time slice, also after a change of length.
             model_config = model_config.replace(predicted_frames=None)
-        return build_renamed(MaskedAutoencoder, model_config, _fuse_qkv(weights), _names(model_config), _SOURCE)
-    classifier_config = VideoClassifierConfig(**values)
-    if not classifier_config.class_token:
-        warnings.warn(
-            "from_mae_st: mae_st's classifier without a class token leaves the first patch out of its "
-            "mean; this one averages all, and so gives other logits",
-            stacklevel=2,
-        )
-    return build_renamed(VideoClassifier, classifier_config, _fuse_qkv(weights), _names(classifier_config), _SOURCE)
+    else:
+        model_config = VideoClassifierConfig(**values)
+        if not model_config.class_token:
+            warnings.warn(
+                "from_mae_st: mae_st's classifier without a class token leaves the first patch out of its "
+                "mean; this one averages all, and so gives other logits",
+                stacklevel=2,
+            )
+    table = _names(model_config)
+    return build_renamed(model_config, _fuse_qkv(weights), table, "the mae_st checkpoint")
 
 
 def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
@@ -135,8 +136,8 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a model with a choice that mae_st does not have.
     """
+    config: Any = model.config
     if isinstance(model, MaskedAutoencoder):
-        config = model.config
         if config.class_token and config.decoder_class_token != "own":
             raise ValueError("to_mae_st: mae_st's decoder has a class token of its own; this model passes the encoder's through")
         if config.decoder_separable_position not in (None, config.separable_position):
@@ -145,7 +146,7 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
             raise ValueError("to_mae_st: mae_st predicts the frames of a linspace; this model, of a stride")
         if config.target == "hog":
             raise ValueError("to_mae_st: mae_st predicts pixels; this model, histograms of oriented gradients")
-    table = _names(model.config)
+    table = _names(config)
     result = {}
     for name, value in model.state_dict().items():
         theirs = translate(name, table)
@@ -174,6 +175,6 @@ def _fuse_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = [name.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
         absent = [part for part in names if part not in weights]
         if absent:
-            raise CheckpointMismatch(_SOURCE, absent, [], {})
+            raise CheckpointMismatch("the mae_st checkpoint", absent, [], {})
         result[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([result.pop(part) for part in names])
     return result

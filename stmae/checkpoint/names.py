@@ -1,13 +1,13 @@
 """What the bridges to other code bases share: their names for our parameters, and their arguments for our
 configuration."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from stmae.checkpoint.state import Model, build
-from stmae.models.config import EncoderConfig
+from stmae.checkpoint.state import build
+from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig
+from stmae.models.encoder import VideoModel
+from stmae.models.masked_autoencoder import MaskedAutoencoder
+from stmae.models.video_classifier import VideoClassifier
 
 # Ours -> theirs; a name that ends in a dot stands for all that begin with it. The encoder is called the same
 # in mae_st and SlowFast.
@@ -31,10 +31,11 @@ _BLOCK = {
 }
 
 
-def block_names(prefix: str, their_prefix: str, depth: int) -> dict[str, str]:
-    """The table's rows for ``depth`` blocks."""
+def block_names(prefix: str, their_prefix: str, depth: int, special: dict[str, str] | None = None) -> dict[str, str]:
+    """The table's rows for ``depth`` blocks; ``special``: rows that go before the usual ones."""
+    rows = {**(special or {}), **_BLOCK}
     return {
-        f"{prefix}{index}.{ours}": f"{their_prefix}{index}.{theirs}" for index in range(depth) for ours, theirs in _BLOCK.items()
+        f"{prefix}{index}.{ours}": f"{their_prefix}{index}.{theirs}" for index in range(depth) for ours, theirs in rows.items()
     }
 
 
@@ -52,14 +53,14 @@ def has_leading_one(name: str) -> bool:
 
 
 def build_renamed(
-    model_class: type[Model],
     config: EncoderConfig,
     weights: dict[str, torch.Tensor],
     table: dict[str, str],
     source: str,
-) -> Model:
-    """A model from weights by their names; ``table``: ours -> theirs. Raises CheckpointMismatch, by their
+) -> VideoModel:
+    """The model of ``config`` from weights by their names; ``table``: ours -> theirs. Raises CheckpointMismatch, by their
     names."""
+    model_class = MaskedAutoencoder if isinstance(config, MaskedAutoencoderConfig) else VideoClassifier
     backwards = {theirs: ours for ours, theirs in table.items()}
     state = {}
     for theirs, value in weights.items():
@@ -69,26 +70,32 @@ def build_renamed(
     return build(model_class, config, state, source, lambda name: translate(name, table)).eval()
 
 
-def unwrap(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors by their plain names, out of nesting under ``model`` or ``model_state`` and without
+def unwrap(state_dict: dict) -> dict[str, torch.Tensor]:
+    """The tensors by their plain names, out of nesting under ``model``, ``model_state`` or ``module`` and without
     wrappers' prefixes."""
-    for key in ("model_state", "model"):
+    for key in ("model_state", "model", "module"):
         if isinstance(state_dict.get(key), dict):
             return unwrap(state_dict[key])
-    result = {}
     for name, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(
                 "expected a dictionary of tensors, or one nested under 'model' or 'model_state', "
                 f"got {type(value).__name__} at {name!r}"
             )
-        result[name.replace("_orig_mod.", "").removeprefix("module.")] = value
-    return result
+    return strip_prefixes(state_dict)
 
 
-def fields(
-    where: str, config: dict[str, Any], arguments: Mapping[str, tuple[str, Any]], without_field: set[str]
-) -> dict[str, Any]:
+def strip_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without torch.compile's ``_orig_mod.``, and without DDP's ``module.`` and Lightning's ``model.`` where every name has
+    them."""
+    tensors = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    for prefix in ("module.", "model.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def fields(where: str, config: dict, arguments: dict, without_field: set) -> dict:
     """Their arguments as fields of our configuration.
 
     ``arguments``: theirs -> (our field, their default; None: it must be given).

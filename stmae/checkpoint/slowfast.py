@@ -6,8 +6,6 @@ from typing import Any
 from stmae.checkpoint.names import ENCODER, block_names, build_renamed, fields, unwrap
 from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
-from stmae.models.masked_autoencoder import MaskedAutoencoder
-from stmae.models.video_classifier import VideoClassifier
 
 # Argument, by mae_st's name where there is one -> (our field, default of SlowFast's MAE configurations; None:
 # must be given).
@@ -47,7 +45,7 @@ _DECODER = {
 }
 
 
-def from_slowfast(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoModel:
+def from_slowfast(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
     """A model with the weights of SlowFast's ``MaskMViT`` or ``MViT`` in its MAE configurations, computing
     what that computes.
 
@@ -61,7 +59,7 @@ def from_slowfast(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoMo
             positions and biases of q, k, v.
         config: arguments by mae_st's names. ``embed_dim``, ``depth`` and ``num_heads`` are needed, the others
             default to SlowFast's. ``decoder_num_heads`` defaults to ``decoder_embed_dim / 64``. ``kind`` is
-            ``slowfast_pretrain`` or ``slowfast_classify``; without it, the weights tell.
+            ``slowfast_pretrain`` or ``slowfast_classify``; without it, the weights tell. Or one of our configuration classes.
 
     Returns:
         A ``MaskedAutoencoder`` or ``VideoClassifier`` on the CPU, in evaluation mode.
@@ -71,6 +69,8 @@ def from_slowfast(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoMo
         ValueError: an argument that is not known or is missing.
     """
     weights = unwrap(state_dict)
+    if isinstance(config, EncoderConfig):
+        return build_renamed(config, weights, _names(config), "the SlowFast checkpoint")
     kind = config.get("kind", "slowfast_pretrain" if "mask_token" in weights else "slowfast_classify")
     if kind not in ("slowfast_pretrain", "slowfast_classify"):
         raise ValueError(f"from_slowfast: expected kind slowfast_pretrain or slowfast_classify, got {kind!r}")
@@ -82,20 +82,25 @@ def from_slowfast(state_dict: dict[str, Any], config: dict[str, Any]) -> VideoMo
     if kind == "slowfast_classify":
         values = fields("from_slowfast", config, _CLASSIFY, _WITHOUT_FIELD)
         classifier_config = VideoClassifierConfig(**values, **seen)
-        table = _encoder_names(classifier_config) | {"head.": "head.projection."}
-        return build_renamed(VideoClassifier, classifier_config, weights, table, "the SlowFast checkpoint")
+        return build_renamed(classifier_config, weights, _names(classifier_config), "the SlowFast checkpoint")
 
     values = fields("from_slowfast", config, _PRETRAIN, _WITHOUT_FIELD | {"decoder_num_heads"})
     values["target"] = "normalized_pixels" if values["target"] else "pixels"
-    values["decoder_num_heads"] = config.get("decoder_num_heads", max(1, values["decoder_width"] // 64))
-    values["decoder_separable_position"] = "dec_pos_embed_spatial" in weights
-    model_config = MaskedAutoencoderConfig(**values, **seen, decoder_class_token="encoder", frame_choice="stride")
-    depth = model_config.decoder_depth
-    table = _encoder_names(model_config) | _DECODER
-    table |= block_names("decoder.blocks.", "pred_head.transforms.0.", depth)
-    table["decoder.norm."] = f"pred_head.transforms.0.{depth}."  # behind the blocks, in one list with them
-    return build_renamed(MaskedAutoencoder, model_config, weights, table, "the SlowFast checkpoint")
+    model_config = MaskedAutoencoderConfig(
+        **values,
+        **seen,
+        decoder_num_heads=config.get("decoder_num_heads", max(1, values["decoder_width"] // 64)),
+        decoder_separable_position="dec_pos_embed_spatial" in weights,
+        decoder_class_token="encoder",
+        frame_choice="stride",
+    )
+    return build_renamed(model_config, weights, _names(model_config), "the SlowFast checkpoint")
 
 
-def _encoder_names(config: EncoderConfig) -> dict[str, str]:
-    return ENCODER | block_names("encoder.blocks.", "blocks.", config.depth)
+def _names(config: EncoderConfig) -> dict[str, str]:
+    table = ENCODER | block_names("encoder.blocks.", "blocks.", config.depth)
+    if not isinstance(config, MaskedAutoencoderConfig):
+        return table | {"head.": "head.projection."}
+    table |= _DECODER | block_names("decoder.blocks.", "pred_head.transforms.0.", config.decoder_depth)
+    table["decoder.norm."] = f"pred_head.transforms.0.{config.decoder_depth}."  # behind the blocks, in one list with them
+    return table

@@ -7,6 +7,7 @@ import torch
 
 from stmae.models.config import EncoderConfig
 from stmae.models.encoder import VideoModel
+from stmae.models.position import Position
 
 Model = TypeVar("Model", bound=VideoModel)
 
@@ -64,5 +65,8 @@ def build(
     if len(dtypes) == 1:
         model = model.to(dtypes.pop())
     model = model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, Position):
+            module.reset_buffers()
     model.load_state_dict(state)
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from stmae.models.layers import BackendModule, add, add_layer_norm, is_plain, linear, mlp
+from stmae.models.layers import BackendModule, LayerScale, QKVLinear, add, add_layer_norm, is_plain, linear, mlp
 
 
 def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
@@ -33,6 +33,8 @@ class Block(BackendModule):
         num_heads: attention heads, which share the width.
         mlp_ratio: width of the hidden layer, over ``width``.
         qkv_bias: whether the query, key and value projections have biases.
+        key_bias: whether, with ``qkv_bias``, the key projection has one, too.
+        layer_scale: start of the learned scale of both branches; None: no scale.
         eps: of the LayerNorms.
         drop_path: rate of stochastic depth in training.
     """
@@ -44,6 +46,8 @@ class Block(BackendModule):
         *,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        key_bias: bool = True,
+        layer_scale: float | None = None,
         eps: float = 1e-6,
         drop_path: float = 0.0,
     ):
@@ -52,12 +56,15 @@ class Block(BackendModule):
         self.drop_path = drop_path
         self.checkpoint_activations = False  # keep only the block's input and compute it again in the backward pass
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # rows: (q, k, v), in each the heads
+        # Rows: (q, k, v), in each the heads.
+        self.qkv = QKVLinear(width) if qkv_bias and not key_bias else nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.fc1 = nn.Linear(width, int(width * mlp_ratio))
         self.act = nn.GELU()
         self.fc2 = nn.Linear(self.fc1.out_features, width)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream x [B, N, D] after this block; with ``rows`` [B, M] int64 only that of those tokens, [B, M, D].
@@ -83,9 +90,9 @@ class Block(BackendModule):
         out = ops.packed_attention(qkv).flatten(2)
         if rows is not None:
             x, out = ops.gather_tokens(x, rows), ops.gather_tokens(out, rows)
-        branch = self._drop(linear(self.proj, out, ops))
+        branch = self._drop(self.ls1(linear(self.proj, out, ops)))
         x, normal = add_layer_norm(x, branch, self.norm2, ops)
-        return x, self._drop(mlp(self.fc1, self.act, self.fc2, normal, ops))
+        return x, self._drop(self.ls2(mlp(self.fc1, self.act, self.fc2, normal, ops)))
 
     def _qkv(self, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + branch, its queries, keys and values [B, N, 3, H, D / H])."""

@@ -16,7 +16,8 @@ from stmae.models.hog import BINS, CELL
 from stmae.ops.attention import takes_head_dim
 
 Config = TypeVar("Config", bound="EncoderConfig")
-TARGETS = ("pixels", "normalized_pixels", "hog")
+TARGETS = ("pixels", "normalized_pixels", "channel_normalized_pixels", "hog")
+POSITIONS = ("learned", "sincos")
 
 
 def _fail(config: "EncoderConfig", field: str, expected: str, got: object) -> NoReturn:
@@ -52,10 +53,17 @@ class EncoderConfig:
         mlp_ratio: width of a block's hidden layer, over ``width``.
         qkv_bias: whether the query, key and value projections have biases.
         class_token: whether a class token is put before the patch tokens.
+        key_bias: whether, with ``qkv_bias``, the key projection has one, too (VideoMAE's has not).
         separable_position: position embeddings ``space[h * w] + time[t]`` instead of one per token.
+        position: ``learned``, or ``sincos``: VideoMAE's fixed table over all tokens, in no checkpoint; not separable.
+        position_grid: patch grid (t, h, w) that the fixed table is made for; another grid's is interpolated from it. None: its
+            own. Only with ``sincos``.
+        layer_scale: start of the learned scale of each branch (LayerScale, Touvron et al. 2021); None: no scale.
         mean: what uint8 frames are normalised with, ``(x / 255 - mean) / std``; one number or one per channel.
         std: as ``mean``.
-        layer_norm_eps: of every LayerNorm.
+        layer_norm_eps: of every LayerNorm but those with an eps of their own.
+        norm_eps: of the encoder's final LayerNorm; None: ``layer_norm_eps``.
+        encoder_norm: whether there is a final LayerNorm at all.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -68,11 +76,17 @@ class EncoderConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    key_bias: bool = True
     class_token: bool = True
     separable_position: bool = True
+    position: str = "learned"
+    position_grid: tuple[int, int, int] | None = None
+    layer_scale: float | None = None
     mean: float | tuple[float, ...] = 0.45
     std: float | tuple[float, ...] = 0.225
     layer_norm_eps: float = 1e-6
+    norm_eps: float | None = None
+    encoder_norm: bool = True
 
     def __post_init__(self) -> None:
         for field in ("image_size", "patch_size"):
@@ -88,8 +102,21 @@ class EncoderConfig:
         self._check_heads("width", "num_heads")
         if not self.mlp_ratio > 0:
             _fail(self, "mlp_ratio", "to be positive", self.mlp_ratio)
-        if not self.layer_norm_eps >= 0:
-            _fail(self, "layer_norm_eps", "to be at least 0", self.layer_norm_eps)
+        self._check_eps("layer_norm_eps")
+        self._check_eps("norm_eps")
+        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
+            _fail(self, "layer_scale", "to be a finite number or None", self.layer_scale)
+        if self.position not in POSITIONS:
+            _fail(self, "position", f"to be one of {', '.join(POSITIONS)}", self.position)
+        if self.position_grid is not None:
+            grid = tuple(self.position_grid)
+            if len(grid) != 3 or not all(isinstance(size, int) and size > 0 for size in grid):
+                _fail(self, "position_grid", "to be a patch grid (t, h, w)", self.position_grid)
+            if self.position != "sincos":
+                _fail(self, "position_grid", "to be None unless position is 'sincos'", self.position_grid)
+            object.__setattr__(self, "position_grid", None if grid == self.grid else grid)
+        if self.position == "sincos" and self.separable_position:
+            _fail(self, "separable_position", "to be false with position 'sincos'", self.separable_position)
         for field in ("mean", "std"):
             value = getattr(self, field)
             values = (value,) if isinstance(value, (int, float)) else tuple(value)
@@ -103,6 +130,11 @@ class EncoderConfig:
         value = getattr(self, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             _fail(self, field, "to be a positive integer", value)
+
+    def _check_eps(self, field: str) -> None:
+        value = getattr(self, field)
+        if value is not None and not value >= 0:
+            _fail(self, field, "to be at least 0", value)
 
     def _check_heads(self, width: str, heads: str) -> None:
         if getattr(self, width) % getattr(self, heads):
@@ -161,7 +193,13 @@ class MaskedAutoencoderConfig(EncoderConfig):
         frame_choice: which ones. ``linspace``: ``linspace(0, T - 1, n)`` truncated, the last frame included
             (mae_st: 0, 2, ..., 12, 15 of 16); ``stride``: every (T / n)-th (SlowFast: 0, 2, ..., 14).
         target: what is predicted of a patch. ``pixels``; ``normalized_pixels``: normalised by the patch's own mean and
-            variance ("norm-pix"); ``hog``: histograms of oriented gradients, see ``stmae.models.hog``.
+            variance ("norm-pix"); ``channel_normalized_pixels``: each channel of a patch by its own mean and deviation
+            (VideoMAE: ``(x - mean) / (sqrt(var) + 1e-6)``); ``hog``: histograms of oriented gradients, see ``stmae.models.hog``.
+        target_range: of which pixels the targets are: ``normalized``: of frames normalised with ``mean`` and ``std`` (mae_st);
+            ``unit``: of frames in [0, 1] (VideoMAE).
+        decoder_embed_bias: whether the projection to the decoder has a bias (VideoMAE's has not).
+        decoder_mlp_ratio: None: the encoder's.
+        decoder_norm_eps: of the decoder's final LayerNorm; None: ``layer_norm_eps``.
         mask_ratio, mask_strategy: used unless the forward call says otherwise; see ``stmae.masking``.
         decoder_mask_ratio: share of the masked tokens that the decoder neither sees nor reconstructs, 0, 0.25, 0.5 or
             0.75: dual masking with running cells (VideoMAE V2); see ``stmae.masking.reconstructed``.
@@ -175,6 +213,10 @@ class MaskedAutoencoderConfig(EncoderConfig):
     predicted_frames: int | None = None
     frame_choice: str = "linspace"
     target: str = "normalized_pixels"
+    target_range: str = "normalized"
+    decoder_embed_bias: bool = True
+    decoder_mlp_ratio: float | None = None
+    decoder_norm_eps: float | None = None
     mask_ratio: float = 0.9
     mask_strategy: str = "random"
     decoder_mask_ratio: float = 0.0
@@ -189,9 +231,13 @@ class MaskedAutoencoderConfig(EncoderConfig):
             ("frame_choice", ("linspace", "stride")),
             ("mask_strategy", STRATEGIES),
             ("target", TARGETS),
+            ("target_range", ("normalized", "unit")),
         ):
             if getattr(self, field) not in choices:
                 _fail(self, field, f"to be one of {', '.join(choices)}", getattr(self, field))
+        self._check_eps("decoder_norm_eps")
+        if self.decoder_mlp_ratio is not None and not self.decoder_mlp_ratio > 0:
+            _fail(self, "decoder_mlp_ratio", "to be positive", self.decoder_mlp_ratio)
         if self.predicted_frames is not None:
             self._check_count("predicted_frames")
             if self.predicted_frames % self.grid[0] or self.predicted_frames > self.num_frames:
@@ -259,16 +305,21 @@ class VideoClassifierConfig(EncoderConfig):
         dropout: before the head, in training.
         drop_path: stochastic depth in training: the rate of the last block; it grows linearly from 0 in the
             first.
+        pooling: ``mean`` of the patch tokens, then the final LayerNorm; ``first``: the first token (the class token, where there
+            is one) after it.
     """
 
     num_classes: int = 400
     dropout: float = 0.0
     drop_path: float = 0.0
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_classes != 0:
             self._check_count("num_classes")
+        if self.pooling not in ("mean", "first"):
+            _fail(self, "pooling", "to be one of mean, first", self.pooling)
         for field in ("dropout", "drop_path"):
             if not 0 <= getattr(self, field) < 1:
                 _fail(self, field, "to lie in [0, 1)", getattr(self, field))

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from stmae.hub import HubMixin
 from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import EncoderConfig, as_pair
 from stmae.models.layers import BackendModule, add, add_layer_norm, is_plain
@@ -44,7 +45,13 @@ class Encoder(BackendModule):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.position = Position(config.grid, config.width, separable=config.separable_position, class_token=config.class_token)
+        self.position = Position(
+            config.grid,
+            config.width,
+            separable=config.separable_position,
+            class_token=config.class_token,
+            table_grid=(config.position_grid or config.grid) if config.position == "sincos" else None,
+        )
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(1, config.width))
             nn.init.trunc_normal_(self.class_token, std=0.02)
@@ -54,12 +61,15 @@ class Encoder(BackendModule):
                 config.num_heads,
                 mlp_ratio=config.mlp_ratio,
                 qkv_bias=config.qkv_bias,
+                key_bias=config.key_bias,
+                layer_scale=config.layer_scale,
                 eps=config.layer_norm_eps,
                 drop_path=drop_path * index / max(config.depth - 1, 1),
             )
             for index in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps if config.norm_eps is None else config.norm_eps
+        self.norm = nn.LayerNorm(config.width, eps=eps) if config.encoder_norm else nn.Identity()
         for block in self.blocks:
             initialize_block(cast(Block, block))
 
@@ -186,7 +196,7 @@ def check_video(name: str, config: EncoderConfig, video: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected video uint8 or normalised floating point, got {video.dtype}")
 
 
-class VideoModel(BackendModule):
+class VideoModel(HubMixin, BackendModule):
     """What both models have: ``config``, ``encoder`` and its blocks."""
 
     encoder: Encoder

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _nn_module
 
@@ -46,6 +47,35 @@ class BackendModule(nn.Module):
         return _BACKENDS[self._backend]
 
 
+class QKVLinear(nn.Linear):
+    """The fused projection to q, k and v of which q and v have biases and k has none, as in VideoMAE."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def qkv_bias(self) -> torch.Tensor:
+        """[3 D]: the biases of q and v, zeros between them."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., 3 D]."""
+        return F.linear(input, self.weight, self.qkv_bias())
+
+
+class LayerScale(nn.Module):
+    """A learned factor ``gamma`` [D] for each channel of a branch (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, start: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(start)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] * gamma, in the dtype of x."""
+        return x * self.gamma.to(x.dtype)
+
+
 def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     """Whether calling ``module`` does what ``kind.forward`` does and nothing else: it is of that very class (parametrizations
     and FSDP make another), has no hooks, no forward or compiled call of its own, and no module has global hooks."""
@@ -67,7 +97,11 @@ def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 def linear(layer: nn.Module, x: torch.Tensor, ops: ModuleType) -> torch.Tensor:
     """layer(x), for x [..., K]."""
-    return ops.linear(x, layer.weight, layer.bias) if is_plain_linear(layer) else layer(x)
+    if is_plain_linear(layer):
+        return ops.linear(x, layer.weight, layer.bias)
+    if is_plain(layer, QKVLinear) and type(layer.weight) in _PLAIN_TENSORS and type(layer.q_bias) in _PLAIN_TENSORS:
+        return ops.linear(x, layer.weight, layer.qkv_bias())
+    return layer(x)
 
 
 def add_layer_norm(

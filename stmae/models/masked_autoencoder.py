@@ -20,6 +20,9 @@ from stmae.models.layers import BackendModule, add_layer_norm, linear
 from stmae.models.pictures import Reconstruction, reconstruct
 from stmae.models.position import Position
 
+# target -> patch_loss's ``normalize``
+_NORMALIZE = {"pixels": False, "normalized_pixels": True, "channel_normalized_pixels": "channel"}
+
 
 class MaskedAutoencoderOutput(NamedTuple):
     """loss: scalar float32; pred: [B, M, P], in the order of ``masked``; keep: [B, K], what the encoder saw; masked: [B, M],
@@ -40,7 +43,7 @@ class Decoder(BackendModule):
         self.config = config
         width = config.decoder_width
         separable = config.decoder_separable_position
-        self.embed = nn.Linear(config.width, width)
+        self.embed = nn.Linear(config.width, width, bias=config.decoder_embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         if config.class_token and config.decoder_class_token == "own":
             # mae_st starts it at zero, unlike the encoder's.
@@ -50,24 +53,29 @@ class Decoder(BackendModule):
             width,
             separable=config.separable_position if separable is None else separable,
             class_token=config.class_token,
+            table_grid=(config.position_grid or config.grid) if config.position == "sincos" else None,
         )
         self.blocks = nn.ModuleList(
             Block(
                 width,
                 config.decoder_num_heads,
-                mlp_ratio=config.mlp_ratio,
+                mlp_ratio=config.mlp_ratio if config.decoder_mlp_ratio is None else config.decoder_mlp_ratio,
                 qkv_bias=config.qkv_bias,
+                key_bias=config.key_bias,
+                layer_scale=config.layer_scale,
                 eps=config.layer_norm_eps,
             )
             for _ in range(config.decoder_depth)
         )
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps if config.decoder_norm_eps is None else config.decoder_norm_eps
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, config.patch_values)
 
         nn.init.normal_(self.mask_token, std=0.02)
         for layer in (self.embed, self.head):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         for block in self.blocks:
             initialize_block(cast(Block, block))
 
@@ -77,7 +85,7 @@ class Decoder(BackendModule):
         With a decoder mask, the sequence holds the tokens ``keep`` and ``masked`` only; without, all N.
         """
         ops = self._ops
-        partial = self.config.decoder_mask_ratio > 0 and keep.shape[1] + masked.shape[1] < self.config.num_tokens
+        partial = self.config.decoder_mask_ratio > 0 and keep.shape[1] + masked.shape[1] != self.config.num_tokens
         x = linear(self.embed, latent, ops)
         if self.config.class_token:
             # The class token is token 0 of the sequence, so it goes through the same scatter as the visible
@@ -136,7 +144,8 @@ class MaskedAutoencoder(VideoModel):
             video: [B, C, T, H, W]; uint8 (0..255, normalised inside the kernels) or floating point, already
                 normalised. Any strides.
             mask: which tokens are visible and which are reconstructed, from ``sample_mask``, say; default: made of
-                the arguments that follow, which are refused beside it.
+                the arguments that follow, which are refused beside it. In a model with a decoder mask, ``masked`` may hold
+                visible tokens, too, as VideoMAE V2's does: they are predicted, and no part of the loss.
             mask_ratio: masked share of the tokens; default: the configuration's.
             decoder_mask_ratio: share of the masked tokens that is left out of the decoder; default: the configuration's.
             noise: [B, N] float32 whose smallest entries are kept; default: drawn by the configuration's
@@ -155,6 +164,7 @@ class MaskedAutoencoder(VideoModel):
             RuntimeError: NaN in the noise.
         """
         self._check_video(video)
+        given = mask is not None
         if mask is None:
             mask = self.sample_mask(
                 video.shape[0],
@@ -178,18 +188,34 @@ class MaskedAutoencoder(VideoModel):
         pred = self.decode(self.encode(video, keep), keep, masked)
         if self.config.target == "hog":
             loss = hog_loss(pred, video, masked, self._frames, self.config.target_patch_size)
+        elif given and self.config.decoder_mask_ratio > 0:
+            # As in VideoMAE V2, what is reconstructed at visible places is no part of the loss.
+            visible = torch.zeros(len(keep), self.config.num_tokens, dtype=torch.bool, device=keep.device).scatter_(1, keep, True)
+            hidden = ~visible.gather(1, masked)
+            loss = (self._patch_loss(pred, video, masked, "none") * hidden).sum() / hidden.sum().clamp(min=1)
         else:
-            loss = self._ops.patch_loss(
-                pred,
-                video,
-                masked,
-                patch_size=self.config.target_patch_size,
-                frames=self._frames,
-                normalize=self.config.target == "normalized_pixels",
-                mean=self.config.mean,
-                std=self.config.std,
-            )
+            loss = self._patch_loss(pred, video, masked)
         return MaskedAutoencoderOutput(loss, pred, keep, masked)
+
+    def _patch_loss(self, pred: torch.Tensor, video: torch.Tensor, masked: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        config = self.config
+        mean, std = config.mean, config.std
+        if config.target_range == "unit":
+            if video.is_floating_point():
+                shift, scale = (torch.as_tensor(x, device=video.device).view(-1, 1, 1, 1) for x in (mean, std))
+                video = video.float() * scale + shift
+            mean, std = 0.0, 1.0  # bytes to [0, 1]
+        return self._ops.patch_loss(
+            pred,
+            video,
+            masked,
+            patch_size=config.target_patch_size,
+            frames=self._frames,
+            normalize=_NORMALIZE[config.target],
+            mean=mean,
+            std=std,
+            reduction=reduction,
+        )
 
     def sample_mask(
         self,
@@ -229,13 +255,17 @@ class MaskedAutoencoder(VideoModel):
                 raise ValueError(f"MaskedAutoencoder: expected mask.{name} [{batch}, *] (B, tokens) int64, got {got}")
         keep, masked = mask
         tokens = self.config.num_tokens
-        if keep.shape[1] + masked.shape[1] > tokens:
+        overlap = self.config.decoder_mask_ratio > 0
+        if keep.shape[1] + masked.shape[1] > tokens and not overlap:
             got = f"{keep.shape[1]} and {masked.shape[1]}"
             raise ValueError(f"MaskedAutoencoder: expected mask.keep and mask.masked with {tokens} tokens at most, got {got}")
         if keep.device.type == "cpu" and not torch.compiler.is_compiling() and keep.numel() and masked.numel():
-            ids = torch.cat([keep, masked], dim=1).sort(dim=1).values
-            if bool((ids[:, 1:] == ids[:, :-1]).any()):
-                raise ValueError("MaskedAutoencoder: expected no token twice in a row of mask.keep and mask.masked, got one")
+            together = torch.cat([keep, masked], dim=1)
+            separate = overlap and together.shape[1] != tokens
+            for ids in (keep, masked) if separate else (together,):
+                ids = ids.sort(dim=1).values
+                if bool((ids[:, 1:] == ids[:, :-1]).any()):
+                    raise ValueError("MaskedAutoencoder: expected no token twice in a row of mask.keep and mask.masked, got one")
 
     def encode(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Latents [B, K, D] of the tokens ``keep`` [B, K] (default: all), after the final norm.

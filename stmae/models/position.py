@@ -1,4 +1,6 @@
-"""Learned position embeddings, separable or joint, and how they are carried over to another patch grid."""
+"""Position embeddings, learned (separable or joint) or fixed, and how learned ones are carried over to another patch grid."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +12,31 @@ class Position(nn.Module):
     token's first.
 
     Separable: ``spatial`` [h * w, D], ``temporal`` [t, D] and, with a class token, ``class_token`` [1, D].
-    Joint: ``joint`` [N, D], or [1 + N, D] with the class token's first.
+    Joint: ``joint`` [N, D], or [1 + N, D] with the class token's first. With ``table_grid``: ``table``, of the same shape, not
+    learned and in no checkpoint: VideoMAE's sines and cosines of that grid, interpolated where ``grid`` is another.
     """
 
-    def __init__(self, grid: tuple[int, int, int], width: int, *, separable: bool, class_token: bool):
+    table: torch.Tensor
+
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        width: int,
+        *,
+        separable: bool,
+        class_token: bool,
+        table_grid: tuple[int, int, int] | None = None,
+    ):
         super().__init__()
         t, h, w = grid
         self.grid = grid
         self.separable = separable
         self.has_class_token = class_token
-        if separable:
+        self.table_grid = table_grid
+        if table_grid is not None:
+            self.register_buffer("table", torch.empty(t * h * w + class_token, width), persistent=False)
+            self.reset_buffers()
+        elif separable:
             self.spatial = nn.Parameter(torch.empty(h * w, width))
             self.temporal = nn.Parameter(torch.empty(t, width))
             if class_token:
@@ -29,21 +46,44 @@ class Position(nn.Module):
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Computes the fixed table, which no checkpoint holds, in place."""
+        if self.table_grid is not None:
+            first = int(self.has_class_token)
+            table = sincos_position(math.prod(self.table_grid), self.table.shape[1])
+            self.table[:first] = 0
+            self.table[first:] = interpolate_position(table, self.table_grid, self.grid)
+
+    def _joint(self) -> torch.Tensor:
+        return self.joint if self.table_grid is None else self.table
+
     def of_patches(self) -> torch.Tensor:
         """[N, D]."""
         if self.separable:
             return (self.temporal[:, None] + self.spatial).flatten(0, 1)
-        return self.joint[1:] if self.has_class_token else self.joint
+        return self._joint()[1:] if self.has_class_token else self._joint()
 
     def of_class_token(self) -> torch.Tensor:
         """[1, D]; only where there is a class token."""
-        return self.class_token if self.separable else self.joint[:1]
+        return self.class_token if self.separable else self._joint()[:1]
 
     def forward(self) -> torch.Tensor:
         """[N, D] or, with a class token, [1 + N, D]."""
         if self.separable and self.has_class_token:
             return torch.cat([self.class_token, self.of_patches()])
-        return self.of_patches() if self.separable else self.joint
+        return self.of_patches() if self.separable else self._joint()
+
+
+def sincos_position(tokens: int, width: int) -> torch.Tensor:
+    """VideoMAE's fixed positions [tokens, width] float32: at token n, sin(n / 10000^(2i / D)) in place 2i and the cosine in
+    place 2i + 1, computed in double precision as there.
+
+    Source: Vaswani et al., "Attention Is All You Need", section 3.5; Tong et al., "VideoMAE", over the flattened patch grid.
+    """
+    place = torch.arange(width, dtype=torch.float64, device="cpu")
+    angle = torch.arange(tokens, dtype=torch.float64, device="cpu")[:, None] / 10000 ** (2 * (place // 2) / width)
+    return torch.where(place % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 def interpolate_position(values: torch.Tensor, old_grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> torch.Tensor:

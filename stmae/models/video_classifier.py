@@ -33,7 +33,7 @@ class VideoClassifier(VideoModel):
         if num_classes == 0:
             self.head = nn.Identity()
             return
-        like = self.encoder.norm.weight
+        like = self.encoder.patch_embed.weight
         head = nn.Linear(self.config.width, num_classes, device=like.device, dtype=like.dtype)
         nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
@@ -58,7 +58,7 @@ class VideoClassifier(VideoModel):
 
     def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits [B, num_classes] of what ``forward_features`` gives; with ``pre_logits`` what the head would get, [B, D]."""
-        x = F.dropout(self.pool(self._patch_tokens(tokens)), self.config.dropout, self.training)
+        x = F.dropout(self._pooled(tokens), self.config.dropout, self.training)
         return x if pre_logits else linear(self.head, x, self._ops)
 
     def features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None, pooled: bool = True) -> torch.Tensor:
@@ -67,8 +67,13 @@ class VideoClassifier(VideoModel):
         ``pooled=False`` gives the tokens that are averaged, [B, N, D] in grid order ([B, K, D] with
         ``keep``), before the norm.
         """
-        tokens = self._patch_tokens(self.forward_features(video, keep=keep))
-        return self.pool(tokens) if pooled else tokens
+        tokens = self.forward_features(video, keep=keep)
+        return self._pooled(tokens) if pooled else self._patch_tokens(tokens)
+
+    def _pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.config.pooling == "first":
+            return add_layer_norm(tokens[:, 0], None, self.encoder.norm, self._ops)[1]
+        return self.pool(self._patch_tokens(tokens))
 
     def _patch_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens[:, 1:] if self.config.class_token else tokens

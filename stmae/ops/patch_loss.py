@@ -12,7 +12,7 @@ def patch_loss(
     *,
     patch_size: Sequence[int],
     frames: Sequence[int] | None = None,
-    normalize: bool = True,
+    normalize: bool | str = True,
     mean: float | Sequence[float] = 0.45,
     std: float | Sequence[float] = 0.225,
     reduction: str = "mean",
@@ -20,7 +20,8 @@ def patch_loss(
     """Mean squared error of predicted patches against the video's, which are read inside the kernel and never stored.
 
     For each masked token, target = the P pixels of its patch in the order (frame, row, column, channel); normalised,
-    (target - m) / sqrt(var + 1e-6) with the patch's own mean m and unbiased variance (MAE-ST, section 3.2).
+    (target - m) / sqrt(var + 1e-6) with the patch's own mean m and unbiased variance (MAE-ST, section 3.2), or, by channel,
+    (target - m) / (sqrt(var) + 1e-6) with those of each channel of the patch (VideoMAE).
 
     Args:
         pred: [B, M, P] float32 or bfloat16, dense in the last dimension; P = u * ph * pw * C.
@@ -28,7 +29,7 @@ def patch_loss(
         masked: [B, M] int64 in [0, N), the tokens that were predicted, no id twice in a row.
         patch_size: (u, ph, pw), the frames, rows and columns that one prediction covers.
         frames: which frames of the video are predicted, in order; None for all. Their number over u is the grid's t.
-        normalize: whether each target patch is normalised.
+        normalize: True or "patch": each target patch is normalised; "channel": each channel of it; False: neither.
         mean, std: one number or one per channel, as for `masked_patchify`.
         reduction: "mean" over all patches, or "none".
 
@@ -48,8 +49,11 @@ def patch_loss(
         raise ValueError(f"{op}: expected frames in [0, {T}), got {frames}")
     N = checks.grid_tokens(op, (len(frames), H, W), patch_size)
     P = patch_size[0] * patch_size[1] * patch_size[2] * C
-    if normalize and P < 2:
-        raise ValueError(f"{op}: expected at least 2 values in a patch to normalise, got {P}")
+    if not isinstance(normalize, bool) and normalize not in ("patch", "channel"):
+        raise ValueError(f"{op}: expected normalize True, False, 'patch' or 'channel', got {normalize!r}")
+    by_channel = normalize == "channel"
+    if normalize and P // (C if by_channel else 1) < 2:
+        raise ValueError(f"{op}: expected at least 2 values to normalise, got {P // (C if by_channel else 1)}")
     checks.tensor(op, "pred", pred, "[B, M, P]", (B, None, P))
     checks.rows(op, "pred", pred)
     checks.ids(op, "masked", masked, B, N)
@@ -58,12 +62,13 @@ def patch_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"{op}: expected reduction 'mean' or 'none', got {reduction!r}")
     mean, std = checks.channels(op, "mean", mean, C), checks.channels(op, "std", std, C)
-    loss = _op(pred, video, masked.contiguous(), patch_size, frames, bool(normalize), mean, std)[0]
+    loss = _op(pred, video, masked.contiguous(), patch_size, frames, 2 if by_channel else int(bool(normalize)), mean, std)[0]
     return loss if reduction == "none" else loss.sum() / max(1, loss.numel())
 
 
 def _fake(pred, video, masked, patch_size, frames, normalize, mean, std):
-    return tuple(pred.new_empty(masked.shape, dtype=torch.float32) for _ in range(3))
+    statistics = (*masked.shape, video.shape[1]) if normalize == 2 else masked.shape
+    return tuple(pred.new_empty(shape, dtype=torch.float32) for shape in (masked.shape, statistics, statistics))
 
 
 def _backward_fake(grad_loss, pred, video, masked, patch_mean, patch_rstd, patch_size, frames, mean, std):
@@ -84,7 +89,7 @@ def _backward(ctx, grad_loss, *_):
 
 _op = library.define(
     "patch_loss",
-    "(Tensor pred, Tensor video, Tensor masked, int[] patch_size, int[] frames, bool normalize, float[] mean, float[] std)"
+    "(Tensor pred, Tensor video, Tensor masked, int[] patch_size, int[] frames, int normalize, float[] mean, float[] std)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     stem="patch_loss",

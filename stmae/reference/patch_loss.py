@@ -21,7 +21,7 @@ def patch_loss(
     *,
     patch_size: Sequence[int],
     frames: Sequence[int] | None = None,
-    normalize: bool = True,
+    normalize: bool | str = True,
     mean: float | Sequence[float] = 0.45,
     std: float | Sequence[float] = 0.225,
     reduction: str = "mean",
@@ -30,7 +30,11 @@ def patch_loss(
     if frames is not None:
         video = video.index_select(2, torch.as_tensor(frames, device=video.device))
     target = gather_tokens(patchify(video, patch_size), masked)
-    if normalize:
+    if normalize == "channel":
+        target = target.unflatten(-1, (-1, video.shape[1]))  # [B, M, u * p * q, C]
+        target = (target - target.mean(-2, keepdim=True)) / (target.var(-2, keepdim=True) ** 0.5 + 1e-6)
+        target = target.flatten(-2)
+    elif normalize:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     loss = (pred.float() - target).square().mean(-1)
     if reduction == "none":

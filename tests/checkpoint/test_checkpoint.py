@@ -25,7 +25,9 @@ from stmae.checkpoint import (
     save,
     to_mae_st,
 )
+from stmae.checkpoint.resize import resample_patch_kernel
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
+from stmae.models.position import interpolate_position, sincos_position
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"image_size": (16, 24), "patch_size": 8, "num_frames": 4, "width": 16, "depth": 2, "num_heads": 2}
@@ -150,7 +152,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="cannot read .*model.safetensors"):
         load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="carries no stmae configuration; .*from_mae_st or from_slowfast"):
+    with pytest.raises(CheckpointError, match="expected weights of mae_st, SlowFast, VideoMAE.*got 1 tensors with other names"):
         load(path)
     about = {"format": 2, "kind": "MaskedAutoencoder", "config": {}}
     save_file({"x": torch.zeros(1)}, path, metadata={"stmae": json.dumps(about)})
@@ -235,7 +237,9 @@ sys.modules["safetensors"] = None  # as if it were not installed
 import stmae, stmae.checkpoint, stmae.models
 model = stmae.models.mae_vit_small_patch16(width=8, num_heads=1, depth=1, decoder_width=8, decoder_num_heads=1, decoder_depth=1)
 stmae.checkpoint.from_mae_st
-for function in (lambda: stmae.checkpoint.save(model, {str(tmp_path / "x")!r}), lambda: stmae.checkpoint.load("x")):
+open({str(tmp_path / "y")!r}, "wb").write(b"12345678{{")
+path = {str(tmp_path)!r}
+for function in (lambda: stmae.checkpoint.save(model, path + "/x"), lambda: stmae.checkpoint.load(path + "/y")):
     try:
         function()
     except ImportError as error:
@@ -246,7 +250,7 @@ for function in (lambda: stmae.checkpoint.save(model, {str(tmp_path / "x")!r}), 
     root = Path(stmae.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.returncode == 0, result.stderr
-    assert not os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == ["y"]
 
 
 # --- another size, another task ---
@@ -503,3 +507,65 @@ def test_a_damaged_configuration_is_a_checkpoint_error(tmp_path, about):
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors", {"stmae": about})
     with pytest.raises(stmae.checkpoint.CheckpointError, match="model.safetensors"):
         stmae.checkpoint.load(tmp_path / "model.safetensors")
+
+
+def smooth_clip(config, batch=2):
+    """A clip that bilinear resampling by whole factors neither loses nor invents anything of: constant in 4x4 blocks and time."""
+    torch.manual_seed(3)
+    c, t, h, w = config.video_shape
+    blocks = torch.randn(batch, c, 1, h // 8, w // 8)
+    return blocks.repeat_interleave(8, 3).repeat_interleave(8, 4).expand(-1, -1, t, -1, -1)
+
+
+def test_an_image_model_is_the_kernel_summed_over_time():
+    model = classifier()
+    image = resize(model, num_frames=1, tubelet_size=1)
+    kernel = model.encoder.patch_embed.weight.sum(2, keepdim=True)
+    assert torch.allclose(image.encoder.patch_embed.weight, kernel, atol=1e-6)
+    assert image.config.grid == (1, *model.config.grid[1:])
+    still = smooth_clip(model.config)
+    keep = torch.arange(image.config.num_tokens).expand(2, -1)
+    a, b = model.encoder.patch_embed(still, keep), image.encoder.patch_embed(still[:, :, :1], keep)
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_an_image_kernel_is_inflated_and_summed_back():
+    weight = torch.randn(5, 3, 1, 4, 4)
+    inflated = resample_patch_kernel(weight, (2, 4, 4))
+    assert torch.allclose(inflated, weight.expand(-1, -1, 2, -1, -1) / 2, atol=1e-6)
+    assert torch.allclose(resample_patch_kernel(inflated, (1, 4, 4)), weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [(1, 4, 4), (1, 6, 10), (3, 8, 8)], ids=str)
+def test_a_resampled_kernel_gives_for_a_resampled_patch_what_it_gave(patch):
+    weight = torch.randn(5, 3, 1, 4, 4, dtype=torch.float64)
+    patches = torch.randn(7, 3, 1, 4, 4, dtype=torch.float64)
+    larger = torch.nn.functional.interpolate(patches, patch, mode="trilinear", align_corners=False)
+    before = torch.einsum("dcthw,ncthw->nd", weight, patches)
+    after = torch.einsum("dcthw,ncthw->nd", resample_patch_kernel(weight, patch), larger)
+    assert torch.allclose(before, after, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["separable", "joint"])
+def test_another_patch_resamples_kernel_positions_and_prediction(strategy):
+    model = autoencoder(separable_position=strategy == "separable")
+    other = resize(model, patch_size=4)
+    assert other.config.grid == (2, 4, 6)
+    assert other.decoder.head.weight.shape == (4 * 4 * 3, 16)
+    assert torch.isfinite(other(torch.randn(2, *other.config.video_shape)).loss)
+    same = resize(model, patch_size=8, tubelet_size=2)
+    assert_same(model, same)
+
+
+def test_fixed_positions_are_interpolated_or_made_anew():
+    model = autoencoder(position="sincos", separable_position=False, class_token=False, predicted_frames=4)
+    table = sincos_position(model.config.num_tokens, 16)
+    assert torch.equal(model.encoder.position(), table)
+    assert not any("position" in name for name in model.state_dict())
+    longer = resize(model, num_frames=8)
+    assert longer.config.position_grid == (2, 2, 3) and longer.config.predicted_frames == 8
+    expected = interpolate_position(table, (2, 2, 3), (4, 2, 3))
+    assert torch.equal(longer.encoder.position(), expected)
+    anew = resize(model, num_frames=8, position_grid=None)
+    assert torch.equal(anew.encoder.position(), sincos_position(anew.config.num_tokens, 16))
+    assert torch.equal(resize(longer, num_frames=4).encoder.position(), table)

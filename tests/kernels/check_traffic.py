@@ -97,7 +97,7 @@ def test_patch_loss(layout):
     pred, grad = random(B, M, 768, dtype=BF16), torch.rand(B, M)
     pixels = B * 4 * 112 * 112 * 3  # of the frames; the few patches that are not masked share the sectors of the others
     with interpreted.Traffic() as traffic:
-        _, mean, rstd = launch("patch_loss", pred, video, masked, [1, 16, 16], frames, True, MEAN, STD)
+        _, mean, rstd = launch("patch_loss", pred, video, masked, [1, 16, 16], frames, 1, MEAN, STD)
     assert_traffic(traffic, nbytes(pred, masked) + pixels, 3 * nbytes(mean))
     with interpreted.Traffic() as traffic:
         launch("patch_loss_backward", grad, pred, video, masked, mean, rstd, [1, 16, 16], frames, MEAN, STD)

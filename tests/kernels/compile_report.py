@@ -76,7 +76,7 @@ def _patch_loss(dtype, channels_last, patch):
     N = 8 // patch[0] * (224 // patch[1]) * (224 // patch[2])
     masked = meta(4, N - N // 10, dtype=torch.int64)
     pred, video = meta(*masked.shape, 3 * patch[0] * patch[1] * patch[2], dtype=dtype), _video(channels_last)
-    loss, mean, rstd = patch_loss.patch_loss(pred, video, masked, list(patch), frames, True, MEAN, STD)
+    loss, mean, rstd = patch_loss.patch_loss(pred, video, masked, list(patch), frames, 1, MEAN, STD)
     patch_loss.patch_loss_backward(loss, pred, video, masked, mean, rstd, list(patch), frames, MEAN, STD)
 
 

@@ -222,6 +222,8 @@ PATCHIFY = {  # layout, video, weight, position, [B, C, T, H, W], patch, D, K, b
     "float16 video": ("channels-last", torch.float16, torch.float16, torch.float32, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, True),
     "float16 video, bfloat16": ("crop", torch.float16, torch.bfloat16, None, (2, 4, 4, 24, 16), (2, 8, 8), 24, 7, False),
     "patch 14": ("channels-last", torch.uint8, torch.bfloat16, torch.float32, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, True),
+    "by channel": ("channels-last", torch.uint8, torch.bfloat16, (2, 3, 4, 32, 32), (2, 16, 16), [0, 1, 2, 3], 5, "channel"),
+    "by channel, planar": ("planar", torch.float32, torch.float32, (2, 2, 2, 24, 16), (1, 8, 8), [0, 1], 6, "channel"),
     "no dense dimension": ("crop", torch.uint8, torch.float32, None, (2, 4, 4, 24, 16), (2, 8, 8), 24, 7, False),
     "grey": ("planar", torch.uint8, torch.float32, torch.float32, (40, 1, 2, 8, 8), (1, 4, 4), 16, 4, True),
 }
@@ -303,8 +305,9 @@ def test_patch_loss(device, guarded, case):
     options = dict(patch_size=patch, frames=frames, normalize=normalize, mean=MEAN[:C], std=STD[:C], reduction="none")
     grad = torch.rand(M, device=device).expand(B, M)
     arguments = (list(patch), frames, MEAN[:C], STD[:C])
+    statistics = {False: 0, True: 1, "channel": 2}[normalize]
     with guarded():
-        loss, mean, rstd = launch("patch_loss", pred, video, masked, *arguments[:2], normalize, *arguments[2:])
+        loss, mean, rstd = launch("patch_loss", pred, video, masked, *arguments[:2], statistics, *arguments[2:])
         grad_pred = launch("patch_loss_backward", grad, pred, video, masked, mean, rstd, *arguments)
     exact_pred = pred.double().requires_grad_()
     exact_video = video
@@ -313,7 +316,10 @@ def test_patch_loss(device, guarded, case):
         m, s = (torch.tensor(x[:C], dtype=torch.float64, device=device).view(scale) for x in (MEAN, STD))
         exact_video = (video.double() / 255 - m) / s
     target = reference.gather_tokens(patchify(exact_video.double()[:, :, frames], patch), masked)
-    if normalize:
+    if normalize == "channel":
+        target = target.unflatten(-1, (-1, C))
+        target = ((target - target.mean(-2, keepdim=True)) / (target.var(-2, keepdim=True).sqrt() + 1e-6)).flatten(-2)
+    elif normalize:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     exact = (exact_pred - target).square().mean(-1)
     (exact_grad,) = torch.autograd.grad(exact, exact_pred, grad.double())

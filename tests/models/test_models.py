@@ -612,7 +612,7 @@ def test_configurations_turn_into_json_and_back():
         ({"predicted_frames": 9}, "predicted_frames to be a multiple of the 3 time slices, at most 6, got 9"),
         ({"mask_ratio": 1.0}, "mask_ratio to lie between 0 and 1"),
         ({"decoder_mask_ratio": 0.6}, "decoder_mask_ratio to be 0, 0.25, 0.5 or 0.75, got 0.6"),
-        ({"target": "tokens"}, "target to be one of pixels, normalized_pixels, hog, got 'tokens'"),
+        ({"target": "tokens"}, "target to be one of pixels, normalized_pixels, channel_normalized_pixels, hog, got 'tokens'"),
         ({"target": "hog"}, r"patch_size to be a multiple of 8, the cell of target hog,, got \(4, 8\)"),
         ({"mask_strategy": "cube"}, "mask_strategy to be one of random, tube, frame, block, got 'cube'"),
         ({"frame_choice": "all"}, "frame_choice to be one of linspace, stride, got 'all'"),
@@ -624,7 +624,7 @@ def test_bad_configurations_are_refused(changes, message):
         MaskedAutoencoderConfig(**{**SMALL_MAE, **changes})
 
 
-@pytest.mark.parametrize("changes", [{"num_classes": -1}, {"dropout": 1.0}, {"drop_path": -0.1}])
+@pytest.mark.parametrize("changes", [{"num_classes": -1}, {"dropout": 1.0}, {"drop_path": -0.1}, {"pooling": "max"}])
 def test_bad_classifier_configurations_are_refused(changes):
     with pytest.raises(ValueError, match=f"VideoClassifierConfig: expected {next(iter(changes))}"):
         VideoClassifierConfig(**{**SMALL, **changes})

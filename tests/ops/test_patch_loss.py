@@ -44,7 +44,10 @@ def exact_loss(pred, clip, masked, *, patch_size, frames=None, normalize=True, m
     clip = pixels(clip, mean, std)
     clip = clip if frames is None else clip[:, :, list(frames)]
     target = reference.gather_tokens(patchify(clip, patch_size), masked)
-    if normalize:
+    if normalize == "channel":
+        target = target.unflatten(-1, (-1, clip.shape[1]))
+        target = ((target - target.mean(-2, keepdim=True)) / (target.var(-2, keepdim=True).sqrt() + 1e-6)).flatten(-2)
+    elif normalize:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     loss = (pred - target).square().mean(-1)
     return loss if reduction == "none" else loss.sum() / max(1, loss.numel())
@@ -89,7 +92,16 @@ def test_odd_sizes_and_channels(patch_size, layout, channels, capability):
     check(*_with(clip, patch_size), patch_size=patch_size)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9, 17])
+@pytest.mark.parametrize("patch_size", [(1, 5, 7), (2, 4, 3), (2, 16, 16), (1, 1, 17)], ids=str)
+def test_statistics_by_channel(patch_size, channels, dtype, capability, nan_filled):
+    u, p, q = patch_size
+    clip = video(2, channels, 2 * u, 2 * p, 3 * q)
+    check(*_with(clip, patch_size, dtype=dtype), patch_size=patch_size, normalize="channel", mean=0.0, std=1.0)
+
+
+@pytest.mark.parametrize("normalize", [True, False, "patch", "channel"])
 @pytest.mark.parametrize("layout", ["planar", "channels_last"])
 def test_mean_and_std_per_channel(layout, normalize, capability):
     clip = video(2, 3, 4, 32, 32, layout=layout)

@@ -14,8 +14,11 @@ LAYERS = {  # package: what it may import of stmae, besides itself
     "stmae.kernels": ("stmae.reference",),
     "stmae.ops": ("stmae.reference", "stmae.kernels", "stmae._C"),
     "stmae.masking": ("stmae.reference", "stmae.ops"),
-    "stmae.models": ("stmae.masking", "stmae.reference", "stmae.ops", "stmae.kernels"),
+    # The models' from_pretrained and save_pretrained are a mixin of hub, whose methods import checkpoint when they are called.
+    "stmae.models": ("stmae.masking", "stmae.reference", "stmae.ops", "stmae.kernels", "stmae.hub"),
     "stmae.checkpoint": ("stmae.models", "stmae.masking"),
+    "stmae.hub": ("stmae.checkpoint", "stmae.models"),
+    "stmae.integrations": ("stmae.checkpoint", "stmae.models", "stmae.ops"),
     "stmae.training.config": ("stmae.models", "stmae.masking"),
     "stmae.training.data": ("stmae.training.config", "stmae.masking"),
     "stmae.training.planning": ("stmae.models", "stmae.masking", "stmae.ops"),

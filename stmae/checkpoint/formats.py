@@ -1,0 +1,387 @@
+"""Whose weights are these? Recognised by names and shapes; each choice of the model is inferred from the weights, from what the
+format's code base always does, or from an argument, and the report says which."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stmae.checkpoint.huggingface import from_huggingface, huggingface_config, ratio
+from stmae.checkpoint.image_mae import from_image_mae
+from stmae.checkpoint.mae_st import from_mae_st
+from stmae.checkpoint.report import LoadReport
+from stmae.checkpoint.slowfast import from_slowfast
+from stmae.checkpoint.videomae import IMAGENET_MEAN, IMAGENET_STD, from_videomae
+from stmae.models.config import MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.encoder import VideoModel
+
+# (width, depth) of the factories that mae_st, SlowFast, VideoMAE and the image MAE have -> heads.
+_HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 16, (1408, 40): 16}
+
+_REFUSED_MODEL_TYPES = {
+    "hiera": "Hiera",
+    "vjepa2": "V-JEPA 2",
+    "timesformer": "TimeSformer",
+    "vivit": "ViViT",
+    "internvideo2": "InternVideo2",
+}
+# Name of another architecture -> a name that only its weights have.
+_REFUSED_NAMES = {
+    "Hiera": r"multi_scale_fusion_heads\.|blocks\.\d+\.proj\.weight$|encoder_norm\.weight$",
+    "V-JEPA": r"(^|\.)predictor_embed\.|(^|\.)mask_tokens\.\d+$|^backbone\.blocks\.|target_encoder",
+    "InternVideo": r"clip_projector\.|clip_decoder\.|\.q_norm\.|^vision_encoder\.|^transformer\.resblocks\.",
+    "MViT": r"attn\.pool_[qkv]\.|attn\.norm_[qkv]\.|rel_pos_[hwt]",
+}
+
+
+_EXPECTED = "expected a masked video autoencoder of a plain ViT"
+
+
+class UnknownFormat(ValueError):
+    """Weights that this library does not read; the message names what they look like."""
+
+
+def recognize(weights: dict[str, torch.Tensor], model_type: str | None = None) -> str:
+    """The format of ``weights``: ``huggingface-videomae``, ``videomae``, ``slowfast``, ``mae_st`` or ``image-mae``.
+
+    Args:
+        weights: tensors by their plain names.
+        model_type: of a Hugging Face ``config.json`` beside them.
+
+    Raises:
+        UnknownFormat: another architecture, by its name where it is known.
+    """
+    if model_type is not None and model_type != "videomae":
+        name = _REFUSED_MODEL_TYPES.get(model_type, f"model_type {model_type!r}")
+        raise UnknownFormat(f"{_EXPECTED}, got {name}, another architecture")
+
+    def has(*names: str) -> bool:
+        return all(name in weights for name in names)
+
+    if any("attention.attention.query.weight" in name for name in weights):
+        return "huggingface-videomae"
+    if has("encoder_to_decoder.weight", "encoder.patch_embed.proj.weight"):
+        return "videomae"
+    for name, pattern in _REFUSED_NAMES.items():
+        found = next((key for key in weights if re.search(pattern, key)), None)
+        if found:
+            raise UnknownFormat(f"{_EXPECTED}, got {name}, another architecture (it has {found})")
+    patches = weights.get("patch_embed.proj.weight")
+    if patches is not None and patches.dim() == 4 and has("blocks.0.attn.qkv.weight"):
+        return "image-mae"
+    if patches is not None and patches.dim() == 5:
+        if any(name.startswith(("pred_head.", "head.projection.")) for name in weights):
+            return "slowfast"
+        if has("blocks.0.attn.q.weight"):
+            return "mae_st"
+        if has("blocks.0.attn.qkv.weight"):
+            learned = any(name.startswith("pos_embed") for name in weights)
+            qv = has("blocks.0.attn.q_bias") or not learned
+            return "videomae" if qv else "slowfast"
+    listed = ", ".join(list(weights)[:4])
+    raise UnknownFormat(
+        "expected weights of mae_st, SlowFast, VideoMAE, VideoMAE V2, Hugging Face's VideoMAE or the image MAE, "
+        f"got {len(weights)} tensors with other names ({listed}, ...)"
+    )
+
+
+def build_foreign(
+    weights: dict[str, torch.Tensor],
+    report: LoadReport,
+    *,
+    arguments: dict | None = None,
+    hub_config: dict | None = None,
+    stated: dict | None = None,
+) -> tuple[VideoModel, dict]:
+    """A model from another code base's weights.
+
+    Args:
+        weights: tensors by their plain names.
+        report: filled in.
+        arguments: what the file itself says of how it was trained (the ``args`` of mae_st and VideoMAE).
+        hub_config: a Hugging Face ``config.json``.
+        stated: configuration fields that the caller states; those that the weights do not tell are taken as the truth about the
+            file, and the rest is given back.
+
+    Returns:
+        (model, the fields of ``stated`` that are not about the file but changes to it).
+    """
+    format = recognize(weights, (hub_config or {}).get("model_type"))
+    report.format = format
+    report.examine(weights)
+    reader = {
+        "huggingface-videomae": _huggingface,
+        "videomae": _videomae,
+        "slowfast": _slowfast,
+        "mae_st": _mae_st,
+        "image-mae": _image_mae,
+    }[format]
+    facts = _Facts(report, dict(arguments or {}), dict(stated or {}))
+    return reader(weights, facts, hub_config), facts.remaining
+
+
+class _Facts:
+    """The configuration as it comes together, with the source of each field."""
+
+    def __init__(self, report: LoadReport, arguments: dict, stated: dict):
+        self.report = report
+        self.arguments = arguments
+        self.remaining = stated
+        self.values: dict = {}
+
+    def seen(self, field: str, value: Any, where: str) -> Any:
+        """A field that the weights show."""
+        self.values[field] = value
+        self.report.inferred[field] = f"{value!r}, from {where}"
+        return value
+
+    def always(self, why: str, **fields: Any) -> None:
+        """Fields that follow from the format."""
+        for field, value in fields.items():
+            self.values[field] = value
+            self.report.inferred[field] = f"{value!r}, {why}"
+
+    def untold(
+        self, field: str, default: Any, why: str, argument: str | None = None, convert: Callable[[Any], Any] = lambda value: value
+    ) -> Any:
+        """A field that weights cannot tell: stated by the caller, by the file's own arguments, or assumed."""
+        if field in self.remaining:
+            value = self.remaining.pop(field)
+            self.report.inferred[field] = f"{value!r}, as stated"
+        elif argument is not None and self.arguments.get(argument) is not None:
+            value = convert(self.arguments[argument])
+            self.report.inferred[field] = f"{value!r}, from the file's own args.{argument}"
+        elif default is None:
+            raise UnknownFormat(f"cannot tell {field} from these weights ({why}); state it: load(path, {field}=...)")
+        else:
+            value = default
+            self.report.assumed[field] = f"{value!r}, {why}"
+        self.values[field] = value
+        return value
+
+    def heads(self) -> None:
+        key = self.values["width"], self.values["depth"]
+        if "num_heads" not in self.remaining and key in _HEADS:
+            self.always(f"as in the only factory with width {key[0]} and depth {key[1]}", num_heads=_HEADS[key])
+        else:
+            self.untold("num_heads", None, f"no factory has width {key[0]} and depth {key[1]}")
+
+
+def _depth(weights: dict, prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    found = [int(match[1]) for name in weights if (match := pattern.match(name))]
+    return max(found) + 1 if found else 0
+
+
+def _patches(facts: _Facts, weights: dict, name: str) -> None:
+    shape = weights[name].shape
+    width, channels, *patch = shape if len(shape) == 5 else (*shape[:2], None, *shape[2:])
+    facts.seen("width", width, name)
+    facts.seen("in_channels", channels, name)
+    if patch[0] is not None:
+        facts.seen("tubelet_size", patch[0], name)
+    facts.seen("patch_size", (patch[1], patch[2]), name)
+
+
+def _blocks(facts: _Facts, weights: dict, prefix: str, fc1: str) -> None:
+    facts.seen("depth", _depth(weights, prefix), prefix + "*")
+    name = f"{prefix}0.{fc1}"
+    if name not in weights:
+        raise UnknownFormat(f"expected {name} among the weights, and it is missing")
+    facts.seen("mlp_ratio", ratio(facts.values["width"], weights[name].shape[0]), name)
+
+
+def _grid_from_positions(facts: _Facts, weights: dict, class_token: bool) -> None:
+    """image_size and num_frames from learned positions, separable or joint."""
+    patch, tubelet = facts.values["patch_size"], facts.values["tubelet_size"]
+    if facts.values["separable_position"]:
+        places, where = weights["pos_embed_spatial"].shape[-2], "pos_embed_spatial"
+        facts.seen("num_frames", weights["pos_embed_temporal"].shape[-2] * tubelet, "pos_embed_temporal")
+    else:
+        tokens = weights["pos_embed"].shape[-2] - class_token
+        frames = facts.untold("num_frames", 16, "the clip length of the published recipes", "num_frames")
+        slices = frames // tubelet
+        if not slices or tokens % slices:
+            raise UnknownFormat(
+                f"pos_embed has {tokens} tokens, which {frames} frames do not divide; state it: load(path, num_frames=...)"
+            )
+        places, where = tokens // slices, "pos_embed"
+    _square(facts, places, patch, where)
+
+
+def _square(facts: _Facts, places: int, patch: tuple[int, int], where: str) -> None:
+    side = math.isqrt(places)
+    if "image_size" in facts.remaining:
+        size = facts.remaining["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        if (height // patch[0]) * (width // patch[1]) == places:
+            facts.untold("image_size", None, "")
+            return
+    if side * side != places:
+        raise UnknownFormat(f"{where} has {places} places, which are no square; state image_size: load(path, image_size=(H, W))")
+    facts.values["image_size"] = (side * patch[0], side * patch[1])
+    facts.report.inferred["image_size"] = f"{facts.values['image_size']}, from {where}, as a square"
+
+
+def _target(facts: _Facts, names: tuple[str, str], argument: str) -> None:
+    plain, normalized = names
+    facts.untold("target", normalized, "the published recipes' choice", argument, lambda value: normalized if value else plain)
+
+
+def _mae_st(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
+    pretrain = "mask_token" in weights
+    _patches(facts, weights, "patch_embed.proj.weight")
+    _blocks(facts, weights, "blocks.", "mlp.fc1.weight")
+    facts.heads()
+    facts.seen("class_token", "cls_token" in weights, "cls_token")
+    facts.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
+    facts.seen("qkv_bias", "blocks.0.attn.q.bias" in weights, "blocks.0.attn.q.bias")
+    _grid_from_positions(facts, weights, facts.values["class_token"])
+    if not pretrain:
+        facts.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
+        return from_mae_st(weights, VideoClassifierConfig(**facts.values))
+    _decoder(facts, weights, "decoder_embed.weight", "decoder_blocks.")
+    heads = "the default of mae_st's constructor, which all its factories keep"
+    facts.untold("decoder_num_heads", 16, heads, "decoder_num_heads")
+    _predicted_frames(facts, weights["decoder_pred.weight"].shape[0], "decoder_pred.weight")
+    facts.always("as mae_st does", decoder_class_token="own", frame_choice="linspace")
+    _target(facts, ("pixels", "normalized_pixels"), "norm_pix_loss")
+    facts.untold("mask_ratio", 0.9, "the paper's", "mask_ratio")
+    return from_mae_st(weights, MaskedAutoencoderConfig(**facts.values))
+
+
+def _slowfast(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
+    _patches(facts, weights, "patch_embed.proj.weight")
+    _blocks(facts, weights, "blocks.", "mlp.fc1.weight")
+    facts.heads()
+    facts.seen("class_token", "cls_token" in weights, "cls_token")
+    facts.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
+    facts.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
+    _grid_from_positions(facts, weights, facts.values["class_token"])
+    if "mask_token" not in weights:
+        name = "head.projection.weight"
+        facts.seen("num_classes", weights[name].shape[0] if name in weights else 0, name)
+        return from_slowfast(weights, VideoClassifierConfig(**facts.values))
+    _decoder(facts, weights, "decoder_embed.weight", "pred_head.transforms.0.", norm_in_list=True)
+    facts.seen("decoder_separable_position", "dec_pos_embed_spatial" in weights, "dec_pos_embed_spatial")
+    facts.untold("decoder_num_heads", max(1, facts.values["decoder_width"] // 64), "width / 64, as SlowFast computes it")
+    _predicted_frames(facts, weights["pred_head.projections.0.weight"].shape[0], "pred_head.projections.0.weight")
+    facts.always("as SlowFast does", decoder_class_token="encoder", frame_choice="stride")
+    _target(facts, ("pixels", "normalized_pixels"), "norm_pix_loss")
+    facts.untold("mask_ratio", 0.9, "the paper's", "mask_ratio")
+    return from_slowfast(weights, MaskedAutoencoderConfig(**facts.values))
+
+
+def _decoder(facts: _Facts, weights: dict, embed: str, blocks: str, norm_in_list: bool = False) -> None:
+    facts.seen("decoder_width", weights[embed].shape[0], embed)
+    facts.seen("decoder_depth", _depth(weights, blocks) - norm_in_list, blocks + "*")
+
+
+def _predicted_frames(facts: _Facts, outputs: int, where: str) -> None:
+    values = facts.values
+    per_frame = math.prod(values["patch_size"]) * values["in_channels"]
+    slices = values["num_frames"] // values["tubelet_size"]
+    if outputs % per_frame:
+        raise UnknownFormat(f"{where} has {outputs} rows, no multiple of the {per_frame} values of a patch of one frame")
+    frames = outputs // per_frame * slices
+    values["predicted_frames"] = None if frames == slices else frames
+    facts.report.inferred["predicted_frames"] = f"{frames}, from {where}"
+
+
+def _videomae(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
+    pretrain = "encoder_to_decoder.weight" in weights
+    prefix = "encoder." if pretrain else ""
+    _patches(facts, weights, f"{prefix}patch_embed.proj.weight")
+    _blocks(facts, weights, f"{prefix}blocks.", "mlp.fc1.weight")
+    facts.heads()
+    first = f"{prefix}blocks.0."
+    facts.seen("qkv_bias", f"{first}attn.q_bias" in weights, f"{first}attn.q_bias")
+    learned = f"{prefix}pos_embed" in weights
+    facts.seen(
+        "position", "learned" if learned else "sincos", f"{prefix}pos_embed, which is there" if learned else "no pos_embed"
+    )
+    facts.seen("layer_scale", 1e-5 if f"{first}gamma_1" in weights else None, f"{first}gamma_1")
+    rgb = facts.values["in_channels"] == len(IMAGENET_MEAN)
+    facts.always(
+        "as VideoMAE does",
+        key_bias=False,
+        class_token=False,
+        separable_position=False,
+        mean=IMAGENET_MEAN if rgb else 0.0,
+        std=IMAGENET_STD if rgb else 1.0,
+    )
+    why = "VideoMAE's positions are not in its files; its published models have this"
+    frames = facts.untold("num_frames", 16, why, "num_frames")
+    facts.untold("image_size", 224, why, "input_size")
+    if learned:
+        _check_tokens(facts, weights[f"{prefix}pos_embed"].shape[-2])
+    if not pretrain:
+        facts.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
+        facts.seen("pooling", "mean" if "fc_norm.weight" in weights else "first", "fc_norm.weight")
+        return from_videomae(weights, VideoClassifierConfig(**facts.values))
+    _decoder(facts, weights, "encoder_to_decoder.weight", "decoder.blocks.")
+    facts.seen(
+        "decoder_mlp_ratio",
+        ratio(facts.values["decoder_width"], weights["decoder.blocks.0.mlp.fc1.weight"].shape[0]),
+        "decoder.blocks.0.mlp.fc1.weight",
+    )
+    facts.untold(
+        "decoder_num_heads", max(1, facts.values["decoder_width"] // 64), "width / 64, as in all of VideoMAE's factories"
+    )
+    facts.always("as VideoMAE does", target_range="unit", mask_strategy="tube", decoder_embed_bias=False, predicted_frames=frames)
+    facts.untold("decoder_mask_ratio", 0.0, "of VideoMAE; V2 has 0.5", "decoder_mask_ratio")
+    _target(facts, ("pixels", "channel_normalized_pixels"), "normlize_target")
+    facts.untold("mask_ratio", 0.9, "VideoMAE's", "mask_ratio")
+    return from_videomae(weights, MaskedAutoencoderConfig(**facts.values))
+
+
+def _check_tokens(facts: _Facts, tokens: int) -> None:
+    values = facts.values
+    size = values["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    patch = values["patch_size"]
+    expected = values["num_frames"] // values["tubelet_size"] * (height // patch[0]) * (width // patch[1])
+    if tokens != expected:
+        raise UnknownFormat(
+            f"pos_embed has {tokens} tokens, {values['num_frames']} frames of {height}x{width} give {expected}; "
+            "state num_frames and image_size"
+        )
+
+
+def _huggingface(weights: dict, facts: _Facts, hub_config: dict | None) -> VideoModel:
+    if hub_config is None:
+        raise UnknownFormat("expected config.json beside the weights of Hugging Face's VideoMAE; give the folder")
+    config = huggingface_config(weights, hub_config)
+    facts.report.inferred["config"] = "all of it, from config.json"
+    for field in ("mean", "std"):
+        facts.report.assumed[field] = f"{getattr(config, field)!r}, which the model's loss takes for granted"
+    return from_huggingface(weights, config)
+
+
+def _image_mae(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
+    _patches(facts, weights, "patch_embed.proj.weight")
+    _blocks(facts, weights, "blocks.", "mlp.fc1.weight")
+    facts.heads()
+    facts.seen("class_token", "cls_token" in weights, "cls_token")
+    facts.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
+    facts.always("spatial from the image's, temporal zero", separable_position=True)
+    facts.always("as the image MAE does", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    facts.untold("tubelet_size", 2, "the paper's; the image kernel is divided over its frames")
+    facts.untold("num_frames", 16, "the paper's; an image has none")
+    if "pos_embed" not in weights:
+        raise UnknownFormat("expected pos_embed among the weights of an image MAE, and it is missing")
+    _square(facts, weights["pos_embed"].shape[-2] - facts.values["class_token"], facts.values["patch_size"], "pos_embed")
+    if "decoder_embed.weight" not in weights:
+        facts.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
+        first = "head.weight" in weights and "fc_norm.weight" not in weights
+        facts.seen("pooling", "first" if first else "mean", "fc_norm.weight")
+        return from_image_mae(weights, VideoClassifierConfig(**facts.values))
+    _decoder(facts, weights, "decoder_embed.weight", "decoder_blocks.")
+    facts.untold("decoder_num_heads", 16, "as in all of the image MAE's factories")
+    facts.always("one for each time slice", predicted_frames=None)
+    facts.always("as the image MAE does", decoder_class_token="encoder")
+    _target(facts, ("pixels", "normalized_pixels"), "norm_pix_loss")
+    facts.untold("mask_ratio", 0.9, "for video; the image MAE has 0.75")
+    return from_image_mae(weights, MaskedAutoencoderConfig(**facts.values))

@@ -1,0 +1,50 @@
+"""What reading foreign weights found out: said, never guessed in silence."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class LoadReport:
+    """What a file or folder was recognised as, and where each choice of the model came from.
+
+    ``model.load_report`` of every model that ``stmae.checkpoint.load`` returns; ``str()`` gives it as text.
+
+    Attributes:
+        format: for instance ``mae_st``, ``slowfast``, ``videomae``, ``huggingface-videomae``, ``image-mae``, ``stmae``.
+        path: what was read.
+        inferred: configuration field -> what in the file says so.
+        assumed: configuration field -> why; weights cannot tell these, so pass them to ``load`` where they differ.
+        unused: tensors of the file that the model has no use for, each with the reason.
+        notes: what deserves a look, for instance weights that are all zero or not finite.
+    """
+
+    format: str
+    path: str = ""
+    inferred: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path or 'weights'}: recognised as {self.format}"]
+        lines += [f"  inferred {name}: {reason}" for name, reason in self.inferred.items()]
+        lines += [f"  assumed {name}: {reason}" for name, reason in self.assumed.items()]
+        lines += [f"  unused {name}: {reason}" for name, reason in self.unused.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def examine(self, weights: dict[str, torch.Tensor]) -> None:
+        """Adds a note for every tensor that no training leaves behind: all zero, or with values that are not finite."""
+        for name, value in weights.items():
+            if value.numel() == 0 or value.device.type == "meta":
+                continue
+            if not torch.isfinite(value).all():
+                self.notes.append(f"{name} holds values that are not finite")
+            elif not value.any():
+                self.notes.append(f"{name} is all zeros, which trained weights are not")

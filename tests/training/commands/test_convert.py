@@ -1,0 +1,68 @@
+"""stmae convert: between code bases and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stmae.checkpoint import from_videomae, load
+from stmae.models import MaskedAutoencoder
+from stmae.training.cli import main
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def checkpoint(tmp_path, name="videomae_default"):
+    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+        weights = {key[7:]: file.get_tensor(key) for key in file.keys() if key.startswith("weight.")}  # noqa: SIM118
+    torch.save({"model": weights}, tmp_path / "checkpoint.pth")
+    return tmp_path / "checkpoint.pth", from_videomae(weights, config), weights
+
+
+STATED = '["num_heads=2", "decoder_num_heads=2", "num_frames=4", "image_size=32", "mask_ratio=0.75"]'
+
+
+def test_to_a_folder_and_back(tmp_path, capsys):
+    path, expected, weights = checkpoint(tmp_path)
+    assert main(["convert", str(path), str(tmp_path / "ours"), "--set", STATED]) == 0
+    said = capsys.readouterr().out
+    assert "recognised as videomae" in said and "assumed target" in said
+    model = MaskedAutoencoder.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.state_dict().items())
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back.safetensors"), "--to", "videomae"]) == 0
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == weights.keys() and all(torch.equal(back[key], weights[key]) for key in weights)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back.pth"), "--to", "videomae"]) == 0
+    assert load(tmp_path / "back.pth", **model.config.replace().to_dict() | {"image_size": 32}).config.width == 48
+
+
+@pytest.mark.filterwarnings("ignore:to_huggingface")
+def test_to_hugging_face(tmp_path):
+    path, expected, _ = checkpoint(tmp_path)
+    assert main(["convert", str(path), str(tmp_path / "hub"), "--to", "hf-videomae", "--set", STATED]) == 0
+    again = load(tmp_path / "hub")
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in expected.state_dict().items())
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "hub").state_dict()
+    assert torch.equal(theirs["encoder_to_decoder.weight"], expected.decoder.embed.weight)
+    assert torch.equal(theirs["videomae.encoder.layer.1.attention.attention.value.bias"], expected.encoder.blocks[1].qkv.v_bias)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--to", "mae_st"], "expected a name in .safetensors or .pth"),
+        (["--set", '["num_heads"]'], "expected FIELD=VALUE"),
+        ([], "cannot tell num_heads"),
+        (["--set", '["num_heads=2", "wdith=3"]'], "wdith"),
+    ],
+)
+def test_what_cannot_be_converted_is_said_in_one_line(options, says, tmp_path, capsys):
+    path, _, _ = checkpoint(tmp_path)
+    assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 1
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
