@@ -205,7 +205,8 @@ def test_a_weight_gradient_without_rows_is_zero_or_what_there_was():
         assert (out == float(add)).all()
 
 
-def test_mlp_before_what_has_no_gradient():
+@pytest.mark.parametrize("op", ["linear", "mlp", "attention", "packed_attention"])
+def test_before_what_has_no_gradient(op):
     class Cut(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -215,8 +216,14 @@ def test_mlp_before_what_has_no_gradient():
         def backward(ctx, grad):
             return None
 
-    arguments = [argument.requires_grad_() for argument in tensors("mlp", 5, 8, 16, torch.float32)]
-    Cut.apply(ops.mlp(*arguments)).sum().backward()
+    if op == "attention":
+        arguments = [torch.rand(1, 5, 2, 8) for _ in range(3)]
+    elif op == "packed_attention":
+        arguments = [torch.rand(1, 5, 3, 2, 8)]
+    else:
+        arguments = tensors(op, 5, 8, 16, torch.float32)
+    arguments = [argument.requires_grad_() for argument in arguments]
+    Cut.apply(getattr(ops, op)(*arguments)).sum().backward()
     assert all(argument.grad is None for argument in arguments)
 
 
