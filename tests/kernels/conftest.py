@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -23,4 +25,6 @@ def pytest_terminal_summary(terminalreporter):
 def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
+    # The suite asks for deterministic algorithms, under which torch refuses cuBLAS's products without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return "cuda"

@@ -103,3 +103,53 @@ def test_opcheck(device, op):
         parameters = (random(*shape, device=device) for shape in ((8, 1, 1, 8, 8), (8,), (8, 8)))
         arguments = (video, keep, *parameters, [0.5], [0.2])
         torch.library.opcheck(torch.ops.stmae.masked_patchify.default, arguments)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_training_step_captured_in_a_cuda_graph(device, accumulate):
+    """Replays give what the same steps give without a graph; one without a finite gradient changes nothing."""
+    import types
+
+    from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
+    from stmae.training.engine.cuda_graph import GraphedStep, make_capturable
+    from stmae.training.engine.optimizer import adamw, weight_decay_groups
+
+    class Eager(GraphedStep):
+        def __call__(self, micro_batches):
+            return self._on_side_stream(self._moved(micro_batches))
+
+    encoder = dict(image_size=64, num_frames=4, width=64, depth=2, num_heads=2)
+    config = MaskedAutoencoderConfig(**encoder, decoder_width=32, decoder_depth=2, decoder_num_heads=2, mask_ratio=0.75)
+    clips = torch.randint(0, 256, (8 * accumulate, 2, 4, 64, 64, 3), dtype=torch.uint8).permute(0, 1, 5, 2, 3, 4)
+    noise = torch.rand(8 * accumulate, 2, config.num_tokens)
+    results = []
+    for kind in (Eager, GraphedStep):
+        torch.manual_seed(0)
+        model = MaskedAutoencoder(config).to(device)
+        optimizer = adamw(weight_decay_groups(model, 0.05), types.SimpleNamespace(betas=(0.9, 0.95)))
+        make_capturable(optimizer, torch.device(device))
+
+        def loss(batch, model=model):
+            with torch.autocast("cuda", torch.bfloat16):
+                return model(batch["clips"], noise=batch["noise"]).loss
+
+        step = kind(loss, list(model.parameters()), optimizer, clip_grad=0.1, device=torch.device(device))
+        losses = []
+        for number in range(8):
+            for group in optimizer.param_groups:
+                group["lr"].fill_(1e-3 / (1 + number))
+            parts = range(number * accumulate, (number + 1) * accumulate)
+            micro_batches = [{"clips": clips[i].pin_memory(), "noise": noise[i].pin_memory()} for i in parts]
+            if number != 6:
+                losses.append(tuple(x.item() for x in step(micro_batches)))
+                continue
+            kept = model.decoder.mask_token.detach().clone()
+            model.decoder.mask_token.data.fill_(torch.nan)
+            before = [p.detach().clone() for p in model.parameters()]
+            assert not step(micro_batches)[0].isfinite()
+            for a, b in zip(before, model.parameters(), strict=True):
+                assert torch.equal(a.nan_to_num(7.0), b.detach().nan_to_num(7.0))
+            model.decoder.mask_token.data.copy_(kept)
+        results.append((losses, list(model.parameters())))
+    (first, weights), (second, others) = results
+    assert first == second and all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
