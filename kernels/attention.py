@@ -1,10 +1,11 @@
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from . import launching
+from . import attention_tiles, launching
 from .launching import configs, dot_precision, launch
 
 # A head dim that is no power of two is taken in two pieces, D0 the largest power of two in it and D1 what remains
@@ -13,20 +14,27 @@ from .launching import configs, dot_precision, launch
 # instruction uses.
 #
 # Below, an array of one head is a tuple (pointer, its rows, stride of a row, stride of a column), and strides are those of
-# [B, N, H, D].
+# [B, N, H, D]. Offsets within a head are 32 bits, half the instructions and registers of 64, except in an array so spread out
+# that they do not fit (WIDE): its strides are then 64 bits.
+#
+# What is walked over is taken in tiles of a constant size and a last, smaller one: the least power of two that holds the rest.
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _head(ptr, strides, rows, b, h):
-    return ptr + b * strides[0] + h * strides[2], rows, strides[1], strides[3]
+def _head(ptr, strides, rows, b, h, WIDE: tl.constexpr):
+    ptr += b * strides[0] + h * strides[2]
+    if WIDE:
+        return ptr, rows, tl.cast(strides[1], tl.int64), tl.cast(strides[3], tl.int64)
+    else:
+        return ptr, rows, strides[1], strides[3]
 
 
 @triton.jit
 def _where(x, row, column):
-    return x[0] + row[:, None].to(tl.int64) * x[2] + column[None, :].to(tl.int64) * x[3]
+    return x[0] + (row[:, None] * x[2] + column[None, :] * x[3])
 
 
 @triton.jit
@@ -102,6 +110,58 @@ def _accumulate(p, x0, x1, acc0, acc1, D1: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
+def _exp2_polynomial(x):
+    """2^x for x < 128 by multiplications and additions alone, with a relative error of at most 1.1e-4 (that of rounding to
+    float16 is 4.9e-4, to bfloat16 3.9e-3). Below -126 it is 2^-126.
+
+    2^x = 2^i 2^f with i the integer nearest x. Adding 1.5 * 2^23 leaves i in the last bits; from there it is added to the
+    exponent of 2^f: the polynomial of degree 3 that is 1 at 0 and has the least largest relative error on [-1/2, 1/2].
+    """
+    x = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)  # of a NaN comes what rounds to an infinity
+    shifted = x + 12582912.0
+    f = x - (shifted - 12582912.0)
+    power = ((0.0550089313 * f + 0.24221096) * f + 0.693282927) * f + 1.0
+    return (power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _halves(x):
+    """The first and the last half of the columns. In the layout of a product's result both are registers that a thread has."""
+    x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
+    return tl.split(tl.permute(x, (0, 2, 1)))
+
+
+@triton.jit
+def _beside(x, y):
+    """The inverse of _halves."""
+    both = tl.permute(tl.join(x, y), (0, 2, 1))
+    return tl.reshape(both, [x.shape[0], 2 * x.shape[1]])
+
+
+@triton.jit
+def exp2(x, EIGHTHS: tl.constexpr):
+    """2^x, of the last EIGHTHS (0, 1, 2 or 4) of eight columns by the polynomial.
+
+    A multiprocessor takes 16 exponentials a clock and 128 of anything else; what waits for exponentials gains where some
+    are made of multiplications (Shah et al. 2026, FlashAttention-4, section 3).
+    """
+    if EIGHTHS == 0 or x.shape[1] < 64:
+        return tl.exp2(x)
+    else:
+        first, last = _halves(x)
+        if EIGHTHS == 4:
+            return _beside(tl.exp2(first), _exp2_polynomial(last))
+        else:
+            third, fourth = _halves(last)
+            if EIGHTHS == 2:
+                return _beside(tl.exp2(first), _beside(tl.exp2(third), _exp2_polynomial(fourth)))
+            else:
+                seventh, eighth = _halves(fourth)
+                fourth = _beside(tl.exp2(seventh), _exp2_polynomial(eighth))
+                return _beside(tl.exp2(first), _beside(tl.exp2(third), fourth))
+
+
+@triton.jit
 def _attend(
     q,
     m,
@@ -121,29 +181,42 @@ def _attend(
     CHUNK: tl.constexpr,
     POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
 ):
-    """One tile of keys of the online softmax; scores are in units of log 2, `highest` and `total` are those of each query."""
-    n = start + tl.arange(0, BLOCK_N)
+    """One tile of keys of the online softmax; scores are in units of log 2, `highest` and `total` are those of each query.
+
+    Beyond the last key, that key stands again: it changes no maximum, and has no weight where it is summed.
+    """
+    n = start + tl.arange(0, WIDTH)
+    key = tl.minimum(n, k[1] - 1) if LAST else n
     if CHUNK > 0:
-        s = _scores(q, m, q0, q1, k, n, q0, q1, D, D1, CHUNK, PRECISION)
+        s = _scores(q, m, q0, q1, k, key, q0, q1, D, D1, CHUNK, PRECISION)
     else:
-        k0, k1 = _load2(k, n, D, D0, D1, MASKED)
-        s = _scores(q, m, q0, q1, k, n, k0, k1, D, D1, CHUNK, PRECISION)
-    if MASKED:
-        s = tl.where((n < k[1])[None, :], s * scale, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(s, axis=1))
-        p = tl.exp2(s - new_highest[:, None])
-    else:  # one multiplication less: that by the scale is fused with the subtraction
-        new_highest = tl.maximum(highest, tl.max(s, axis=1) * scale if POSITIVE else tl.min(s, axis=1) * scale)
-        p = tl.exp2(s * scale - new_highest[:, None])
+        k0, k1 = _load2(k, key, D, D0, D1, False)
+        s = _scores(q, m, q0, q1, k, key, k0, k1, D, D1, CHUNK, PRECISION)
+    # The scale is multiplied into the maximum of a row, not into every score: there it is fused with the subtraction.
+    new_highest = tl.maximum(highest, (tl.max(s, axis=1) if POSITIVE else tl.min(s, axis=1)) * scale)
+    p = exp2(s * scale - new_highest[:, None], EIGHTHS)
     correction = tl.exp2(highest - new_highest)
-    total = total * correction + tl.sum(p, axis=1)
     acc0 *= correction[:, None]
     if D1 > 0:
         acc1 *= correction[:, None]
-    v0, v1 = _load2(v, n, D, D0, D1, MASKED)
+    if SUMS > 0:  # on the tensor cores: the weights as they are rounded for v, times ones
+        ones = (
+            tl.where((n < k[1])[:, None], tl.full([WIDTH, SUMS], 1.0, tl.float32), 0.0)
+            if LAST
+            else tl.full([WIDTH, SUMS], 1.0, tl.float32)
+        )
+        dtype: tl.constexpr = v[0].dtype.element_ty
+        total = tl.dot(p.to(dtype), ones.to(dtype), total * correction[:, None], input_precision=PRECISION)
+    else:
+        if LAST:
+            p = tl.where((n < k[1])[None, :], p, 0.0)
+        total = total * correction + tl.sum(p, axis=1)
+    v0, v1 = _load2(v, n, D, D0, D1, LAST)
     acc0, acc1 = _accumulate(p, v0, v1, acc0, acc1, D1, PRECISION)
     return new_highest, total, acc0, acc1
 
@@ -169,45 +242,63 @@ def _attention(
     CHUNK: tl.constexpr,
     POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    SUMS: tl.constexpr,
+    WIDE: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out = softmax(scale q k^T) v and lse = log sum exp(scale q k^T), one program for a tile of queries of one head.
 
     Programs of one head are neighbours, so that its keys and values are read from memory once.
+
+    Args:
+        q_ptr, out_ptr: [B, queries, H, D]. k_ptr, v_ptr: [B, keys, H, D]. lse_ptr: [B, H, queries] float32, dense.
+        REST: keys % 128, rounded up to a multiple of 16.
     """
     tiles = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
-    bh = (program // tiles).to(tl.int64)
-    b = bh // H
-    h = bh % H
+    b = (program // tiles).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    bh = b * H + h
     m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _head(q_ptr, q_strides, queries, b, h)
-    k = _head(k_ptr, k_strides, keys, b, h)
-    v = _head(v_ptr, v_strides, keys, b, h)
+    q = _head(q_ptr, q_strides, queries, b, h, WIDE)
+    k = _head(k_ptr, k_strides, keys, b, h, WIDE)
+    v = _head(v_ptr, v_strides, keys, b, h, WIDE)
     if CHUNK > 0:
         q0 = m
         q1 = m
     else:
         q0, q1 = _load2(q, m, D, D0, D1, True)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    if SUMS > 0:
+        total = tl.zeros([BLOCK_M, SUMS], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     scale *= _LOG2E
     whole = keys // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         highest, total, acc0, acc1 = _attend(
-            q, m, q0, q1, k, v, start, scale, highest, total, acc0, acc1, D, D0, D1, CHUNK, POSITIVE, PRECISION, BLOCK_N, False
-        )
+            q, m, q0, q1, k, v, start, scale, highest, total, acc0, acc1,
+            D, D0, D1, CHUNK, POSITIVE, PRECISION, EIGHTHS, SUMS, BLOCK_N, False,
+        )  # fmt: skip
+    LEFT: tl.constexpr = (REST - 1) % BLOCK_N + 1
+    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
     if whole < keys:
         highest, total, acc0, acc1 = _attend(
-            q, m, q0, q1, k, v, whole, scale, highest, total, acc0, acc1, D, D0, D1, CHUNK, POSITIVE, PRECISION, BLOCK_N, True
-        )
-    acc0 /= total[:, None]
+            q, m, q0, q1, k, v, whole, scale, highest, total, acc0, acc1,
+            D, D0, D1, CHUNK, POSITIVE, PRECISION, 0, SUMS, TAIL, True,
+        )  # fmt: skip
+    if SUMS > 0:
+        total = tl.max(total, axis=1)  # all columns are the same
+    inverse = 1.0 / total
+    acc0 *= inverse[:, None]
     if D1 > 0:
-        acc1 /= total[:, None]
-    _store2(_head(out_ptr, out_strides, queries, b, h), acc0, acc1, m, D, D0, D1)
+        acc1 *= inverse[:, None]
+    _store2(_head(out_ptr, out_strides, queries, b, h, WIDE), acc0, acc1, m, D, D0, D1)
     tl.store(lse_ptr + bh * queries + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
 
 
@@ -233,18 +324,19 @@ def _grad_q_tile(
     D1: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
 ):
-    n = start + tl.arange(0, BLOCK_N)
-    k0, k1 = _load2(k, n, D, D0, D1, MASKED)
-    p = tl.exp2(_scores(q, m, q0, q1, k, n, k0, k1, D, D1, CHUNK, PRECISION) * scale - lse[:, None])
-    if MASKED:
+    n = start + tl.arange(0, WIDTH)
+    k0, k1 = _load2(k, n, D, D0, D1, LAST)
+    p = exp2(_scores(q, m, q0, q1, k, n, k0, k1, D, D1, CHUNK, PRECISION) * scale - lse[:, None], EIGHTHS)
+    if LAST:
         p = tl.where((n < k[1])[None, :], p, 0.0)
     if CHUNK > 0:
         grad_p = _scores(grad, m, grad0, grad1, v, n, grad0, grad1, D, D1, CHUNK, PRECISION)
     else:
-        v0, v1 = _load2(v, n, D, D0, D1, MASKED)
+        v0, v1 = _load2(v, n, D, D0, D1, LAST)
         grad_p = _scores(grad, m, grad0, grad1, v, n, v0, v1, D, D1, CHUNK, PRECISION)
     return _accumulate(p * (grad_p - delta[:, None]), k0, k1, acc0, acc1, D1, PRECISION)
 
@@ -257,9 +349,10 @@ def _grad_q(
     v_ptr,
     out_ptr,
     lse_ptr,
-    delta_ptr,
+    rows_ptr,
     grad_q_ptr,
     scale,
+    B,
     H,
     queries,
     keys,
@@ -274,92 +367,65 @@ def _grad_q(
     D1: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    WIDE: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad_q = scale dS k with dS = P (grad v^T - delta), delta = rowsum(grad out), which it leaves for _grad_kv.
+    """grad_q = scale dS k with dS = P (grad v^T - delta), delta = rowsum(grad out). One program a tile of queries of one head.
 
-    One program for a tile of queries of one head.
+    It leaves for _grad_kv what that needs of every query: lse in units of log 2, and delta.
+
+    Args:
+        grad_ptr, q_ptr, out_ptr, grad_q_ptr: [B, queries, H, D]. k_ptr, v_ptr: [B, keys, H, D].
+        lse_ptr: [B, H, queries] float32. rows_ptr: [2, B, H, queries] float32. Both dense.
+        REST: keys % 128, rounded up to a multiple of 16.
     """
     tiles = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
-    bh = (program // tiles).to(tl.int64)
-    b = bh // H
-    h = bh % H
+    b = (program // tiles).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    bh = b * H + h
     m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _head(q_ptr, q_strides, queries, b, h)
-    k = _head(k_ptr, k_strides, keys, b, h)
-    v = _head(v_ptr, v_strides, keys, b, h)
-    grad = _head(grad_ptr, grad_strides, queries, b, h)
+    q = _head(q_ptr, q_strides, queries, b, h, WIDE)
+    k = _head(k_ptr, k_strides, keys, b, h, WIDE)
+    v = _head(v_ptr, v_strides, keys, b, h, WIDE)
+    grad = _head(grad_ptr, grad_strides, queries, b, h, WIDE)
     grad0, grad1 = _load2(grad, m, D, D0, D1, True)
-    out0, out1 = _load2(_head(out_ptr, out_strides, queries, b, h), m, D, D0, D1, True)
+    out0, out1 = _load2(_head(out_ptr, out_strides, queries, b, h, WIDE), m, D, D0, D1, True)
     delta = tl.sum(grad0.to(tl.float32) * out0.to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), axis=1)
-    tl.store(delta_ptr + bh * queries + m, delta, mask=m < queries)
+    inside = m < queries
+    lse = tl.load(lse_ptr + bh * queries + m, mask=inside, other=float("inf")) * _LOG2E
+    tl.store(rows_ptr + bh * queries + m, lse, mask=inside)
+    tl.store(rows_ptr + (B * H + bh) * queries + m, delta, mask=inside)
     if CHUNK > 0:
         q0 = m
         q1 = m
     else:
         q0, q1 = _load2(q, m, D, D0, D1, True)
-    lse = tl.load(lse_ptr + bh * queries + m, mask=m < queries, other=float("inf")) * _LOG2E
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    log_scale = scale * _LOG2E
     whole = keys // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         acc0, acc1 = _grad_q_tile(
-            q,
-            grad,
-            m,
-            q0,
-            q1,
-            grad0,
-            grad1,
-            k,
-            v,
-            start,
-            scale * _LOG2E,
-            lse,
-            delta,
-            acc0,
-            acc1,
-            D,
-            D0,
-            D1,
-            CHUNK,
-            PRECISION,
-            BLOCK_N,
-            False,
-        )
+            q, grad, m, q0, q1, grad0, grad1, k, v, start, log_scale, lse, delta, acc0, acc1,
+            D, D0, D1, CHUNK, PRECISION, EIGHTHS, BLOCK_N, False,
+        )  # fmt: skip
+    LEFT: tl.constexpr = (REST - 1) % BLOCK_N + 1
+    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
     if whole < keys:
         acc0, acc1 = _grad_q_tile(
-            q,
-            grad,
-            m,
-            q0,
-            q1,
-            grad0,
-            grad1,
-            k,
-            v,
-            whole,
-            scale * _LOG2E,
-            lse,
-            delta,
-            acc0,
-            acc1,
-            D,
-            D0,
-            D1,
-            CHUNK,
-            PRECISION,
-            BLOCK_N,
-            True,
-        )
+            q, grad, m, q0, q1, grad0, grad1, k, v, whole, log_scale, lse, delta, acc0, acc1,
+            D, D0, D1, CHUNK, PRECISION, 0, TAIL, True,
+        )  # fmt: skip
     acc0 *= scale
     if D1 > 0:
         acc1 *= scale
-    _store2(_head(grad_q_ptr, grad_q_strides, queries, b, h), acc0, acc1, m, D, D0, D1)
+    _store2(_head(grad_q_ptr, grad_q_strides, queries, b, h, WIDE), acc0, acc1, m, D, D0, D1)
 
 
 @triton.jit
@@ -386,20 +452,21 @@ def _grad_kv_tile(
     D1: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
 ):
-    m = start + tl.arange(0, BLOCK_M)
-    q0, q1 = _load2(q, m, D, D0, D1, MASKED)
-    if MASKED:  # a query that is not there has lse = inf, hence weight 0 for every key
+    m = start + tl.arange(0, WIDTH)
+    q0, q1 = _load2(q, m, D, D0, D1, LAST)
+    if LAST:  # a query that is not there has lse = inf, hence weight 0 for every key
         lse = tl.load(lse_ptr + m, mask=m < q[1], other=float("inf"))
         delta = tl.load(delta_ptr + m, mask=m < q[1], other=0.0)
     else:
         lse = tl.load(lse_ptr + m)
         delta = tl.load(delta_ptr + m)
     # Everything here is transposed, [keys, queries]: what is summed over queries is then a left operand as it stands.
-    p = tl.exp2(_scores(k, n, k0, k1, q, m, q0, q1, D, D1, CHUNK, PRECISION) * scale - (lse * _LOG2E)[None, :])
-    grad0, grad1 = _load2(grad, m, D, D0, D1, MASKED)
+    p = exp2(_scores(k, n, k0, k1, q, m, q0, q1, D, D1, CHUNK, PRECISION) * scale - lse[None, :], EIGHTHS)
+    grad0, grad1 = _load2(grad, m, D, D0, D1, LAST)
     grad_v0, grad_v1 = _accumulate(p, grad0, grad1, grad_v0, grad_v1, D1, PRECISION)
     grad_s = p * (_scores(v, n, v0, v1, grad, m, grad0, grad1, D, D1, CHUNK, PRECISION) - delta[None, :])
     grad_k0, grad_k1 = _accumulate(grad_s, q0, q1, grad_k0, grad_k1, D1, PRECISION)
@@ -412,11 +479,11 @@ def _grad_kv(
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
-    delta_ptr,
+    rows_ptr,
     grad_k_ptr,
     grad_v_ptr,
     scale,
+    B,
     H,
     queries,
     keys,
@@ -431,22 +498,31 @@ def _grad_kv(
     D1: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    WIDE: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad_v = P^T grad and grad_k = scale dS^T q. One program owns a tile of keys of one head: no two add to one address."""
+    """grad_v = P^T grad and grad_k = scale dS^T q. One program owns a tile of keys of one head: no two add to one address.
+
+    Args:
+        grad_ptr, q_ptr: [B, queries, H, D]. k_ptr, v_ptr, grad_k_ptr, grad_v_ptr: [B, keys, H, D].
+        rows_ptr: [2, B, H, queries] float32, dense, what _grad_q left there.
+        REST: queries % 128, rounded up to a multiple of 16.
+    """
     tiles = tl.cdiv(keys, BLOCK_N)
     program = tl.program_id(0)
-    bh = (program // tiles).to(tl.int64)
-    b = bh // H
-    h = bh % H
+    b = (program // tiles).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    bh = b * H + h
     n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    q = _head(q_ptr, q_strides, queries, b, h)
-    k = _head(k_ptr, k_strides, keys, b, h)
-    v = _head(v_ptr, v_strides, keys, b, h)
-    grad = _head(grad_ptr, grad_strides, queries, b, h)
-    lse_ptr += bh * queries
-    delta_ptr += bh * queries
+    q = _head(q_ptr, q_strides, queries, b, h, WIDE)
+    k = _head(k_ptr, k_strides, keys, b, h, WIDE)
+    v = _head(v_ptr, v_strides, keys, b, h, WIDE)
+    grad = _head(grad_ptr, grad_strides, queries, b, h, WIDE)
+    lse_ptr = rows_ptr + bh * queries
+    delta_ptr = rows_ptr + (B * H + bh) * queries
     if CHUNK > 0:
         k0 = n
         k1 = n
@@ -459,22 +535,25 @@ def _grad_kv(
     grad_k1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
     grad_v0 = tl.zeros([BLOCK_N, D0], tl.float32)
     grad_v1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
+    log_scale = scale * _LOG2E
     whole = queries // BLOCK_M * BLOCK_M
     for start in range(0, whole, BLOCK_M):
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
-            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, start, scale * _LOG2E, grad_k0, grad_k1, grad_v0, grad_v1,
-            D, D0, D1, CHUNK, PRECISION, BLOCK_M, False,
+            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, start, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
+            D, D0, D1, CHUNK, PRECISION, EIGHTHS, BLOCK_M, False,
         )  # fmt: skip
+    LEFT: tl.constexpr = (REST - 1) % BLOCK_M + 1
+    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
     if whole < queries:
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
-            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, whole, scale * _LOG2E, grad_k0, grad_k1, grad_v0, grad_v1,
-            D, D0, D1, CHUNK, PRECISION, BLOCK_M, True,
+            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, whole, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
+            D, D0, D1, CHUNK, PRECISION, 0, TAIL, True,
         )  # fmt: skip
     grad_k0 *= scale
     if D1 > 0:
         grad_k1 *= scale
-    _store2(_head(grad_k_ptr, grad_k_strides, keys, b, h), grad_k0, grad_k1, n, D, D0, D1)
-    _store2(_head(grad_v_ptr, grad_v_strides, keys, b, h), grad_v0, grad_v1, n, D, D0, D1)
+    _store2(_head(grad_k_ptr, grad_k_strides, keys, b, h, WIDE), grad_k0, grad_k1, n, D, D0, D1)
+    _store2(_head(grad_v_ptr, grad_v_strides, keys, b, h, WIDE), grad_v0, grad_v1, n, D, D0, D1)
 
 
 def _pieces(D, float32):
@@ -490,54 +569,41 @@ def _pieces(D, float32):
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
-def _useful(length, tile):
-    return length / (triton.cdiv(length, tile) * tile)
-
-
-def _pick(choices, queries, keys):
-    """Those of `choices` (largest tiles first) that waste at most a tenth of their products on the ragged ends.
-
-    Where none does, as between lengths of 64 and 128 or so, the one that wastes least.
-    """
-    share = [_useful(queries, tiles["BLOCK_M"]) * _useful(keys, tiles["BLOCK_N"]) for _, _, tiles in choices]
-    fitting = [choice for choice, useful in zip(choices, share) if useful >= 0.9]
-    return configs(*(fitting or [choices[share.index(max(share))]]))
-
-
-def _tiles(M, N):
-    return dict(BLOCK_M=M, BLOCK_N=N)
-
-
-def _forward_configs(queries, keys, D, float32):
+@functools.lru_cache(4096)
+def _configurations(kernel, target, D, float32, queries, keys):
+    """The tiles of `kernel` that do not spill on `target`, the default (see attention_tiles) first."""
     if float32:
-        choices = [(4, 2, _tiles(32, 32))]
-    elif D <= 96:
-        choices = [(8, 3, _tiles(128, 64)), (4, 2, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
-    else:
-        choices = [(8, 3, _tiles(128, 64)), (8, 3, _tiles(64, 64)), (2, 3, _tiles(32, 16))]
-    return _pick(choices, queries, keys)
+        tiles = dict(BLOCK_M=32, BLOCK_N=32, EIGHTHS=0)
+        if kernel == "attention":
+            return configs((4, 2, tiles))
+        if D <= 64 or target == "gfx942":
+            return configs((4, 1, tiles))
+        if D < 128:  # what masks the columns beyond D takes the registers that 32 rows of both sides need
+            tiles["BLOCK_M" if kernel == "grad_q" else "BLOCK_N"] = 16
+        return configs((8, 1, tiles))
+    return configs(*attention_tiles.ordered(kernel, target, D, queries, keys))
 
 
-def _backward_configs(queries, keys, D, float32, own):
-    """own: the side a program keeps in registers; it walks over the other. The largest tiles that no target spills with."""
-    if float32:
-        choices = [(4 if D <= 64 or launching.backend() == "hip" else 8, 1, 32, 32)]
-    elif launching.backend() == "hip":
-        choices = [(4, 2, 64, 32), (4, 2, 32, 16)]
-    elif D <= 96:
-        choices = [(8, 2, 128, 32), (4, 2, 64, 32), (4, 2, 32, 16)]
-    else:
-        choices = [(8, 2, 128, 32 if own == "BLOCK_M" else 16), (8, 2, 32, 32)]
-    choices = [(warps, stages, _tiles(*((m, n) if own == "BLOCK_M" else (n, m)))) for warps, stages, m, n in choices]
-    return _pick(choices, queries, keys)
-
-
-def _constants(q):
-    D = q.shape[3]
+def _constants(kernel, q, k, walked, *arrays):
+    """Constants of a kernel and its configurations; `walked` is the length of the side that a program walks over."""
+    D, queries, keys = q.shape[3], q.shape[1], k.shape[1]
     float32 = q.dtype == torch.float32
     D0, D1 = _pieces(D, float32)
-    chunk = min(32, D0) if float32 else 0
-    return dict(D=D, D0=D0, D1=D1, CHUNK=chunk, PRECISION=dot_precision(q.dtype), key=("queries", "keys", "D"))
+    chosen_for = launching.target(q.device)
+    constants = dict(
+        D=D,
+        D0=D0,
+        D1=D1,
+        CHUNK=min(32, D0) if float32 else 0,
+        PRECISION=dot_precision(q.dtype),
+        WIDE=any((x.shape[1] - 1) * x.stride(1) + (D - 1) * x.stride(3) >= 2**31 for x in arrays),
+        REST=triton.cdiv(walked % 128, 16) * 16,
+        configs=_configurations(kernel, chosen_for, D, float32, queries, keys),
+        key=("queries", "keys", "D"),
+    )
+    if kernel == "attention":
+        constants["SUMS"] = 8 if not float32 and chosen_for in ("sm_80", "sm_90") else 0
+    return constants
 
 
 def _forward(q, k, v, scale):
@@ -548,7 +614,7 @@ def _forward(q, k, v, scale):
     if out.numel():
         launch(
             _attention,
-            lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B * H,),
+            lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B, H),
             q,
             k,
             v,
@@ -563,8 +629,7 @@ def _forward(q, k, v, scale):
             v.stride(),
             out.stride(),
             POSITIVE=scale >= 0,
-            configs=_forward_configs(queries, keys, D, q.dtype == torch.float32),
-            **_constants(q),
+            **_constants("attention", q, k, keys, q, k, v, out),
         )
     return out, lse
 
@@ -576,51 +641,48 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
         grad_k.zero_()
         grad_v.zero_()
         return
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    float32 = q.dtype == torch.float32
+    rows = torch.empty(2, B, H, queries, dtype=torch.float32, device=q.device)
     strides = (grad_out.stride(), q.stride(), k.stride(), v.stride())
     launch(
         _grad_q,
-        lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B * H,),
+        lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B, H),
         grad_out,
         q,
         k,
         v,
         out,
-        lse,
-        delta,
+        lse.contiguous(),
+        rows,
         grad_q,
         scale,
+        B,
         H,
         queries,
         keys,
         *strides,
         out.stride(),
         grad_q.stride(),
-        configs=_backward_configs(queries, keys, D, float32, "BLOCK_M"),
-        **_constants(q),
+        **_constants("grad_q", q, k, keys, grad_out, q, k, v, out, grad_q),
     )
     launch(
         _grad_kv,
-        lambda tiles: (triton.cdiv(keys, tiles["BLOCK_N"]) * B * H,),
+        lambda tiles: (triton.cdiv(keys, tiles["BLOCK_N"]) * B, H),
         grad_out,
         q,
         k,
         v,
-        lse,
-        delta,
+        rows,
         grad_k,
         grad_v,
         scale,
+        B,
         H,
         queries,
         keys,
         *strides,
         grad_k.stride(),
         grad_v.stride(),
-        configs=_backward_configs(queries, keys, D, float32, "BLOCK_N"),
-        **_constants(q),
+        **_constants("grad_kv", q, k, queries, grad_out, q, k, v, grad_k, grad_v),
     )
 
 

@@ -71,7 +71,7 @@ def _patchify(dtype, channels_last, patch, D, rest=False):
     masked_patchify.masked_patchify_backward(out, video, keep, weight, bias, position, MEAN, STD)
 
 
-def _patch_loss(dtype, channels_last, patch):
+def _patch_loss(dtype, channels_last, patch, normalize=1):
     frames = list(range(0, 16, 2))
     N = 8 // patch[0] * (224 // patch[1]) * (224 // patch[2])
     masked = meta(4, N - N // 10, dtype=torch.int64)
@@ -95,7 +95,7 @@ def _mlp(dtype, F):
 
 def _attention(dtype, D):
     # A length that every tile divides well enough, so that all of them are offered.
-    qkv = meta(4, 1568, 3, 8, D, dtype=dtype)
+    qkv = meta(4, 1569, 3, 8, D, dtype=dtype)
     out, lse = attention.packed_attention(qkv, D**-0.5)
     attention.packed_attention_backward(out, qkv, out, lse, D**-0.5)
 
@@ -117,6 +117,7 @@ CASES = {
     "loss channels-last bf16": lambda: _patch_loss(BF16, True, (1, 16, 16)),
     "loss planar bf16": lambda: _patch_loss(BF16, False, (1, 16, 16)),
     "loss two frames f32": lambda: _patch_loss(F32, True, (2, 16, 16)),
+    "loss by channel bf16": lambda: _patch_loss(BF16, True, (1, 16, 16), 2),
     "loss patch 14 bf16": lambda: _patch_loss(BF16, True, (1, 14, 14)),
     **{f"norm {D} bf16": lambda D=D: _norm(BF16, D) for D in (192, 384, 512, 768, 1024, 1280, 1408)},
     "norm 768 f32": lambda: _norm(F32, 768),
@@ -137,6 +138,7 @@ BOTH = ("sm_80", "gfx942")
 ONLY = {
     "channels-last f16": ("sm_90",),
     "channels-last tf32": ("sm_80",),
+    "loss by channel bf16": ("sm_90", "gfx942"),
     "loss patch 14 bf16": BOTH,
     "head 80 f32": BOTH,
     "norm 384 bf16": BOTH,
@@ -163,7 +165,7 @@ def compile_case(job):
     for name, kernel, tiles, grid in compiled:
         if not (0 < grid[0] < 2**31 and all(0 < x < 2**16 for x in grid[1:])):
             raise AssertionError(f"{name}, {case}: a grid of {grid} cannot be launched")
-        key = f"{name} | {case} | {' '.join(f'{k[6:]}={v}' for k, v in tiles.items())} | {target}"
+        key = f"{name} | {case} | {' '.join(f'{k}={v}' for k, v in tiles.items())} | {target}"
         if key not in result:
             seen[name] += 1
             result[key] = compiler.machine_code(kernel), seen[name] == 1  # the first of a kernel's configurations

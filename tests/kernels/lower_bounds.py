@@ -2,8 +2,9 @@
 
     python tests/kernels/lower_bounds.py [--batch 32]     two tables in Markdown: lower bounds, and Triton 3.9's figures in short
 
-A bound is the larger of the least bytes over the memory's peak and the operations executed over the tensor cores' peak; a
-measured time is above it, by how much nobody knows without measuring. The tests hold the kernels to these counts: bytes within
+A bound is the largest of three: the least bytes over the memory's peak, the operations executed over the tensor cores' peak, and
+the exponentials over the peak of the unit that computes them; a measured time is above it, by how much nobody knows without
+measuring. The tests hold the kernels to these counts: bytes within
 10 %, operations at least 90 % useful (check_traffic.py).
 """
 
@@ -21,8 +22,12 @@ from stmae import models
 
 FIGURES = Path(__file__).parent / "figures" / "triton-3.9.json"
 # Peak bytes and dense bfloat16 operations a second. Sources: NVIDIA's data sheets of the A100 80GB SXM, of the H100 SXM and of
-# HGX B200 (both: half of the rates given with sparsity), AMD's data sheet of the MI300X.
+# HGX B200 (both: half of the rates given with sparsity), AMD's data sheet of the MI300X. And exponentials: every multiprocessor
+# has 16 a clock (CUDA programming guide, throughput of arithmetic instructions; CDNA 3 ISA guide), and this many bfloat16
+# operations in that time.
+OPERATIONS_A_CLOCK = {"A100": 2048, "H100": 4096, "B200": 8192, "MI300X": 2048}
 PEAKS = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12), "B200": (8.0e12, 2250e12), "MI300X": (5.3e12, 1307e12)}
+PEAKS = {gpu: (*peaks, peaks[1] * 16 / OPERATIONS_A_CLOCK[gpu]) for gpu, peaks in PEAKS.items()}
 MODELS = {"ViT-B": models.mae_vit_base_patch16, "ViT-L": models.mae_vit_large_patch16}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHOWN = {  # kernel, case, tiles by default
@@ -52,13 +57,18 @@ def attention_work(B, N, H, D, *, backward=False):
     return packed + one + lse, 4 * B * H * N * N * D
 
 
+def attention_exponentials(B, N, H, *, backward=False):
+    """One for a score in the forward, and in each of the backward's two kernels."""
+    return (2 if backward else 1) * B * H * N * N
+
+
 def patchify_work(B, N, K, Q, D, *, backward=False):
     """(bytes, operations): bytes of video, bfloat16 weight and bias, float32 positions and output (or their gradient)."""
     return B * K * (Q + 8) + 2 * D * (Q + 1) + 4 * N * D + 4 * B * K * D, 2 * B * K * Q * D
 
 
 def step_work(model, B):
-    """{op: (calls in a training step, bytes and operations of one)}, bfloat16 autocast, 90 % of uint8 clips masked."""
+    """{op: (calls in a training step, bytes, operations, exponentials of one)}, bfloat16 autocast, 90 % of uint8 clips masked."""
     c = model.config
     N, D, W, P = c.num_tokens, c.width, c.decoder_width, c.patch_values
     K = model.sample_mask(B, noise=torch.rand(B, N))[0].shape[1]
@@ -73,28 +83,31 @@ def step_work(model, B):
     linear += B * all_tokens * ((c.decoder_depth - 1) * block + 6) * W * W  # of the last block only qkv sees every token
     linear += B * M * ((block - 6) * W * W + 2 * W * P)
     return {
-        "`random_masking`": (1, 12 * B * N, 0),
-        "`masked_patchify`": (1, *patchify_work(B, N, K, Q, D)),
-        "`masked_patchify`, backward": (1, *patchify_work(B, N, K, Q, D, backward=True)),
-        "encoder's `attention`": (c.depth, *attention_work(*encoder)),
-        "encoder's `attention`, backward": (c.depth, *attention_work(*encoder, backward=True)),
-        "`restore_tokens`": (1, restored, 0),
-        "`restore_tokens`, backward": (1, restored, 0),
-        "decoder's `attention`": (c.decoder_depth, *attention_work(*decoder)),
-        "decoder's `attention`, backward": (c.decoder_depth, *attention_work(*decoder, backward=True)),
-        "`gather_tokens`, float32 stream and bfloat16 branch": (1, 12 * B * M * W, 0),
-        "`gather_tokens`, backward": (1, 6 * B * (M + all_tokens) * W, 0),
-        "`patch_loss`": (1, B * M * (3 * P + 20), 0),
-        "`patch_loss`, backward": (1, B * M * (5 * P + 20), 0),
-        "linear layers, forward and backward (torch's)": (1, 0, 3 * linear),
-        "AdamW (torch's)": (1, 28 * parameters, 0),
+        "`random_masking`": (1, 12 * B * N, 0, 0),
+        "`masked_patchify`": (1, *patchify_work(B, N, K, Q, D), 0),
+        "`masked_patchify`, backward": (1, *patchify_work(B, N, K, Q, D, backward=True), 0),
+        "encoder's `attention`": (c.depth, *_attention(*encoder)),
+        "encoder's `attention`, backward": (c.depth, *_attention(*encoder, backward=True)),
+        "`restore_tokens`": (1, restored, 0, 0),
+        "`restore_tokens`, backward": (1, restored, 0, 0),
+        "decoder's `attention`": (c.decoder_depth, *_attention(*decoder)),
+        "decoder's `attention`, backward": (c.decoder_depth, *_attention(*decoder, backward=True)),
+        "`gather_tokens`, float32 stream and bfloat16 branch": (1, 12 * B * M * W, 0, 0),
+        "`gather_tokens`, backward": (1, 6 * B * (M + all_tokens) * W, 0, 0),
+        "`patch_loss`": (1, B * M * (3 * P + 20), 0, 0),
+        "`patch_loss`, backward": (1, B * M * (5 * P + 20), 0, 0),
+        "linear layers, forward and backward (torch's)": (1, 0, 3 * linear, 0),
+        "AdamW (torch's)": (1, 28 * parameters, 0, 0),
     }
 
 
-def bound(bytes, operations, peak):
-    """(seconds, what bounds it)"""
-    memory, products = bytes / peak[0], operations / peak[1]
-    return (memory, "bytes") if memory >= products else (products, "products")
+def _attention(B, N, H, D, *, backward=False):
+    return *attention_work(B, N, H, D, backward=backward), attention_exponentials(B, N, H, backward=backward)
+
+
+def bound(work, peak):
+    """(seconds, what bounds it), of bytes, operations and exponentials."""
+    return max((amount / rate, unit) for amount, rate, unit in zip(work, peak, ("bytes", "products", "exponentials")))
 
 
 def _number(x):
@@ -111,21 +124,22 @@ def bounds_table(batch):
     def cell(values):
         return " / ".join(dict.fromkeys(values))
 
-    header = [f"µs, {batch} clips", "calls", "MB", "GFLOP", *PEAKS, "bound by (H100)"]
+    header = [f"µs, {batch} clips", "calls", "MB", "GFLOP", "G exp", *PEAKS, "bound by (H100)"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for op in works[0]:
-        calls, sizes, operations = zip(*(work[op] for work in works))
-        columns = [[str(x) for x in calls], [_number(x / 1e6) for x in sizes], [_number(x / 1e9) for x in operations]]
+        calls, *amounts = zip(*(work[op] for work in works))
+        columns = [[str(x) for x in calls]]
+        columns += [[_number(x / unit) for x in amount] for amount, unit in zip(amounts, (1e6, 1e9, 1e9))]
         for peak in PEAKS.values():
-            columns.append([_number(bound(x, y, peak)[0] * 1e6) for x, y in zip(sizes, operations)])
-        columns.append([bound(x, y, PEAKS["H100"])[1] for x, y in zip(sizes, operations)])
+            columns.append([_number(bound(work[op][1:], peak)[0] * 1e6) for work in works])
+        columns.append([bound(work[op][1:], PEAKS["H100"])[1] for work in works])
         lines.append(f"| {' | '.join([op, *map(cell, columns)])} |")
     total = [cell(_number(step_seconds(work, peak) * 1e6) for work in works) for peak in PEAKS.values()]
-    return [*lines, f"| {' | '.join(['**the step**', '', '', '', *total, ''])} |"]
+    return [*lines, f"| {' | '.join(['**the step**', '', '', '', '', *total, ''])} |"]
 
 
 def step_seconds(work, peak):
-    return sum(calls * bound(size, operations, peak)[0] for calls, size, operations in work.values())
+    return sum(calls * bound(amounts, peak)[0] for calls, *amounts in work.values())
 
 
 def figures_table():

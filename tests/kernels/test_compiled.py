@@ -50,21 +50,32 @@ def test_figures_are_those_checked_in(report):
 def test_every_kernel_and_target_is_there(report):
     kernels = {(key.split(" | ")[0], key.split(" | ")[3]) for key in report[0]["kernels"]}
     sources = "".join(file.read_text() for file in (HERE.parents[1] / "kernels").glob("*.py"))
-    names = set(re.findall(r"@triton\.jit\ndef _(\w+)\(", sources))
-    helpers = {
-        "accumulate",
-        "attend",
-        "grad_kv_tile",
-        "grad_q_tile",
-        "head",
-        "load",
-        "load2",
-        "load_patches",
-        "normal",
-        "patch_origins",
-    }
-    helpers |= {"patch_values", "scores", "sort_keys", "store2", "target", "where"}  # called by kernels
-    assert kernels == {(name, target) for name in names - helpers for target in SHARED}
+    launched = set(re.findall(r"launch\(\s*_(\w+),", sources))
+    assert kernels == {(name, target) for name in launched for target in SHARED}
+
+
+def test_tiles_of_attention_cost_what_is_said(report):
+    """attention_tiles.py lists what was counted with the Triton that figures were checked in for."""
+    from stmae.kernels import attention_tiles
+
+    if report[0]["triton"] != attention_tiles.COUNTED_WITH:
+        pytest.skip(
+            f"tiles are listed with what Triton {attention_tiles.COUNTED_WITH} makes of them, this is {report[0]['triton']}"
+        )
+    counted = {}
+    for key, x in report[0]["kernels"].items():
+        kernel, case, tiles, target = key.split(" | ")
+        if kernel in ("attention", "grad_q", "grad_kv") and re.fullmatch(r"head \d+ bf16", case):
+            sizes = {name: int(value) for name, value in (size.split("=") for size in tiles.split())}
+            tile = (sizes["warps"], sizes["M"], sizes["N"], sizes["EIGHTHS"])
+            counted[(target, kernel, int(case.split()[1]), *tile)] = (x["loop"], x["exponentials"], x["outside"])
+    listed = {}
+    for target, kernels in attention_tiles.TILES.items():
+        for kernel, head_dims in kernels.items():
+            for D, tiles in head_dims.items():
+                for warps, _, block_m, block_n, eighths, *counts in tiles:
+                    listed[target, kernel, D, warps, block_m, block_n, eighths] = tuple(counts)
+    assert listed == counted
 
 
 def test_nothing_spills(report):
@@ -144,8 +155,8 @@ def test_bounds_count_what_the_model_multiplies():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = model(torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8))
     work = lower_bounds.step_work(model, 2)
-    forward = {op: calls * operations for op, (calls, _, operations) in work.items() if "backward" not in op}
-    (linear,) = (operations for op, (_, _, operations) in work.items() if op.startswith("linear"))
+    forward = {op: calls * operations for op, (calls, _, operations, _) in work.items() if "backward" not in op}
+    (linear,) = (operations for op, (_, _, operations, _) in work.items() if op.startswith("linear"))
     # The reference embeds every patch, ours the visible ones.
     embedding = forward.pop("`masked_patchify`") * config.num_tokens // out.keep.shape[1]
     assert counter.get_total_flops() == sum(forward.values()) + embedding + linear // 3

@@ -209,7 +209,7 @@ with compiler.compiling("sm_90", every_config=False) as compiled:
         for wanted in ([True] * 5, [False, True, False, False, True]):
             check("mlp_backward", x, x, hidden, activation, *parameters, dtype, dtype, wanted)
     q, k, v = qkv.unbind(2)
-    check("attention", q, k, v, 0.2)
+    out, lse = check("attention", q, k, v, 0.2)
     check("attention_backward", out, q, k, v, out, lse, 0.2)
 for name, kernel, tiles, grid in compiled:
     assert all(isinstance(n, int) and n > 0 for n in grid) and len(grid) <= 3, (name, grid)

@@ -63,21 +63,13 @@ class NoDriver:
         return torch.device("meta")
 
 
-class AllConfigs:
+def launch_every_option(kernel, grid, args, configs, key, constants):
     """In place of the autotuner: launches every configuration that it would time."""
-
-    def __init__(self, kernel, configs, key):
-        self.kernel, self.configs = kernel, configs
-        unknown = set(key) - set(kernel.arg_names)
-        if unknown:
-            raise ValueError(f"{kernel.__name__} is tuned by {unknown}, which it does not take")
-
-    def __getitem__(self, grid):
-        def run(*args, **constants):
-            for config in self.configs:
-                self.kernel[grid](*args, **constants, **config.all_kwargs())
-
-        return run
+    unknown = set(key) - set(kernel.arg_names)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} is tuned by {unknown}, which it does not take")
+    for config in configs.options:
+        kernel[grid](*args, **constants, **config.all_kwargs())
 
 
 @contextlib.contextmanager
@@ -86,13 +78,15 @@ def compiling(target, *, every_config=True):
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RuntimeError("compiling: TRITON_INTERPRET is set; a process either interprets or compiles")
     compiled = []
-    run, backend, may_tune, tuner = JITFunction.run, launching.backend, launching.may_tune, launching._tuner
+    run = JITFunction.run
+    patched = {name: getattr(launching, name) for name in ("backend", "target", "may_tune", "_tuned")}
 
     def record(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if callable(grid):
             grid = grid(kwargs)
-        tiles = {name: value for name, value in kwargs.items() if name.startswith("BLOCK")}
+        tiles = {name.removeprefix("BLOCK_"): value for name, value in kwargs.items() if name.startswith(("BLOCK", "EIGHTHS"))}
+        tiles["warps"] = kwargs["num_warps"]
         compiled.append((self.fn.__name__.lstrip("_"), kernel, tiles, grid))
         return kernel
 
@@ -100,12 +94,15 @@ def compiling(target, *, every_config=True):
     triton.runtime.driver.set_active(NoDriver(TARGETS[target]))
     JITFunction.run = record
     launching.backend = lambda: TARGETS[target].backend
+    launching.target = lambda device: target
     launching.may_tune = lambda tensor: every_config
-    launching._tuner = AllConfigs
+    launching._tuned = launch_every_option
     try:
         yield compiled
     finally:
-        JITFunction.run, launching.backend, launching.may_tune, launching._tuner = run, backend, may_tune, tuner
+        JITFunction.run = run
+        for name, function in patched.items():
+            setattr(launching, name, function)
         triton.runtime.driver.set_active(driver)
 
 
@@ -123,25 +120,43 @@ def _code(cubin):
 
 
 def _disassemble(codes, target):
-    """Opcodes and their number, of each piece of code. One call for all: nvdisasm takes half a second to start."""
+    """Of each piece of code its instructions, (address, opcode, address that it branches to or None). One call for all:
+    nvdisasm takes half a second to start."""
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
         file.flush()
         sass = _tool("nvdisasm", "--no-dataflow", "--binary", MACHINES[target], file.name)
-    found = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+    found = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)$", sass, re.M)
     ends = list(itertools.accumulate(len(code) for code in codes))
-    opcodes = [collections.Counter() for _ in codes]
-    for address, opcode in found:
-        opcodes[bisect.bisect_right(ends, int(address, 16))][opcode] += 1
-    return opcodes
+    instructions = [[] for _ in codes]
+    for address, opcode, operands in found:
+        to = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        instruction = int(address, 16), opcode, int(to[1], 16) if to else None
+        instructions[bisect.bisect_right(ends, instruction[0])].append(instruction)
+    return instructions
 
 
-def _nvidia(cubin, warps, shared, opcodes, target):
+def _main_loop(instructions, product):
+    """(instructions of the loop that a kernel spends its time in, those before and after it), as opcodes.
+
+    It is the longest range that a branch goes back over; one with products in it, if there is one. What lies behind the last
+    exit does not count: functions for rare cases, and waits that jump out of line and back.
+    """
+    last = max(i for i, (_, opcode, _) in enumerate(instructions) if opcode.startswith(("EXIT", "s_endpgm")))
+    body = [x for x in instructions[: last + 1] if not x[1].startswith("NOP")]
+    loops = [[op for address, op, _ in body if to <= address <= end] for end, _, to in body if to is not None and to < end]
+    loop = max(loops, key=lambda ops: (any(product(op) for op in ops), len(ops)), default=[])
+    return loop, len(body) - len(loop)
+
+
+def _nvidia(cubin, warps, shared, instructions, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
     registers, local = (int(re.search(rf"{name}:(\d+)", resources)[1]) for name in ("REG", "LOCAL"))
+    opcodes = collections.Counter(opcode for _, opcode, _ in instructions)
+    loop, outside = _main_loop(instructions, re.compile("|".join(TENSOR_CORES.values())).match)
 
     def count(pattern):
         return sum(number for opcode, number in opcodes.items() if re.match(rf"(?:{pattern})(?:\.|$)", opcode))
@@ -160,7 +175,10 @@ def _nvidia(cubin, warps, shared, opcodes, target):
         "loads": width("LDG|LDGSTS"),
         "stores": width("STG"),
         "atomics": count("RED|REDG|ATOM|ATOMG"),
-        "instructions": sum(opcodes.values()),
+        "instructions": len(instructions),
+        "loop": len(loop),
+        "exponentials": sum(opcode.startswith("MUFU.EX2") for opcode in loop),
+        "outside": outside,
     }
 
 
@@ -173,6 +191,18 @@ def blocks_per_sm(target, registers, warps, shared):
     return min(by_registers, by_shared, threads // (warps * 32), blocks)
 
 
+def _amd_instructions(text):
+    """As _disassemble gives them; addresses count instructions."""
+    lines = re.findall(r"^(?:(\.LBB\w+):|\s+((?:[sv]|global|buffer|flat|scratch|ds)_\w+)(.*))", text, re.M)
+    labels, found = {}, []
+    for label, opcode, operands in lines:
+        if label:
+            labels[label] = len(found)
+        else:
+            found.append((len(found), opcode, operands.strip() if "branch" in opcode else None))
+    return [(address, opcode, labels.get(to)) for address, opcode, to in found]
+
+
 def _amd(text, warps, shared):
 
     def field(name):
@@ -182,6 +212,8 @@ def _amd(text, warps, shared):
         return len(re.findall(rf"^\s+(?:{pattern})", text, re.M))
 
     vector = field("vgpr_count") + field("agpr_count")
+    instructions = _amd_instructions(text)
+    loop, outside = _main_loop(instructions, lambda opcode: opcode.startswith("v_mfma"))
 
     def width(name):
         wide, half, every = (count(rf"(?:global|buffer)_{name}{size}") for size in ("_dwordx[34]", "_dwordx2", ""))
@@ -198,7 +230,10 @@ def _amd(text, warps, shared):
         "loads": width("load"),
         "stores": width("store"),
         "atomics": count(r"(?:global|buffer|flat)_atomic"),
-        "instructions": count(r"[sv]_|global_|buffer_|ds_"),
+        "instructions": len(instructions),
+        "loop": len(loop),
+        "exponentials": sum(opcode.startswith("v_exp") for opcode in loop),
+        "outside": outside,
     }
 
 
@@ -209,8 +244,9 @@ def machine_code(kernel):
 
 def figures(codes, target):
     """Of each of these: registers a thread, spills, bytes of shared memory, programs that fit on one multiprocessor,
-    tensor-core instructions, and global loads and stores by width [128, 64, less bits]; counts are static."""
+    tensor-core instructions, global loads and stores by width [128, 64, less bits], instructions of the main loop, the
+    exponentials among them, and instructions outside of it; counts are static."""
     if target.startswith("gfx"):
         return [_amd(*code) for code in codes]
-    opcodes = _disassemble([_code(cubin) for cubin, _, _ in codes], target)
-    return [_nvidia(*code, counted, target) for code, counted in zip(codes, opcodes)]
+    disassembled = _disassemble([_code(cubin) for cubin, _, _ in codes], target)
+    return [_nvidia(*code, instructions, target) for code, instructions in zip(codes, disassembled)]
