@@ -120,5 +120,5 @@ _backward_op = library.define(
     stem="add_layer_norm",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
-_layer_norm = library.differentiable(_layer_norm, _layer_norm_backward, _layer_norm_setup_context)
+_layer_norm = library.differentiable(_layer_norm, _layer_norm_backward, _layer_norm_setup_context, public="add_layer_norm")
 _backward_op = library.not_twice_differentiable(_backward_op)

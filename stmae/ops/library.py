@@ -39,13 +39,15 @@ def define(name, schema, *, fake, stem=None, cpu=None):
     return getattr(torch.ops.stmae, name).default
 
 
-def differentiable(op, backward, setup_context):
+def differentiable(op, backward, setup_context, *, public=None):
     """Registers the gradient of ``op`` and returns the function to call it by.
 
+    public: the function of stmae.ops that an internal op belongs to, for what is said in errors.
     backward, setup_context: as those of torch.autograd.Function. Under torch.func's grad and vmap the function is an
     autograd.Function, which these see through (an op of the dispatcher they do not); a batch of calls is made one by one.
     """
     name = _name(op)
+    public = public or name.removesuffix("_backward")
     function: Any = type(
         f"{name}_function",
         (torch.autograd.Function,),
@@ -53,7 +55,7 @@ def differentiable(op, backward, setup_context):
             "forward": staticmethod(functools.partial(_below_autograd, op)),
             "setup_context": staticmethod(setup_context),
             "backward": staticmethod(backward),
-            "jvp": staticmethod(functools.partial(_refuse_forward_mode, name.removesuffix("_backward"))),
+            "jvp": staticmethod(functools.partial(_refuse_forward_mode, public)),
             "vmap": staticmethod(lambda info, in_dims, *arguments: _one_by_one(call, info, in_dims, arguments)),
         },
     )
@@ -61,7 +63,7 @@ def differentiable(op, backward, setup_context):
     def autograd(*arguments):
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
-                f"torch.ops.stmae.{name}: torch.func does not see through it; call stmae.ops.{name}, or stmae.reference.{name}"
+                f"torch.ops.stmae.{name}: torch.func does not see through it; call stmae.ops.{public} or stmae.reference.{public}"
             )
         return function.apply(*arguments)
 

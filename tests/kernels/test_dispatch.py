@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from stmae import ops
 from stmae.kernels import support
@@ -238,3 +239,9 @@ def test_a_kernel_that_would_wait_for_the_device_is_not_there():
         source = file.read_text()
         for word in (".item()", ".tolist()", ".cpu()", "synchronize", ".nonzero(", "torch.tensor(", "torch.as_tensor("):
             assert word not in source, f"{file.name} has {word}"
+
+
+def test_an_internal_op_speaks_of_the_public_one():
+    x, weight = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^add_layer_norm: .*use stmae.reference.add_layer_norm"):
+        ops.add_layer_norm(forward_ad.make_dual(x, x), None, weight, weight)
