@@ -83,10 +83,15 @@ def _mux_silence(file, stream, seconds=1):
 
 def rotate_mp4(path, degrees):
     """Sets the display matrix of an mp4's track header, as a telephone held upright does. Clockwise degrees, a multiple of 90."""
-    data = bytearray(path.read_bytes())
     cosine, sine = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    return set_display_matrix(path, cosine, sine, -sine, cosine)
+
+
+def set_display_matrix(path, a, b, c, d):
+    """Of an mp4: a stored point (x, y) is shown at (a x + c y, b x + d y)."""
+    data = bytearray(path.read_bytes())
     one = 1 << 16
-    matrix = [cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, 1 << 30]
+    matrix = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
     header = data.index(b"tkhd")
     struct.pack_into(">9i", data, header + 4 + 40, *matrix)
     path.write_bytes(bytes(data))

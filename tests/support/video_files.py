@@ -1,9 +1,14 @@
 """Videos in every container and codec that the tests read, by name."""
 
+from pathlib import Path
+
 import av
 import pytest
 
 from tests.support.synthetic_video import write_video
+
+# Small files that were once read wrongly. NAME.expected.npz: the first, middle and last frame as FFmpeg 5.1's command shows them.
+MEDIA = Path(__file__).parents[1] / "training" / "data" / "media"
 
 FRAMES = 60
 UNEVEN = [40 * i + i * i % 17 for i in range(FRAMES)]  # milliseconds

@@ -13,7 +13,7 @@ from ..config import ClipConfig, DataLocationConfig
 from ..data.clip_sampling import clip_indices, spaced_clips
 from ..data.dataset import length_of
 from ..data.decoders import choose_decoder, open_entry
-from ..data.video import VideoError
+from ..data.video import MAX_CLIP_PIXELS, VideoError
 from ..data.video_list import find_videos
 
 
@@ -102,8 +102,9 @@ class VideoCheck(Dataset):
             with open_entry(self.entries[number], config.decoder) as video:
                 count = length_of(video, config.frames, ClipConfig(stride=config.stride))
                 if config.every_frame:
-                    for start in range(0, count, 64):
-                        video.frames(clip_indices(start, min(64, count - start), 1))
+                    most = max(1, min(64, MAX_CLIP_PIXELS // (video.size[0] * video.size[1])))
+                    for start in range(0, count, most):
+                        video.frames(clip_indices(start, min(most, count - start), 1))
                 else:
                     for clip in spaced_clips(3, count, config.frames, config.stride):
                         video.frames(clip)

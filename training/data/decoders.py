@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from .images import IMAGE_EXTENSIONS, FrameFolder, Still
-from .video import Video, reason_of
+from .video import Video, orientation, reason_of
 
 DECODERS = ("pyav", "torchcodec", "auto")
 
@@ -59,7 +59,7 @@ def _torchcodec():
 class TorchcodecVideo(Video):
     """A Video whose frames torchcodec decodes, where it is known to give the same as PyAV."""
 
-    _decoder = None
+    _decoder = _mirrored = None
 
     def close(self):
         super().close()
@@ -71,12 +71,24 @@ class TorchcodecVideo(Video):
 
     def _by_torchcodec(self, wanted):
         """{index: frame}, or None: PyAV has to decode."""
+        if self._mirrored is None:  # torchcodec turns frames and mirrors none
+            self._open()
+            first = next(self._decode(), None)
+            swap, mirror_x, mirror_y = orientation(first) if first is not None else (False, False, True)
+            self._mirrored = swap ^ mirror_x ^ mirror_y
         context = self._stream.codec_context
-        if context.pix_fmt not in SAME_IN_BOTH or context.height % 2 or getattr(context, "field_order", 0) not in PROGRESSIVE:
+        if (
+            self._mirrored
+            or context.pix_fmt not in SAME_IN_BOTH
+            or context.height % 2
+            or getattr(context, "field_order", 0) not in PROGRESSIVE
+        ):
             return None
         try:
             if self._decoder is None:
-                self._decoder = _torchcodec()[0](self.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+                self._decoder = _torchcodec()[0](
+                    self.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact", stream_index=self._stream.index
+                )
             batch = self._decoder.get_frames_at(indices=wanted)
         except Exception:  # IndexError, RuntimeError and more: a damaged file, or one whose frames it counts otherwise
             return None

@@ -4,13 +4,18 @@ Frame numbers times the average rate is wrong for variable rates, edit lists and
 scanned for the time stamps of its packets (about 2 ms for a ten-second clip; nothing is decoded), and frame i is the i-th time
 stamp in order. A seek is always verified: the first frame it yields is checked, and where it lies after the target the seek is
 repeated further back. What a header announces is not taken for granted either: a truncated file has the frames that could be
-read.
+read, and a recording that begins in the middle of a group of pictures has the frames from the first that can be decoded. A
+frame that cannot be decoded further on is shown as the last one before it, as a player does.
+
+Only regular files are opened, only by the demuxers in FORMATS, and only within the limits MAX_FRAME_PIXELS and MAX_CLIP_PIXELS.
 
 No decoder outlives the ``with`` block it is opened in, so none is ever inherited by a forked worker.
 """
 
 import os
-from bisect import bisect_right
+import stat
+import struct
+from bisect import bisect_left, bisect_right
 
 import av
 import av.error
@@ -19,6 +24,14 @@ from av.video.reformatter import VideoReformatter
 
 _MPEG = ".mp4 .m4v .mov .3gp .3g2 .mpg .mpeg .m2v .vob .ts .mts .m2ts"
 EXTENSIONS = frozenset(f"{_MPEG} .mkv .webm .avi .flv .f4v .wmv .asf .ogv .ogg .mxf .gif".split())
+
+# The demuxers that a file may be read by, whatever its name: containers and raw streams. Playlists (hls, dash, concat), image
+# sequences, devices and subtitles are none of them, and no protocol but ``file`` may be opened by one.
+FORMATS = (
+    "mov,mp4,matroska,webm,avi,flv,asf,ogg,mpeg,mpegts,mpegvideo,mxf,gif,h264,hevc,m4v,mjpeg,dv,ivf,nut,yuv4mpegpipe,av1,obu,vc1"
+)
+MAX_FRAME_PIXELS = 2**27  # 134 million, four times 8K: as RGB, 0.4 GB
+MAX_CLIP_PIXELS = 2**29  # of all frames asked for at once: 16 frames of 8K, 64 of 4K: as RGB, 1.6 GB
 
 # Converting a 320x180 frame takes 0.03 ms with one converter for the file and one thread, and 0.3 to 5 ms as ``frame.to_ndarray``
 # does it, with a new converter and a thread for each core every time. Older PyAV has no choice of threads, and uses one.
@@ -66,29 +79,33 @@ class Video:
 
     def _open(self):
         self.close()
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_pixels": str(MAX_FRAME_PIXELS)}
         try:
-            if os.path.getsize(self.path) == 0:
+            if file_size(self.path) == 0:
                 raise VideoError(self.path, "the file is empty")
-            self._container = av.open(self.path, metadata_errors="replace")
+            # "file:" so that a name with a colon is a name and no protocol.
+            self._container = av.open(f"file:{self.path}", metadata_errors="replace", options=options)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(self.path, f"cannot be opened ({reason_of(error)})") from error
-        streams = [s for s in self._container.streams.video if not _is_cover_picture(s)]
-        if not streams:
+        self._stream = _best_stream(self._container)
+        if self._stream is None:
             kinds = sorted({s.type for s in self._container.streams}) or ["nothing"]
             self.close()
             raise VideoError(self.path, f"no video stream (it holds {', '.join(kinds)})")
-        self._stream = streams[0]
         if self._stream.codec_context is None:
             self.close()
             raise VideoError(self.path, "no decoder for its video stream")
+        self._stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for frames that grow on the way
         # Clips are decoded in many workers at once: more threads for one of them do not pay at these sizes.
         self._stream.codec_context.thread_count = 1
 
     def _scan(self):
         """Read every packet's time stamp, without decoding."""
-        stamps, key_stamps, packets, stamped, last = [], [], 0, True, None
+        stamps, key_stamps, packets, stamped, last, first = [], [], 0, True, None, None
         try:
             for packet in self._container.demux(self._stream):
+                if first is None and packet.size:  # one that an edit list cuts away is decoded too
+                    first = packet.pts if packet.is_keyframe else float("inf")
                 if packet.size == 0 or packet.is_discard:  # the flush packet; frames that an edit list cuts away
                     continue
                 packets += 1
@@ -107,18 +124,40 @@ class Video:
         self.size = (context.height, context.width)
         if self.size[0] == 0 or self.size[1] == 0:
             raise VideoError(self.path, "its frames have no size")
+        require_pixels(self.path, self.size)
         base = self._stream.time_base
         self._average_rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self._stamps = None
         if stamped and base and len(set(stamps)) == packets and not self._is_doubtful():
             self._stamps = sorted(stamps)
             self._key_stamps = sorted(key_stamps)
             self._seconds = float(base)
+            if first is None or first > self._stamps[0]:
+                self._leave_out_what_cannot_be_decoded_first()
+        if self._stamps is not None:
             self.times = np.array(self._stamps, dtype=np.float64) * self._seconds
         else:
             self._count()
         self._length = len(self.times)
         span = self.times[-1] - self.times[0]
         self.rate = (len(self) - 1) / span if span > 0 else self._average_rate
+
+    def _leave_out_what_cannot_be_decoded_first(self):
+        """Of a file that does not begin with a key frame (a recording that was joined), or shows frames before its first (cut at
+        an open group of pictures), the frames before the first that comes out of the decoder are none: they refer to pictures
+        that the file does not hold. Decodes up to that frame, at most to the file's first whole group of pictures."""
+        self._open()
+        try:
+            shown = next(self._decode(), None)
+        except _Disorder:
+            self._stamps = None
+            return
+        if shown is None:
+            raise VideoError(self.path, "none of its frames can be decoded")
+        self._stamps = self._stamps[bisect_left(self._stamps, shown.pts) :]
+        self._key_stamps = self._key_stamps[bisect_left(self._key_stamps, shown.pts) :]
+        if not self._stamps:
+            self._stamps = None  # stamped otherwise than its packets
 
     def _is_doubtful(self):
         """AVI has no presentation time stamps: those of reordered frames are guessed. A seek in an MPEG program
@@ -165,6 +204,7 @@ class Video:
             raise IndexError(
                 f"Video.frames: expected indices in [0, {len(self)}), got {min(indices)}..{max(indices)} ({self.path})"
             )
+        require_pixels(self.path, self.size, len(indices))
         wanted = sorted(set(indices))
         try:
             found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
@@ -189,8 +229,12 @@ class Video:
                 previous, current = current, next(decoded, None)
             if current is not None and current.pts == target:
                 found[index] = self._pixels(current)
-            elif previous is not None and index > 0 and previous.pts >= self._stamps[index - 1]:
-                found[index] = self._pixels(previous)  # one frame that the decoder dropped: a player goes on showing the last one
+            elif previous is not None and (current is not None or index > 0 and previous.pts >= self._stamps[index - 1]):
+                # A hole, or the last frame: a player goes on showing the one before. Where several are missing at the end, the
+                # file is said to be damaged instead: nothing tells how long a still picture would be shown.
+                found[index] = self._pixels(previous)
+            elif current is not None:
+                found[index] = self._pixels(current)  # a key frame at the very start that is damaged
             else:
                 raise VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
         return found
@@ -228,8 +272,10 @@ class Video:
     def _pixels(self, frame):
         """uint8 [H, W, 3]; grey, 10-bit and subsampled formats become 8-bit RGB."""
         pixels = self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray()
-        turns = round(frame.rotation / 90) % 4  # counter-clockwise, in degrees
-        return np.rot90(pixels, turns) if turns else pixels
+        swap, mirror_x, mirror_y = orientation(frame)
+        if swap:
+            pixels = pixels.transpose(1, 0, 2)
+        return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
 
     def _decode(self):
         packets, last = self._container.demux(self._stream), None
@@ -257,6 +303,49 @@ def match_size(pixels, first):
     rows = np.arange(first.shape[0]) * pixels.shape[0] // first.shape[0]
     columns = np.arange(first.shape[1]) * pixels.shape[1] // first.shape[1]
     return pixels[rows][:, columns]
+
+
+def orientation(frame):
+    """(swap, mirror_x, mirror_y) of a frame's display matrix: exchange rows and columns, then mirror left and right, then top
+    and bottom. All false where there is none. A matrix that turns by other than quarter turns gives the nearest of the eight.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    # A stored point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    swap = abs(b) + abs(c) > abs(a) + abs(d)
+    return (True, c < 0, b < 0) if swap else (False, a < 0, d < 0)
+
+
+def file_size(path):
+    """Bytes of a regular file. Raises VideoError for a pipe, socket, device or folder, whose opening might block or never end;
+    OSError where there is none."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(path, "not a regular file")
+    return status.st_size
+
+
+def require_pixels(path, size, frames=1):
+    """Raises VideoError where ``frames`` frames of ``size`` (height, width) are more than is decoded at once."""
+    height, width = size
+    if height * width > MAX_FRAME_PIXELS:
+        raise VideoError(path, f"frames of {width}x{height} are over the limit of {MAX_FRAME_PIXELS:,} pixels")
+    if frames * height * width > MAX_CLIP_PIXELS:
+        most = MAX_CLIP_PIXELS // (height * width)
+        raise VideoError(
+            path, f"{frames} frames of {width}x{height} at once are over the limit of {MAX_CLIP_PIXELS:,} pixels ({most} frames)"
+        )
+
+
+def _best_stream(container):
+    """FFmpeg's own choice among several video streams (default flag, bit rate, frames seen), for every decoder the same; never
+    a cover picture; None where there is no video."""
+    best = container.streams.best("video")
+    if best is not None and not _is_cover_picture(best):
+        return best
+    return next((stream for stream in container.streams.video if not _is_cover_picture(stream)), None)
 
 
 def _is_cover_picture(stream):

@@ -22,7 +22,7 @@ from stmae.training.data.decoders import TorchcodecVideo, choose_decoder, open_e
 from stmae.training.data.video import Video, VideoError
 from stmae.training.data.video_list import Entry, find_videos
 from tests.support.synthetic_video import read_number, rotate_mp4, write_image, write_video
-from tests.support.video_files import FILES, FRAMES, write
+from tests.support.video_files import FILES, FRAMES, MEDIA, write
 
 
 @dataclasses.dataclass
@@ -35,13 +35,14 @@ class FrameBatch:
 class StandIn:
     """torchcodec.decoders.VideoDecoder, as far as it is used here."""
 
-    def __init__(self, source, *, dimension_order="NCHW", num_ffmpeg_threads=1, seek_mode="exact"):
+    def __init__(self, source, *, stream_index=None, dimension_order="NCHW", num_ffmpeg_threads=1, seek_mode="exact"):
         assert dimension_order == "NHWC" and seek_mode == "exact"
-        self.source = source
+        self.source, self.stream_index = source, stream_index
 
     def get_frames_at(self, indices):
         with av.open(self.source) as file:
-            frames = list(file.decode(video=0))
+            stream = file.streams.best("video") if self.stream_index is None else file.streams[self.stream_index]
+            frames = list(file.decode(stream))
         pixels = [np.rot90(frames[i].to_ndarray(format="rgb24"), round(frames[i].rotation / 90) % 4) for i in indices]
         times = torch.tensor([frames[i].time for i in indices], dtype=torch.float64)
         return FrameBatch(torch.from_numpy(np.stack(pixels)), times, torch.full_like(times, 0.04))
@@ -111,6 +112,23 @@ def test_both_decoders_turn_alike(degrees, decoder, tmp_path):
     assert np.array_equal(one, other) and decoder.asked == [[2, 5]]
 
 
+def test_both_decoders_mirror_alike(decoder):
+    for name in ("mat_hflip.mp4", "mat_transpose.mp4"):
+        one, other = both(MEDIA / name, [5, 2])
+        assert np.array_equal(one, other) and decoder.asked == []  # torchcodec mirrors nothing
+
+
+def test_both_decoders_take_the_same_of_two_streams(decoder):
+    one, other = both(MEDIA / "two_streams.mp4", [5, 2])
+    assert one.shape == (2, 64, 96, 3) and np.array_equal(one, other) and decoder.asked == [[2, 5]]
+
+
+def test_both_decoders_count_from_the_first_frame_that_can_be_decoded(decoder):
+    for name in ("h264_mid.ts", "mpeg2_cut.ts"):
+        one, other = both(MEDIA / name, [40, 0, 7])
+        assert np.array_equal(one, other)
+
+
 def test_a_damaged_video_gives_the_same_frames(decoder, tmp_path):
     path = write_video(tmp_path / "whole.mkv", FRAMES, gop=10)
     data = path.read_bytes()
@@ -162,7 +180,7 @@ def test_what_torchcodec_gets_wrong_pyav_gets_right(fault, monkeypatch, tmp_path
 @pytest.mark.skipif(INSTALLED is None, reason=f"torchcodec cannot be used: {WHY_NOT}")
 def test_the_stand_in_has_the_interface_of_the_installed_one(tmp_path):
     names = inspect.signature(INSTALLED.__init__).parameters
-    assert {"source", "dimension_order", "num_ffmpeg_threads", "seek_mode"} <= names.keys()
+    assert {"source", "stream_index", "dimension_order", "num_ffmpeg_threads", "seek_mode"} <= names.keys()
     path = str(write_video(tmp_path / "a.mp4", 30))
     options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
     one, other = (make(path, **options).get_frames_at(indices=[3, 9]) for make in (INSTALLED, StandIn))

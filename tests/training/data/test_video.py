@@ -1,5 +1,6 @@
 """Reading videos: every frame asked for is the frame that comes, and what cannot be read says so."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -9,8 +10,16 @@ import numpy as np
 import pytest
 
 from stmae.training.data.video import Video, VideoError
-from tests.support.synthetic_video import numbered_frame, read_number, rotate_mp4, write_audio, write_video
-from tests.support.video_files import FILES, FRAMES, UNEVEN, write
+from tests.support.synthetic_video import (
+    numbered_frame,
+    read_number,
+    rotate_mp4,
+    set_display_matrix,
+    write_audio,
+    write_image,
+    write_video,
+)
+from tests.support.video_files import FILES, FRAMES, MEDIA, UNEVEN, write
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -50,6 +59,107 @@ def test_display_matrix_turns_the_frame_clockwise(degrees, tmp_path):
         frame = video.frames([5])[0]
     assert frame.shape == ((96, 64, 3) if degrees % 180 else (64, 96, 3))
     assert read_number(np.rot90(frame, degrees // 90)) == 5  # turned back, counter-clockwise
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("x, y", [(1, 1), (-1, 1), (1, -1), (-1, -1)])
+def test_all_eight_orientations(turned, x, y, tmp_path):
+    """A front camera's picture is mirrored, and may be turned besides: every stored pixel lies where the matrix puts it."""
+    path = write(tmp_path / "a.mp4", 10)
+    with Video(path) as video:
+        stored = video.frames([5])[0]
+    rows, columns = np.indices(stored.shape[:2])
+    a, b, c, d = (0, y, x, 0) if turned else (x, 0, 0, y)
+    shown_x, shown_y = a * columns + c * rows, b * columns + d * rows
+    expected = np.zeros((np.ptp(shown_y) + 1, np.ptp(shown_x) + 1, 3), np.uint8)
+    expected[shown_y - shown_y.min(), shown_x - shown_x.min()] = stored
+    with Video(set_display_matrix(path, a, b, c, d)) as video:
+        assert np.array_equal(video.frames([5])[0], expected)
+
+
+@pytest.mark.parametrize(
+    "name, count", [("mat_hflip.mp4", 90), ("mat_transpose.mp4", 90), ("h264_mid.ts", 54), ("mpeg2_cut.ts", 66)]
+)
+def test_frames_are_those_that_ffmpeg_shows(name, count):
+    with np.load(MEDIA / f"{name}.expected.npz") as expected, Video(MEDIA / name) as video:
+        assert len(video) == count
+        for place, index in (("first", 0), ("middle", count // 2), ("last", count - 1)):
+            assert np.array_equal(video.frames([index])[0], expected[place])  # each a seek of its own
+        together = video.frames(range(count))
+        assert all(np.array_equal(video.frames([i])[0], together[i]) for i in range(count))
+
+
+def cut(source, path, drop, container=None):
+    """Copies the packets of ``source``, none of them decoded, but for those whose numbers ``drop`` says yes to."""
+    with av.open(str(source)) as old, av.open(str(path), "w", format=container) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            if not drop(number):
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, begin, options",
+    [
+        ("a.mkv", 7, {}),
+        ("a.ts", 7, {}),
+        ("a.mkv", 12, {"options": {"bf": "3", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}}),
+        ("a.ts", 5, {"codec": "mpeg2video", "options": {"bf": "2"}}),
+        ("a.webm", 5, {"codec": "libvpx-vp9"}),
+        ("a.mkv", 12, {"codec": "libx265", "options": {"bf": "3", "x265-params": "log-level=none:open-gop=1:keyint=12"}}),
+    ],
+)
+def test_a_recording_that_begins_anywhere_has_the_frames_that_can_be_decoded(name, begin, options, tmp_path):
+    path = cut(write(tmp_path / f"whole_{name}", **options), tmp_path / name, lambda number: number < begin)
+    with av.open(str(path)) as file:  # from the start, packet by packet
+        shown = []
+        for packet in file.demux(video=0):
+            with contextlib.suppress(av.error.FFmpegError):
+                shown += [frame.to_ndarray(format="rgb24") for frame in packet.decode()]
+    with Video(path) as video:
+        assert len(video) == len(shown) and 0 < len(shown) <= FRAMES - begin
+        numbers = [read_number(frame) for frame in video.frames(range(len(video)))]
+        assert numbers == [read_number(frame) for frame in shown] == list(range(FRAMES - len(shown), FRAMES))
+        for index in (0, len(shown) - 1, len(shown) // 2, 1):
+            assert read_number(video.frames([index])[0]) == numbers[index]
+
+
+def test_only_a_file_that_begins_in_the_middle_is_decoded_to_be_counted(tmp_path, monkeypatch):
+    whole = write(tmp_path / "whole.mkv", gop=12)
+    middle = cut(whole, tmp_path / "middle.mkv", lambda number: number < 7)
+    decoded, decode = [], Video._decode
+    monkeypatch.setattr(Video, "_decode", lambda self: (decoded.append(frame.pts) or frame for frame in decode(self)))
+    with Video(whole):
+        assert decoded == []
+    with Video(middle) as video:
+        assert 0 < len(video) <= FRAMES - 7 and len(decoded) == 1
+
+
+def test_a_hole_shows_the_last_frame_before_it(tmp_path):
+    """Packets that hold nothing to decode, as after a loss: a whole group of pictures of them."""
+    whole = write(tmp_path / "whole.mkv", codec="libvpx-vp9", gop=10)
+    path = tmp_path / "hole.mkv"
+    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            if 20 <= number < 30:
+                broken = av.Packet(b"\xff" * packet.size)
+                broken.pts, broken.dts, broken.time_base = packet.pts, packet.dts, packet.time_base
+                broken.is_keyframe, packet = packet.is_keyframe, broken
+            packet.stream = stream
+            new.mux(packet)
+    with Video(path) as video:
+        assert len(video) == FRAMES
+        expected = [19 if 20 <= i < 30 else i for i in range(FRAMES)]
+        assert [read_number(frame) for frame in video.frames(range(FRAMES))] == expected
+        assert [read_number(video.frames([i])[0]) for i in (25, 30, 20, 29, 19)] == [19, 30, 19, 19, 19]
+
+
+def test_ffmpegs_best_stream_is_read(tmp_path):
+    with Video(MEDIA / "two_streams.mp4") as video:
+        assert video.size == (64, 96) and video.frames([0]).shape == (1, 64, 96, 3)
 
 
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -204,3 +314,46 @@ def test_closing_frees_the_file(tmp_path):
     with pytest.raises(VideoError):
         Video(write_audio(tmp_path / "sound.mp4"))
     assert held() == []
+
+
+@pytest.mark.parametrize("kind", ["playlist", "ffconcat", "pattern", "protocol", "pipe", "folder"])
+def test_nothing_but_a_regular_video_file_is_opened(kind, tmp_path):
+    """Neither what a file names nor what never ends."""
+    write_video(tmp_path / "real.mp4", 10)
+    path = tmp_path / f"{kind}.mp4"
+    if kind == "playlist":
+        path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nreal.mp4\n#EXT-X-ENDLIST\n")
+    elif kind == "ffconcat":
+        path.write_text("ffconcat version 1.0\nfile real.mp4\n")
+    elif kind == "pattern":
+        path = tmp_path / "image%02d.png"
+        for number in range(3):
+            write_image(tmp_path / f"image{number:02d}.png", number)
+    elif kind == "protocol":
+        path = f"concat:{tmp_path / 'real.mp4'}"
+    elif kind == "pipe":
+        os.mkfifo(path)  # opening one waits for a writer
+    else:
+        path.mkdir()
+    with pytest.raises(VideoError, match="not a regular file" if kind in ("pipe", "folder") else "cannot be opened"):
+        Video(path)
+
+
+def test_a_name_with_a_colon_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "a.mp4", 10).rename("concat:a.mp4")
+    with Video("concat:a.mp4") as video:
+        assert read_number(video.frames([3])[0]) == 3
+
+
+def test_more_pixels_than_a_clip_may_have_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4", 10)
+    monkeypatch.setattr("stmae.training.data.video.MAX_CLIP_PIXELS", 64 * 96 * 4)
+    with Video(path) as video:
+        assert len(video.frames([0, 1, 2, 3])) == 4
+        monkeypatch.setattr(video, "_by_stamp", None)  # not called
+        with pytest.raises(VideoError, match=r"5 frames of 96x64 at once are over the limit of 24,576 pixels \(4 frames\)"):
+            video.frames(range(5))
+    monkeypatch.setattr("stmae.training.data.video.MAX_FRAME_PIXELS", 64 * 96 - 1)
+    with pytest.raises(VideoError):
+        Video(path)
