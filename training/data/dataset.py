@@ -1,8 +1,8 @@
 """Videos as clips: uint8 all the way, R clips from one opened file, broken files replaced.
 
 What a sample holds is a pure function of (seed, epoch, video number, repeat): frame choice, crop, flip and masking noise all come
-from a generator seeded with these, never from a worker's own random state. So the number of workers changes nothing, and a run
-resumes in mid-epoch exactly.
+from a generator seeded with these, never from a worker's own random state, nor from what it found broken before. So the number of
+workers changes nothing, and a run resumes in mid-epoch exactly, with files that are damaged in part too.
 """
 
 import numpy as np
@@ -31,7 +31,6 @@ class RandomClips(Dataset):
 
     def __init__(self, entries, clips, *, frames, size, seed):
         self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
-        self.broken = {}  # number -> VideoError: what this worker has already found, to spare a second try
 
     def extras(self, rng, entry):
         """{name: tensor [1, ...]} that goes with a clip."""
@@ -51,14 +50,12 @@ class RandomClips(Dataset):
         for attempt in range(SUBSTITUTES + 1):
             if attempt:  # another video instead, drawn by the same key so that every run draws the same
                 number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
-            if number not in self.broken:
-                try:
-                    return {**self._read(epoch, number), "skipped": skipped}
-                except VideoError as error:
-                    self.broken[number] = error
-            error = self.broken[number]
-            skipped.append((error.path, error.reason))
-        raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {error}; see 'stmae data check'")
+            try:
+                return {**self._read(epoch, number), "skipped": skipped}
+            except VideoError as error:  # not remembered: another clip of the same video may be readable, or it may come back
+                skipped.append((error.path, error.reason))
+        last = ": ".join(skipped[-1])
+        raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {last}; see 'stmae data check'")
 
     def _read(self, epoch, number):
         entry = self.entries[number]

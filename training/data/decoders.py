@@ -86,9 +86,9 @@ class TorchcodecVideo(Video):
             return None
         try:
             if self._decoder is None:
-                self._decoder = _torchcodec()[0](
-                    self.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact", stream_index=self._stream.index
-                )
+                path = os.path.abspath(self.path)  # so that a name with a colon is no protocol
+                options = {"stream_index": self._stream.index, "num_ffmpeg_threads": 1, "seek_mode": "exact"}
+                self._decoder = _torchcodec()[0](path, dimension_order="NHWC", **options)
             batch = self._decoder.get_frames_at(indices=wanted)
         except Exception:  # IndexError, RuntimeError and more: a damaged file, or one whose frames it counts otherwise
             return None
