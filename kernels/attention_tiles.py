@@ -10,7 +10,7 @@ launch's lengths. Nothing of this is a time: where timing is allowed, all of a l
 import triton
 
 COUNTED_WITH = "3.9.0"  # the Triton whose code was counted
-HEAD_DIMS = (32, 64, 80, 96, 128)  # that have a list; what lies between takes the next one's
+HEAD_DIMS = (32, 64, 80, 96, 128)  # that have a list
 THREADS = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}  # of a warp
 ISSUED = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 64}  # instructions of a thread, a clock and multiprocessor
 EXPONENTIALS = {"sm_80": 16, "sm_90": 16, "sm_100": 16, "gfx942": 16}  # a clock and multiprocessor
@@ -203,10 +203,34 @@ def cost(kernel, target, D, tile, queries, keys):
 
 
 def ordered(kernel, target, D, queries, keys):
-    """(num_warps, num_stages, constants) of every tile offered for head dim D, the cheapest first."""
-    listed = next(size for size in HEAD_DIMS if size >= D)
-    tiles = sorted(TILES[target][kernel][listed], key=lambda tile: cost(kernel, target, D, tile, queries, keys))
+    """(num_warps, num_stages, constants) of every tile offered for head dim D, the default first."""
+    if D in HEAD_DIMS:
+        tiles = sorted(TILES[target][kernel][D], key=lambda tile: cost(kernel, target, D, tile, queries, keys))
+    else:
+        tiles = sorted(_uncounted(kernel, target, D), key=lambda tile: _padding(tile, queries, keys))
     return [
         (warps, stages, dict(BLOCK_M=block_m, BLOCK_N=block_n, EIGHTHS=eighths))
         for warps, stages, block_m, block_n, eighths, *_ in tiles
     ]
+
+
+def _uncounted(kernel, target, D):
+    """For a head dim without a list, largest first: some spill a few registers, which masks of columns take, too."""
+    if kernel == "attention":
+        own_first = [(8, 3, 128, 64), (4, 2, 64, 64) if D <= 96 else (8, 3, 64, 64), (2, 3, 32, 16)]
+    elif target == "gfx942":
+        own_first = [(4, 2, 64, 32), (2, 2, 32, 16)]
+    elif D <= 96:
+        own_first = [(8, 2, 128, 32), (4, 2, 64, 32), (2, 2, 32, 16)]
+    else:
+        own_first = [(8, 2, 128, 16), (8, 2, 32, 32)]
+    if kernel == "grad_kv":
+        return [(warps, stages, walked, own, 0) for warps, stages, own, walked in own_first]
+    return [(warps, stages, own, walked, 0) for warps, stages, own, walked in own_first]
+
+
+def _padding(tile, queries, keys):
+    """0 where a quarter of the scores or less are padding, else how many there are for one that is not."""
+    _, _, block_m, block_n, _ = tile
+    scores = triton.cdiv(queries, block_m) * block_m * triton.cdiv(keys, block_n) * block_n / (queries * keys)
+    return scores if scores > 1.25 else 0
