@@ -158,3 +158,9 @@ def wanted(op, flags, possible):
     """Which gradients a backward op is asked for: one flag per input, and none for an input that is not there."""
     if len(flags) != len(possible) or any(flag and not can for flag, can in zip(flags, possible)):
         raise ValueError(f"{op}: expected wanted with {len(possible)} flags, true only for what was given, got {list(flags)}")
+
+
+def gradient_dtype(op, name, dtype):
+    """What a backward op is asked to return a gradient in."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{op}: expected {name} float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")

@@ -170,6 +170,7 @@ def used(weight, cast):
 
 def _backward_cpu(grad_out, x, weight, bias, weight_dtype, wanted):
     _check("linear_backward", x, weight, bias, grad_out)
+    checks.gradient_dtype("linear_backward", "weight_dtype", weight_dtype)
     checks.wanted("linear_backward", wanted, (True, True, bias is not None))
     return (
         product(grad_out, weight, transposed=True) if wanted[0] else x.new_empty(0),

@@ -93,6 +93,9 @@ def _backward_cpu(
     grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted
 ):  # fmt: skip
     _check("mlp_backward", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, grad_out)
+    checks.tensor("mlp_backward", "activation", activation, "[0] (the CPU's backward computes it)", (0,), (x.dtype,))
+    checks.gradient_dtype("mlp_backward", "fc1_dtype", fc1_dtype)
+    checks.gradient_dtype("mlp_backward", "fc2_dtype", fc2_dtype)
     checks.wanted("mlp_backward", wanted, (True,) * 5)
     grad_out, hidden = grad_out.contiguous(), hidden.contiguous()
     wants_x, wants_fc1, wants_fc1_bias, wants_fc2, wants_fc2_bias = wanted
