@@ -242,28 +242,28 @@ def _fuse(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         match = _QUERY_WEIGHT.fullmatch(name)
         if not match:
             continue
-        stem = match[1]
-        parts = [f"{stem}{part}.weight" for part in ("query", "key", "value")]
+        prefix = match[1]
+        parts = [f"{prefix}{part}.weight" for part in ("query", "key", "value")]
         absent = [part for part in parts if part not in weights]
         if absent:
             raise CheckpointMismatch("the Hugging Face checkpoint", absent, [], {})
-        result[f"{stem}qkv.weight"] = torch.cat([result.pop(part) for part in parts])
+        result[f"{prefix}qkv.weight"] = torch.cat([result.pop(part) for part in parts])
         for ours, theirs in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
             for old in (ours, theirs):
-                if f"{stem}{old}" in result:
-                    value = result.pop(f"{stem}{old}")
-                    if f"{stem}qkv.{ours}" in result:
-                        raise ValueError(f"from_huggingface: expected one of {stem}{ours} and {stem}{theirs}, got both")
-                    result[f"{stem}qkv.{ours}"] = value
+                if f"{prefix}{old}" in result:
+                    value = result.pop(f"{prefix}{old}")
+                    if f"{prefix}qkv.{ours}" in result:
+                        raise ValueError(f"from_huggingface: expected one of {prefix}{ours} and {prefix}{theirs}, got both")
+                    result[f"{prefix}qkv.{ours}"] = value
     return result
 
 
 def _split(theirs: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     """The reverse of ``_fuse`` for one tensor, by the names that files have (``q_bias``), which every transformers reads."""
-    stem, last = theirs.split("qkv.")
+    prefix, last = theirs.split("qkv.")
     if last == "weight":
-        return {f"{stem}{part}.weight": x.clone() for part, x in zip(("query", "key", "value"), value.chunk(3))}
-    return {f"{stem}{last}": value}
+        return {f"{prefix}{part}.weight": x.clone() for part, x in zip(("query", "key", "value"), value.chunk(3))}
+    return {f"{prefix}{last}": value}
 
 
 def _not_huggingface(config: Any) -> list[str]:

@@ -103,21 +103,21 @@ _op = library.define(
     "add_layer_norm",
     "(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    stem="add_layer_norm",
+    kernels="add_layer_norm",
 )
 # Without a branch, on GPUs: the first norm of a stack.
 _layer_norm = library.define(
     "_layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     fake=_layer_norm_fake,
-    stem="add_layer_norm",
+    kernels="add_layer_norm",
 )
 _backward_op = library.define(
     "add_layer_norm_backward",
     "(Tensor? grad_sum, Tensor grad_out, Tensor sum, Tensor mean, Tensor rstd, Tensor weight, ScalarType branch_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    stem="add_layer_norm",
+    kernels="add_layer_norm",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _layer_norm = library.differentiable(_layer_norm, _layer_norm_backward, _layer_norm_setup_context, public="add_layer_norm")

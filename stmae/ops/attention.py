@@ -134,21 +134,23 @@ def _packed_backward(ctx, grad_out, _):
     return _packed_backward_op(checks.dense_rows(grad_out), *ctx.saved_tensors, ctx.scale), None
 
 
-_op = library.define("attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", fake=_fake, stem="attention")
+_op = library.define(
+    "attention", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", fake=_fake, kernels="attention"
+)
 _backward_op = library.define(
     "attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    stem="attention",
+    kernels="attention",
 )
 _packed_op = library.define(
-    "packed_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)", fake=_packed_fake, stem="attention"
+    "packed_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)", fake=_packed_fake, kernels="attention"
 )
 _packed_backward_op = library.define(
     "packed_attention_backward",
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
     fake=_packed_backward_fake,
-    stem="attention",
+    kernels="attention",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _packed_op = library.differentiable(_packed_op, _packed_backward, _setup_context)

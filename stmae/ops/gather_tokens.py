@@ -42,12 +42,12 @@ def _backward(ctx, grad_out):
     return _backward_op(checks.dense_rows(grad_out), ctx.saved_tensors[0], ctx.num_tokens), None
 
 
-_op = library.define("gather_tokens", "(Tensor x, Tensor ids) -> Tensor", fake=_fake, stem="gather_tokens")
+_op = library.define("gather_tokens", "(Tensor x, Tensor ids) -> Tensor", fake=_fake, kernels="gather_tokens")
 _backward_op = library.define(
     "gather_tokens_backward",
     "(Tensor grad_out, Tensor ids, SymInt num_tokens) -> Tensor",
     fake=_backward_fake,
-    stem="gather_tokens",
+    kernels="gather_tokens",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _backward_op = library.not_twice_differentiable(_backward_op)

@@ -18,20 +18,20 @@ best_cpu_capability = _C.best_cpu_capability
 set_cpu_capability = _C.set_cpu_capability
 
 
-def define(name, schema, *, fake, stem=None, cpu=None):
+def define(name, schema, *, fake, kernels=None, cpu=None):
     """Define `stmae::name` with its shape function.
 
-    stem: a CUDA tensor is the first to import stmae.kernels.<stem> (and triton), and calls its function `name`.
+    kernels: a CUDA tensor is the first to import stmae.kernels.<kernels> (and triton), and calls its function `name`.
     cpu: the CPU kernel where it is Python; by default stmae._C has it.
     """
     torch.library.define(f"stmae::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.register_fake(f"stmae::{name}")(fake)
-    if stem is not None:
+    if kernels is not None:
 
         def launch(*arguments):
             support = importlib.import_module("stmae.kernels.support")
             support.require(name, next(x for x in arguments if isinstance(x, torch.Tensor)))
-            return getattr(importlib.import_module(f"stmae.kernels.{stem}"), name)(*arguments)
+            return getattr(importlib.import_module(f"stmae.kernels.{kernels}"), name)(*arguments)
 
         torch.library.impl(f"stmae::{name}", "CUDA")(launch)
     if cpu is not None:

@@ -210,14 +210,16 @@ def _backward(ctx, grad_out, _):
     return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, ctx.weight_dtype, wanted), wanted)
 
 
-_op = library.define("linear", "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", fake=_fake, cpu=_cpu, stem="linear")
+_op = library.define(
+    "linear", "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", fake=_fake, cpu=_cpu, kernels="linear"
+)
 _backward_op = library.define(
     "linear_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, ScalarType weight_dtype, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
-    stem="linear",
+    kernels="linear",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _backward_op = library.not_twice_differentiable(_backward_op)

@@ -89,14 +89,14 @@ _op = library.define(
     "masked_patchify",
     "(Tensor video, Tensor keep, Tensor weight, Tensor? bias, Tensor? position, float[] mean, float[] std) -> Tensor",
     fake=_fake,
-    stem="masked_patchify",
+    kernels="masked_patchify",
 )
 _backward_op = library.define(
     "masked_patchify_backward",
     "(Tensor grad_out, Tensor video, Tensor keep, Tensor weight, Tensor? bias, Tensor? position, float[] mean, float[] std)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    stem="masked_patchify",
+    kernels="masked_patchify",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _backward_op = library.not_twice_differentiable(_backward_op)

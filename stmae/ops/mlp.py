@@ -153,7 +153,7 @@ _op = library.define(
     " -> (Tensor out, Tensor hidden, Tensor activation, Tensor fc1_cast, Tensor fc2_cast)",
     fake=_fake,
     cpu=_cpu,
-    stem="mlp",
+    kernels="mlp",
 )
 _backward_op = library.define(
     "mlp_backward",
@@ -161,7 +161,7 @@ _backward_op = library.define(
     " Tensor fc2_bias, ScalarType fc1_dtype, ScalarType fc2_dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
-    stem="mlp",
+    kernels="mlp",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _backward_op = library.not_twice_differentiable(_backward_op)

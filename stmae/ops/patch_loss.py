@@ -92,14 +92,14 @@ _op = library.define(
     "(Tensor pred, Tensor video, Tensor masked, int[] patch_size, int[] frames, int normalize, float[] mean, float[] std)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    stem="patch_loss",
+    kernels="patch_loss",
 )
 _backward_op = library.define(
     "patch_loss_backward",
     "(Tensor grad_loss, Tensor pred, Tensor video, Tensor masked, Tensor patch_mean, Tensor patch_rstd, int[] patch_size,"
     " int[] frames, float[] mean, float[] std) -> Tensor",
     fake=_backward_fake,
-    stem="patch_loss",
+    kernels="patch_loss",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _backward_op = library.not_twice_differentiable(_backward_op)

@@ -44,4 +44,6 @@ def _fake(noise, num_keep):
     return noise.new_empty(B, num_keep, dtype=torch.int64), noise.new_empty(B, N - num_keep, dtype=torch.int64)
 
 
-_op = library.define("random_masking", "(Tensor noise, SymInt num_keep) -> (Tensor, Tensor)", fake=_fake, stem="random_masking")
+_op = library.define(
+    "random_masking", "(Tensor noise, SymInt num_keep) -> (Tensor, Tensor)", fake=_fake, kernels="random_masking"
+)

@@ -63,13 +63,13 @@ _op = library.define(
     "restore_tokens",
     "(Tensor tokens, Tensor keep, Tensor mask_token, Tensor position) -> Tensor",
     fake=_fake,
-    stem="restore_tokens",
+    kernels="restore_tokens",
 )
 _backward_op = library.define(
     "restore_tokens_backward",
     "(Tensor grad_out, Tensor keep, ScalarType tokens_dtype) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    stem="restore_tokens",
+    kernels="restore_tokens",
 )
 _op = library.differentiable(_op, _backward, _setup_context)
 _backward_op = library.not_twice_differentiable(_backward_op)

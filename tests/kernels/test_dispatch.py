@@ -53,8 +53,8 @@ def test_registered_for_cuda_with_the_launchers_signature(op):
 
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"stmae::{op}", "CUDA")
     schema = getattr(torch.ops.stmae, op).default._schema
-    stem = "add_layer_norm" if op == "_layer_norm" else op.removeprefix("packed_").removesuffix("_backward")
-    launcher = getattr(importlib.import_module(f"stmae.kernels.{stem}"), op)
+    module = "add_layer_norm" if op == "_layer_norm" else op.removeprefix("packed_").removesuffix("_backward")
+    launcher = getattr(importlib.import_module(f"stmae.kernels.{module}"), op)
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 
 
