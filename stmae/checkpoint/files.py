@@ -48,9 +48,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary = name
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # an ordinary file's, also where the writer (safetensors) made a private file of it
-        descriptor = os.open(temporary, os.O_RDWR)
+        descriptor = os.open(temporary, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
         try:
+            os.fchmod(descriptor, mode)  # an ordinary file's, also where the writer (safetensors) made a private file of it
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

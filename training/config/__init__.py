@@ -2,7 +2,7 @@
 
 from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneClipConfig, ViewConfig
 from .parser import from_preset, parse
-from .preset_files import about_preset, preset_path, presets, read_settings
+from .preset_files import about_preset, load_yaml, preset_path, presets, read_settings
 from .training import (
     ClassifierConfig,
     EncodingConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "about_preset",
     "defaults",
     "from_preset",
+    "load_yaml",
     "parse",
     "preset_path",
     "presets",

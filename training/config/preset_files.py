@@ -24,6 +24,28 @@ PATH_FIELDS = (  # in a file, relative to it
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: ten lines of them stand for billions of values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: expected the value itself, got an alias (*name)")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text):
+    """The {name: value} of a YAML or JSON text. Raises ValueError where it is not that."""
+    try:
+        tree = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
+        raise ValueError(f"expected 'field: value' lines, got {type(tree).__name__}")
+    return tree
+
+
 def presets(command=None):
     """Names of the presets, of one command or of all."""
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -54,11 +76,9 @@ def read_settings(file):
     """(about, settings) of a YAML or JSON file: ``about`` has what it says under ABOUT, ``settings`` is {"section.field": value},
     its relative paths made absolute."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = load_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # among them UnicodeDecodeError
         raise ValueError(f"cannot read the settings in {file}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file}: expected 'field: value' lines, got {type(tree).__name__}")
     about = {name: tree.pop(name) for name in ABOUT if name in tree}
     settings = {}
     for name, value in tree.items():

@@ -85,12 +85,15 @@ class RunConfig:
     """torch.compile the model (with fsdp: each block)"""
     cuda_graph: bool = False
     """pre-training on one GPU: capture the step, update included, and replay it, with no work on the host between its launches"""
+    extend_epochs: float = 0.0
+    """continue a run, finished or not, for this many effective epochs more than optimizer.epochs. From where it is continued the
+    learning rate follows the schedule of all of them: of a finished run it rises again, then falls to min_lr"""
     tensorboard: bool = True
     """write TensorBoard's event files too"""
 
     def __post_init__(self):
         require_positive(self, "save_every", "log_every")
-        require_not_negative(self, "evaluate_every", "workers")
+        require_not_negative(self, "evaluate_every", "workers", "extend_epochs")
         if self.cuda_graph and self.checkpoint_activations:
             raise ValueError(
                 "run.cuda_graph: expected false with run.checkpoint_activations, which saves the random state on the host: a "

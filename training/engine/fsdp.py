@@ -5,11 +5,15 @@ one more group. The numbers stay float32, as without sharding: bfloat16 is autoc
 """
 
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from . import checksum
+from .shard_index import ShardReader, damaged_file, write_checksums
 
 SINGLE_PROCESS_WARNING = "torch.distributed is disabled, unavailable or uninitialized"  # as is meant: one process
 # A block's results are views of what a product wrote; nothing here changes them in place, which is what FSDP2 warns of.
@@ -76,18 +80,33 @@ def write_shards(folder, tensors, processes):
             dcp.save(tensors, storage_writer=writer, no_dist=processes.world_size == 1)
     except CheckpointException as error:
         raise ShardError(_reasons(error)) from error
+    error, digests = None, {}
+    try:
+        own = [".metadata"] if processes.is_main else []
+        own += [file.name for file in Path(folder).glob(f"__{processes.rank}_*")]
+        digests = {name: checksum.of_file(Path(folder) / name) for name in own}
+    except OSError as failure:
+        error = str(failure)
+    raise_in_all(error, processes)
+    digests = processes.gather_dict(digests)
+    try:
+        if processes.is_main:
+            write_checksums(folder, digests)
+    except OSError as failure:
+        error = str(failure)
+    raise_in_all(error, processes)
 
 
 def read_shards(folder, owner, processes):
     """The tensors that ``write_shards`` wrote, by name, whatever the number of processes was; called by all processes.
 
     owner: name -> the tensor whose sharding the one of this name takes; where that is unsharded, unknown or of another shape,
-    it is
-        read in full, on the CPU.
-    Raises ShardError in every process when one of them cannot read its shard. The index is a pickle, which can run code: never
-    read a folder of unknown origin.
+        it is read in full, on the CPU.
+    Raises ShardError in every process when one of them cannot read its shard. The folder may come from anybody: its files are
+    checked first, and its index, a pickle, can name nothing but the classes of an index.
     """
-    reader = dcp.FileSystemReader(folder)
+    raise_in_all(damaged_file(folder, processes.rank, processes.world_size), processes)
+    reader = ShardReader(folder)
     described, error = {}, None
     try:
         described = reader.read_metadata().state_dict_metadata

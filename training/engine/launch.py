@@ -1,5 +1,7 @@
 """A run from its configuration: the device, the process group, the folder, and a task inside them."""
 
+import dataclasses
+
 import torch
 
 from .device import choose_device
@@ -16,5 +18,11 @@ def run_distributed(work, config):
     processes = Processes()
     device = processes.local_device(choose_device(config.run.device))
     devices = [device] if device.type == "cuda" else []
-    with processes.process_group(device), torch.random.fork_rng(devices):
-        return work(config, processes, device, open_run(config, processes))
+    with processes.process_group(device), torch.random.fork_rng(devices), open_run(config, processes) as folder:
+        return work(extended(config), processes, device, folder)
+
+
+def extended(config):
+    """``config`` with the epochs that run.extend_epochs adds among optimizer.epochs."""
+    optimizer = dataclasses.replace(config.optimizer, epochs=config.optimizer.epochs + config.run.extend_epochs)
+    return dataclasses.replace(config, optimizer=optimizer)

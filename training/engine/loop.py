@@ -27,7 +27,7 @@ from .logger import Logger, NullLogger
 from .meters import StepMeter
 from .optimizer import adamw, learning_rate, total_steps
 from .signals import StopRequest
-from .train_state import TrainState, load_state_tensors, owner_in, state_tensors
+from .train_state import TrainState, load_state_tensors, owner_in, state_tensors, tensors_problem
 
 SKIPS_IN_A_ROW = 20  # steps without a finite gradient after which it is no accident
 
@@ -84,6 +84,7 @@ def train(task, config, processes, device, folder):
         state = resume(training, folder)
         if state.done:
             training.print(f"{folder.path}: complete, {state.step} of {training.steps} steps done")
+            rewrite_damaged_model(training, folder)
             return state
         loader = training.loader(state.step)
         training.describe(folder, state.step)
@@ -199,7 +200,7 @@ class Training:
         self.print = print if processes.is_main else lambda *words: None
         self.dtype, self.precision = choose_precision(config.run.precision, device)
         self.autocast = functools.partial(torch.autocast, device.type, self.dtype) if self.dtype else nullcontext
-        self.steps = total_steps(config.optimizer, len(task.dataset), task.repeats)
+        self.steps = self.steps_of(len(task.dataset))
         self.workers = choose_workers(config.run.workers, device)
         problem = capture_problem(config.run, device, processes.world_size) if config.run.cuda_graph else None
         if problem is not None:
@@ -218,6 +219,9 @@ class Training:
         self.optimizer = adamw(task.parameter_groups(model), config.optimizer)
         self.graphed_step = self.graph_step() if config.run.cuda_graph else None
         self.average = {n: value.detach().clone() for n, value in model.state_dict().items()} if task.average_decay else {}
+
+    def steps_of(self, videos):
+        return total_steps(self.config.optimizer, videos, self.task.repeats)
 
     def graph_step(self):
         def loss(batch):
@@ -317,7 +321,15 @@ def resume(training, folder):
     """The TrainState of the newest complete checkpoint in ``folder``, its tensors put back; a new one where there is none."""
     task, videos = training.task, len(training.task.dataset)
     state = TrainState(videos=videos)
-    found = folder.load_state(training.print, owner=owner_in(task.model), processes=training.processes)
+
+    def problem(tensors, values):
+        wrong = state.problem_of(values)
+        if wrong is None and not values.get("steps") and values["step"] > training.steps_of(values.get("videos", videos)):
+            wrong = f"its step {values['step']} is beyond the end"
+        updates = 0 if wrong else values["step"] - values.get("skipped_steps", 0)
+        return wrong or tensors_problem(tensors, task.model, training.average, updates)
+
+    found = folder.load_state(training.print, problem=problem, owner=owner_in(task.model), processes=training.processes)
     if found is not None:
         tensors, values = found
         state.load_dict(values)
@@ -327,6 +339,15 @@ def resume(training, folder):
                 f"note: {training.config.data} now lists {videos} videos, not {state.videos}: their order changes from here on"
             )
             state.videos = videos
+        if state.step > training.steps:
+            raise TrainingError(
+                f"{folder.path} holds a run at step {state.step}, and with these settings and the {videos} videos in "
+                f"{training.config.data} it ends at step {training.steps}: repeat run.extend_epochs if it had one, put back the "
+                "videos, or choose another --output"
+            )
+        if state.done and training.config.run.extend_epochs and state.step < training.steps:
+            state.done = False
+    state.steps = training.steps
     return state
 
 
@@ -343,6 +364,17 @@ def save(training, state, folder, logger):
     elif processes.is_main:
         folder.save_state(state.step, tensors, state.to_dict())
     logger.plot(state.step, last=state.done)
+
+
+def rewrite_damaged_model(training, folder):
+    """Of a complete run: its weights from its state, where the file of the weights is not what was written."""
+    processes = training.processes
+    problem = processes.gather(folder.model_problem() if processes.is_main else None)[0]
+    if problem is not None:
+        training.print(f"{folder.model_path.name} is damaged ({problem}): written anew from the checkpoint")
+        with training.full_model(torch.device("cpu"), keep=processes.is_main) as model:
+            if processes.is_main:
+                folder.save_model(model)
 
 
 @contextmanager

@@ -9,12 +9,14 @@
     state-STEP/               the same of a run with fsdp, each process's shard (torch.distributed.checkpoint)
     plots.png                 log.jsonl as curves
     pictures/                 reconstructions during pre-training
+    .lock                     names the process that writes here, while it does (see run_lock)
 
 Every file is written under a temporary name, flushed to disk and renamed over the old one, so that at any moment the file in
 place is complete; a folder of shards likewise. The older of two states is removed only after the newer one is in place. A run
 continues from either kind of state, on any number of processes, sharded or not.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -23,6 +25,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -34,9 +37,10 @@ from safetensors.torch import save_file
 from stmae import checkpoint
 from stmae.checkpoint.files import sync_folder
 
-from ..config import ClipConfig, defaults, to_dict
-from . import fsdp
+from ..config import ClipConfig, defaults, load_yaml, to_dict
+from . import checksum, fsdp
 from .distributed import SINGLE_PROCESS
+from .run_lock import Locked, RunLock, open_regular
 
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
 
@@ -46,27 +50,43 @@ class RunFolderError(RuntimeError):
 
 
 class RunFolder:
-    """Creates ``path`` where it is missing. Raises RunFolderError when nothing can be written there.
+    """Creates ``path`` where it is missing, and locks it until ``close``: one process writes in a run's folder. Raises
+    RunFolderError when another one does, and when nothing can be written there.
 
-    read_only: for the processes of a run that only read its state.
+    The folder may be anybody's: what is written never follows a symbolic link in it.
+
+    read_only: for whoever only reads a run's state; takes no lock.
     """
 
     def __init__(self, path, *, read_only=False):
         self.path = Path(path).absolute()
+        self._lock = None
         if read_only:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.path)  # before anything is removed: a file that looks stale may be the other run's
             for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing; nobody else's file
-                if re.fullmatch(r"\.(model|state-\d+|config|log|plots)\.\w+\.[0-9a-f]{8}\.tmp", stale.name):
+                if re.fullmatch(r"\.(model|state-\d+|config|log|plots|writable)\.\w+\.[0-9a-z_]{8}\.tmp", stale.name):
                     stale.unlink()
                 if re.fullmatch(r"\.state-\d+\.(new|old)\.tmp", stale.name):
-                    shutil.rmtree(stale)
-            probe = self.path / ".writable.tmp"
-            probe.write_bytes(b"stmae")
-            probe.unlink()
+                    _remove_tree(stale)
+            descriptor, probe = tempfile.mkstemp(prefix=".writable.probe.", suffix=".tmp", dir=self.path)
+            try:
+                os.write(descriptor, b"stmae")
+            finally:
+                os.close(descriptor)
+                os.unlink(probe)
+        except Locked as error:
+            raise RunFolderError(f"{error}; choose another --output, or wait for its end") from error
         except OSError as error:
-            raise RunFolderError(f"cannot write to the output folder {self.path}: {error.strerror}") from error
+            self.close()
+            raise RunFolderError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
+
+    def close(self):
+        """Gives the lock back; nothing may be written from here on."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def model_path(self):
@@ -78,7 +98,8 @@ class RunFolder:
 
     def _states(self):
         """(step, file or folder) of the states, newest first."""
-        found = ((re.fullmatch(r"state-(\d+)(\.safetensors)?", file.name), file) for file in self.path.iterdir())
+        files = (file for file in self.path.iterdir() if file.is_file() or file.is_dir())  # reading a pipe would never end
+        found = ((re.fullmatch(r"state-(\d+)(\.safetensors)?", file.name), file) for file in files)
         return sorted(((int(match[1]), file) for match, file in found if match), reverse=True)
 
     def state_path(self, step, *, shards=False):
@@ -87,7 +108,8 @@ class RunFolder:
     def save_state(self, step, tensors, info):
         """Write state ``step``: tensors by name, and ``info``, plain values. Raises RunFolderError; older states are
         then untouched."""
-        metadata = {"stmae_state": json.dumps(info)}
+        about = json.dumps(info)
+        metadata = {"stmae_state": about, checksum.KEY: checksum.of_tensors(tensors, about)}
         self._write(self.state_path(step), lambda file: save_file(tensors, file, metadata))
         self._remove_old_states(step, self.state_path(step))
 
@@ -128,7 +150,7 @@ class RunFolder:
                 self._remove(path)
 
     def _remove(self, path):
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
             return
         renamed = self.path / f".{path.name}.old.tmp"  # in one stroke, so that what bears a state's name is never half a state
@@ -138,20 +160,31 @@ class RunFolder:
     def save_model(self, model):
         """Write the weights alone, with the model's configuration."""
         try:
-            checkpoint.save(model, self.model_path)
+            checkpoint.save(model, self.model_path, extra={checksum.KEY: checksum.of_tensors(model.state_dict())})
         except checkpoint.CheckpointError as error:
             raise RunFolderError(f"{error}{self.resume_hint()}") from error
 
-    def load_state(self, report=print, *, owner=lambda name: None, processes=SINGLE_PROCESS):
+    def model_problem(self):
+        """Why model.safetensors is not what was written, or None."""
+        try:
+            checksum.verify_weights(self.model_path)
+        except checksum.ChecksumError as error:
+            return str(error)
+        return None if self.model_path.is_file() else "it is missing"
+
+    def load_state(self, report=print, *, problem=lambda tensors, info: None, owner=lambda name: None, processes=SINGLE_PROCESS):
         """The newest complete state as (tensors, info), or None. Damaged ones are reported and passed over, never removed.
 
         Called by all processes, which take the same one.
+        problem: (tensors, info) -> why this run cannot continue from them, which counts as damage; None: it can.
         owner: name -> the tensor of the run that the state's tensor of this name belongs to: where it is sharded, only this
             process's shard of the state is read.
         """
-        for _, path in self._states():
+        for step, path in self._states():
             try:
-                return self._read_shards(path, owner, processes) if path.is_dir() else self._read_file(path, processes)
+                tensors, info = self._read_shards(path, owner, processes) if path.is_dir() else self._read_file(path, processes)
+                fsdp.raise_in_all(_info_problem(step, info) or problem(tensors, info), processes)
+                return tensors, info
             except fsdp.ShardError as error:
                 report(f"checkpoint {path.name} is damaged ({error}); looking for an older one")
         if self.states():
@@ -162,9 +195,11 @@ class RunFolder:
         tensors, info, error = {}, None, None
         try:
             with safe_open(path, framework="pt") as file:
-                info = json.loads(file.metadata()["stmae_state"])
+                metadata = file.metadata()
+                info = json.loads(metadata["stmae_state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as failure:
+            checksum.verify(tensors, metadata, metadata["stmae_state"])
+        except (SafetensorError, checksum.ChecksumError, OSError, KeyError, TypeError, ValueError) as failure:
             error = str(failure)
         fsdp.raise_in_all(error, processes)
         return tensors, info
@@ -184,7 +219,7 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
-            there = _flat(defaults) | _flat(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+            there = _flat(defaults) | _flat(self._read_config(file))
             here = _flat(settings)
             names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
@@ -195,6 +230,12 @@ class RunFolder:
                 )
         text = yaml.safe_dump(settings, sort_keys=False)
         self._write(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _read_config(self, file):
+        try:
+            return load_yaml(_read_regular(file))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"cannot read {file}: {error}") from error
 
     def record_start(self, **facts):
         """Add a line to run.jsonl: when, which command, what it ran on."""
@@ -222,17 +263,22 @@ class RunFolder:
         if not file.exists():
             return
         kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = _read_regular(file).splitlines()
+        except OSError as error:
+            raise RunFolderError(f"cannot read {file}: {error.strerror}") from error
+        for line in lines:
             try:
                 if json.loads(line).get("step", 0) <= step:
                     kept.append(line)
-            except ValueError:
-                pass  # a line cut short by a kill
+            except (ValueError, AttributeError, TypeError):
+                pass  # a line cut short by a kill, or somebody else's
         self._write(file, lambda path: path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8"))
 
     def _append(self, name, line):
         try:
-            with open(self.path / name, "ab+") as file:
+            descriptor = open_regular(self.path / name, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            with open(descriptor, "ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
                     if file.read() != b"\n":  # a line cut short by a kill keeps to itself
@@ -254,14 +300,16 @@ class RunFolder:
         return f" (the checkpoint of step {states[0]} is complete: the same command continues from it)" if states else ""
 
 
+@contextlib.contextmanager
 def open_run(config, processes):
-    """The RunFolder at ``config.output``, its config.yaml written or checked by the main process; the others only read."""
-    path = config.output
-    if processes.is_main:
-        folder = RunFolder(path)
-        folder.write_config(to_dict(config), defaults(type(config)))
-    processes.barrier()
-    return folder if processes.is_main else RunFolder(path, read_only=True)
+    """Context: the RunFolder at ``config.output``, its config.yaml written or checked by the main process, which holds the lock;
+    the others only read."""
+    folder = RunFolder(config.output, read_only=not processes.is_main)
+    with contextlib.closing(folder):
+        if processes.is_main:
+            folder.write_config(to_dict(config), defaults(type(config)))
+        processes.barrier()
+        yield folder
 
 
 def weights_file(path):
@@ -279,9 +327,28 @@ def clips_of(checkpoint_path, stride=None):
     settings = weights_file(checkpoint_path).parent / "config.yaml"
     clips = {}
     if settings.exists():
-        clips = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("clips") or {}
+        clips = load_yaml(settings.read_text(encoding="utf-8")).get("clips") or {}
     chosen = {name: clips[name] for name in ("stride", "spacing") if name in clips}
     return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
+
+
+def _remove_tree(path):
+    """Removes a folder, or the symbolic link or file that lies in its place; never what a link leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _info_problem(step, info):
+    if not isinstance(info, dict) or type(info.get("step")) is not int:
+        return "it does not say its step"
+    return None if info["step"] == step else f"it holds step {info['step']}"
+
+
+def _read_regular(file):
+    with open(open_regular(file, os.O_RDONLY), encoding="utf-8", errors="replace") as opened:
+        return opened.read()
 
 
 def _flat(settings):

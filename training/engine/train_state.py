@@ -17,6 +17,8 @@ class TrainState:
     """steps done"""
     videos: int = 0
     """in the data set"""
+    steps: int = 0
+    """of the run; 0: an older version did not say"""
     skipped_steps: int = 0
     """steps without a finite loss and gradient"""
     skips_in_a_row: int = 0
@@ -30,6 +32,17 @@ class TrainState:
 
     def to_dict(self):
         return dataclasses.asdict(self)
+
+    def problem_of(self, values):
+        """Why ``values``, which a checkpoint holds, cannot be those of a run, or None. An older version's may be fewer."""
+        for field in dataclasses.fields(self):
+            value = values.get(field.name, field.default)
+            expected = (dict, type(None)) if field.default is None else (type(field.default),)
+            if type(value) not in expected:
+                return f"its {field.name} is {value!r}"
+        if not 0 <= values["step"] <= (values.get("steps") or values["step"]):
+            return f"its step {values['step']} is beyond the end, {values['steps']}"
+        return None
 
     def load_dict(self, values):
         """Takes the values that a checkpoint holds; of an older version's, those that there are."""
@@ -56,6 +69,30 @@ def owner_in(model):
     """name in ``state_tensors`` -> the weight of ``model`` that the tensor of this name is, or is a moment of; None: none."""
     weights = model.state_dict()
     return lambda name: weights.get(name.split(".", 2 if name.startswith("optimizer.") else 1)[-1])
+
+
+def tensors_problem(tensors, model, average, updates):
+    """Why the tensors of ``state_tensors`` are not those of ``model`` after ``updates`` updates of AdamW, or None."""
+    weights = model.state_dict()
+    shapes = {f"model.{name}": value.shape for name, value in weights.items()}
+    shapes.update({f"average.{name}": weights[name].shape for name in average})
+    missing = sorted(set(shapes) - set(tensors))
+    if missing:
+        return f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+    moments = {key: set() for key in ("step", "exp_avg", "exp_avg_sq")}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            key, _, parameter = rest.partition(".")
+            if key not in moments or parameter not in weights:
+                return f"{name} belongs to no parameter"
+            moments[key].add(parameter)
+            shapes[name] = weights[parameter].shape if key != "step" else value.shape
+        if name not in shapes or value.shape != shapes[name]:
+            return f"{name} has the shape {list(value.shape)}, not {list(shapes[name]) if name in shapes else 'that of a weight'}"
+    if len({frozenset(parameters) for parameters in moments.values()}) > 1 or (updates > 0 and not moments["step"]):
+        return "it lacks tensors of the optimizer"
+    return None
 
 
 def load_state_tensors(tensors, model, optimizer, average):

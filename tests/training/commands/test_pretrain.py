@@ -56,7 +56,7 @@ def configure(arguments, output, *more):
 
 
 def weights(folder):
-    return load_file(RunFolder(folder).model_path)
+    return load_file(RunFolder(folder, read_only=True).model_path)
 
 
 def assert_same(a, b):
@@ -161,7 +161,7 @@ def test_killed_and_continued_is_bit_for_bit_the_uninterrupted_run(workers, tiny
     assert process.returncode == 0, said
     assert "continuing from step" in said
     assert_same(weights(output), weights(finished))
-    assert RunFolder(output).states() == [30, 27]
+    assert RunFolder(output, read_only=True).states() == [30, 27]
     steps = [line["step"] for line in lines(output) if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 30
 
@@ -183,7 +183,7 @@ def interrupt(arguments, output, step, number):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)  # as a terminal and a scheduler do: to the workers too
             said, _ = process.communicate(timeout=120)
-        states = RunFolder(output).states()
+        states = RunFolder(output, read_only=True).states()
         assert states, f"nothing was saved, exit status {process.returncode}: {said}"
         if states[0] < 30:
             return process.returncode, said
@@ -198,7 +198,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_cleanly(number, tiny, tmp_p
     status, said = interrupt(arguments, output, 3, number)
     assert status == 0 and "Traceback" not in said
     stopped = int(re.search(r"stopped after step (\d+) of 30", said)[1])
-    assert RunFolder(output).states()[0] == stopped
+    assert RunFolder(output, read_only=True).states()[0] == stopped
     pretrain.run(configure(arguments, output))
     assert_same(weights(output), weights(finished))
 
@@ -211,8 +211,8 @@ def test_a_folder_holds_one_run(finished, videos):
 def test_a_damaged_checkpoint_is_passed_over_and_kept(tiny, tmp_path, finished, capsys):
     output = tmp_path / "run"
     pretrain.run(configure(tiny, output))
-    newest, older = RunFolder(output).states()
-    file = RunFolder(output).state_path(newest)
+    newest, older = RunFolder(output, read_only=True).states()
+    file = RunFolder(output, read_only=True).state_path(newest)
     file.write_bytes(file.read_bytes()[:-1000])
     (output / "model.safetensors").unlink()
     capsys.readouterr()
@@ -225,19 +225,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tiny, tmp_path, finished, 
 def test_all_checkpoints_damaged_is_an_error_and_none_is_touched(tiny, tmp_path):
     output = tmp_path / "run"
     pretrain.run(configure(tiny, output))
-    for step in RunFolder(output).states():
-        RunFolder(output).state_path(step).write_bytes(b"not a checkpoint")
+    for step in RunFolder(output, read_only=True).states():
+        RunFolder(output, read_only=True).state_path(step).write_bytes(b"not a checkpoint")
     with pytest.raises(RunFolderError, match="every checkpoint in .* is damaged"):
         pretrain.run(configure(tiny, output))
-    assert all(RunFolder(output).state_path(step).read_bytes() == b"not a checkpoint" for step in RunFolder(output).states())
+    assert all(
+        RunFolder(output, read_only=True).state_path(step).read_bytes() == b"not a checkpoint"
+        for step in RunFolder(output, read_only=True).states()
+    )
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, tmp_path, finished):
     """A limit on the size of files stands for the disk: writing stops in the middle of a state."""
     output = tmp_path / "run"
     interrupt([*tiny, "--run.save_every", "5"], output, 5, signal.SIGTERM)
-    step = RunFolder(output).states()[0]
-    size = RunFolder(output).state_path(step).stat().st_size
+    step = RunFolder(output, read_only=True).states()[0]
+    size = RunFolder(output, read_only=True).state_path(step).stat().st_size
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
@@ -246,7 +249,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, tmp_path, finish
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in said
     assert re.search(rf"cannot write state-\d+.safetensors: .*the checkpoint of step {step} is complete", said), said
-    assert RunFolder(output).states()[0] == step
+    assert RunFolder(output, read_only=True).states()[0] == step
     assert not [name for name in os.listdir(output) if name.endswith(".tmp")]
     pretrain.run(configure(tiny, output))
     assert_same(weights(output), weights(finished))

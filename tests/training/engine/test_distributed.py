@@ -59,7 +59,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert two[step] == pytest.approx(one[step], rel=1e-3), step
 
     # One process continues what two began.
-    folder = RunFolder(tmp_path / "two")
+    folder = RunFolder(tmp_path / "two", read_only=True)
     before = load_file(folder.model_path)
     folder.state_path(folder.states()[0]).unlink()
     pretrain.run(parse(PretrainConfig, [*arguments, "--output", str(tmp_path / "two")], prog="p", description=""))

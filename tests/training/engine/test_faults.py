@@ -97,7 +97,7 @@ def finished(server, command, tmp_path_factory):
 
 
 def assert_same_weights(a, b):
-    a, b = load_file(RunFolder(a).model_path), load_file(RunFolder(b).model_path)
+    a, b = load_file(RunFolder(a, read_only=True).model_path), load_file(RunFolder(b, read_only=True).model_path)
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -147,7 +147,7 @@ def finish(server, command, output, finished):
     status, said = server.run(command(output), output.with_suffix(".said"))
     assert status == 0, said
     assert_same_weights(output, finished[0])
-    states = RunFolder(output).states()
+    states = RunFolder(output, read_only=True).states()
     assert states[0] == STEPS and len(states) in (2, 3)  # 3: killed between the last one and the removal of the oldest
     assert not [name for name in os.listdir(output) if name.endswith(".tmp")]
     whole, pieces = (
@@ -238,16 +238,16 @@ WRITES = {
 def test_a_kill_in_the_last_save_does_not_leave_older_weights(server, command, tmp_path, finished):
     """The state is done, the weights beside it are not."""
     output = shutil.copytree(finished[0], tmp_path / "run")
-    RunFolder(output).state_path(STEPS).unlink()
-    RunFolder(output).model_path.write_bytes(b"of an older step")
+    RunFolder(output, read_only=True).state_path(STEPS).unlink()
+    RunFolder(output, read_only=True).model_path.write_bytes(b"of an older step")
     for position in range(18, 60):  # from the first step on
         status, said = server.run(command(output), tmp_path / "said", ["kill", position])
         if status == 0:
             break
-        if RunFolder(output).states()[0] == STEPS:
+        if RunFolder(output, read_only=True).states()[0] == STEPS:
             assert_same_weights(output, finished[0])
-            RunFolder(output).state_path(STEPS).unlink()
-            RunFolder(output).model_path.write_bytes(b"of an older step")
+            RunFolder(output, read_only=True).state_path(STEPS).unlink()
+            RunFolder(output, read_only=True).model_path.write_bytes(b"of an older step")
     assert status == 0 and position > 28
     assert_same_weights(output, finished[0])
 
@@ -355,7 +355,7 @@ def test_a_small_disk_that_fills(server, command, tmp_path, finished):
     """A real one, with room for two states and a half; then it is made larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    first = RunFolder(finished[0])
+    first = RunFolder(finished[0], read_only=True)
     state, model = (file.stat().st_size for file in (first.state_path(STEPS), first.model_path))
 
     def mount(size, *options):
@@ -413,7 +413,7 @@ def test_a_run_goes_on_from_the_state_before_the_damaged_one(server, command, tm
     wait_for_step(output, 10, process)
     os.kill(process, signal.SIGKILL)
     server.wait()
-    file = RunFolder(output).state_path(RunFolder(output).states()[0])
+    file = RunFolder(output, read_only=True).state_path(RunFolder(output, read_only=True).states()[0])
     file.write_bytes(file.read_bytes()[:-1])
     finish(server, command, output, finished)
     assert f"checkpoint {file.name} is damaged" in output.with_suffix(".said").read_text()

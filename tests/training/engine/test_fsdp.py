@@ -186,7 +186,7 @@ def test_two_killed_processes_continue_bit_for_bit(runs):
         for process in processes:
             process.kill()
         said = [process.communicate()[0] for process in processes]
-        states = RunFolder(output).states()
+        states = RunFolder(output, read_only=True).states()
         assert states, "".join(said)
         if states[0] < 6:
             break
@@ -254,7 +254,7 @@ def test_a_process_that_cannot_write_its_share_ends_all_with_what_is_whole(runs)
 def copy(runs, tmp_path):
     """The finished run of one process with shards, of states 6 and 4."""
     shutil.copytree(runs.folder / "one-shards", tmp_path / "run")
-    return RunFolder(tmp_path / "run")
+    return RunFolder(tmp_path / "run", read_only=True)
 
 
 def cut(path):
@@ -306,7 +306,7 @@ def test_what_a_kill_left_behind_is_no_state_and_is_cleared_away(copy):
     for kind in ("new", "old"):
         shutil.copytree(copy.state_path(6, shards=True), copy.path / f".state-00000008.{kind}.tmp")
     assert copy.states() == [6, 4]
-    RunFolder(copy.path)
+    RunFolder(copy.path).close()
     assert not list(copy.path.glob(".*")) and copy.states() == [6, 4]
 
 

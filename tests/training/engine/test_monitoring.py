@@ -286,7 +286,7 @@ def test_pictures_that_cannot_be_written_are_reported_and_the_run_goes_on(run, c
     assert "could not write plots.png, training goes on" in said
     events = [line["event"] for line in lines(output) if "event" in line]
     assert sum("training goes on" in event for event in events) == 10  # three pictures three times, the curves once
-    assert RunFolder(output).states() == [8, 4] and lines(output)[-1]["step"] == 8
+    assert RunFolder(output, read_only=True).states() == [8, 4] and lines(output)[-1]["step"] == 8
     assert not [path.name for path in output.glob(".*")]
 
 
@@ -299,7 +299,7 @@ def test_a_tensorboard_that_fails_is_reported_once(run, capsys, monkeypatch):
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     run("full", "--probe.data", "null", "--probe.test_data", "null")
     assert capsys.readouterr().out.count("TensorBoard stops here, training goes on") == 1
-    assert RunFolder(run.folder / "full").states() == [8, 4]
+    assert RunFolder(run.folder / "full", read_only=True).states() == [8, 4]
 
 
 def test_a_log_that_cannot_be_written_does_not_hide_what_went_wrong(tmp_path, capsys):
