@@ -1,5 +1,6 @@
 """``stmae data check``: which videos of a data set cannot be used and why, and what the others are like."""
 
+import os
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def run(config):
     if labels:
         print(f"  labels:  {len(labels)} classes, {min(labels.values())} to {max(labels.values())} videos each")
     if config.output:
-        Path(config.output).write_text("".join(f"{line_of(entry)}\n" for entry in good), encoding="utf-8")
+        lines = "".join(f"{line_of(entry)}\n" for entry in good)
+        Path(config.output).write_bytes(os.fsencode(lines))  # names as the disk has them, be they UTF-8 or not
         print(f"  list of the usable ones: {config.output}")
     return good, errors
 

@@ -1,6 +1,7 @@
 """``stmae features``: what a frozen encoder makes of each video, as one file for other tools."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,5 +50,5 @@ def run(config):
             save_file({"features": features.contiguous(), "labels": labels}, temporary, metadata)
     if output.suffix == ".npy":  # an array holds no names
         listing = output.with_suffix(".txt")
-        listing.write_text("".join(f"{path} {label}\n" for path, label in zip(paths, labels.tolist())), encoding="utf-8")
+        listing.write_bytes(os.fsencode("".join(f"{path} {label}\n" for path, label in zip(paths, labels.tolist()))))
     print(f"{output}: {len(paths)} videos x {features.shape[1]} features, {len(errors)} left out")

@@ -10,7 +10,7 @@ from stmae import checkpoint
 from stmae.models import VideoClassifier, VideoClassifierConfig
 
 from ..config import EncodingConfig
-from ..data.video_list import find_labelled_videos
+from ..data.video_list import find_train_and_test
 from ..engine.device import choose_device
 from ..engine.run_folder import weights_file
 from ..evaluation.features import encode, encode_tokens
@@ -51,7 +51,7 @@ def run(config):
     kinds = [kind.strip() for kind in config.kinds.split(",")]
     if not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, separated by commas, got {config.kinds!r}")
-    train, test = (find_labelled_videos(data, config.data_root, config.data_labels) for data in (config.data, config.test_data))
+    train, test = find_train_and_test(config.data, config.test_data, config.data_root, config.data_labels)
     model = None
     if config.random_weights:
         shape = checkpoint.load_classifier(weights_file(config.checkpoint)).config

@@ -54,7 +54,7 @@ def run(config):
     if not isinstance(model, VideoClassifier):
         raise ValueError(f"{file} holds a {type(model).__name__}, and a test needs a classifier: see 'stmae finetune'")
     model.to(device)
-    entries = find_labelled_videos(config.data, config.data_root, config.data_labels)
+    entries = labelled_videos(config, file, model.config.num_classes)
     scores, labels, skipped = predict(model, entries, clips_of(file, config.stride), config.views, device, autocast)
     for error in skipped:
         print(f"left out of the test: {error}")
@@ -76,3 +76,23 @@ def run(config):
     if config.output:
         Path(config.output).write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def labelled_videos(config, file, num_classes):
+    """The entries of ``config.data``, labelled as the classifier was trained. Raises ValueError for a label that it lacks,
+    and for class folders whose numbers cannot be told."""
+    labels, beside = config.data_labels, Path(file).parent / "classes.json"
+    if labels is None and beside.is_file() and Path(config.data).is_dir():
+        labels = beside
+    entries = find_labelled_videos(config.data, config.data_root, labels)
+    if labels is None and Path(config.data).is_dir():
+        found = len({entry.label for entry in entries})
+        if found != num_classes:
+            raise ValueError(
+                f"{config.data} has {found} class folders and the classifier {num_classes} classes: name their numbers with "
+                f"--data_labels (there is no {beside})"
+            )
+    for entry in entries:
+        if entry.label >= num_classes:
+            raise ValueError(f"{entry.path}: expected a label below {num_classes}, as the classifier has, got {entry.label}")
+    return entries

@@ -44,8 +44,8 @@ class VideoError(RuntimeError):
     """A video that cannot give the frames asked of it. ``path`` names the file and ``reason`` says why, in one line."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+        self.path, self.reason = printable(path), printable(reason)
+        super().__init__(f"{self.path}: {self.reason}")
 
     def __reduce__(self):  # crosses from a data worker to the loop
         return type(self), (self.path, self.reason)
@@ -294,6 +294,11 @@ class Video:
                         raise _Disorder  # the packets' time stamps are not those of the frames
                     last = frame.pts
                 yield frame
+
+
+def printable(text):
+    """A file's name may hold bytes that are no UTF-8, which no log or terminal takes: written as escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def match_size(pixels, first):

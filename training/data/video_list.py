@@ -1,8 +1,11 @@
 """Which videos a data set holds. A data set is one of
 
-- a folder, searched recursively for videos and images (an image is a still clip); where labels are needed, FOLDER/CLASS/FILE;
+- a folder, searched recursively for videos and images (an image is a still clip); where labels are needed, FOLDER/CLASS/FILE.
+  Hidden files and folders are passed over, and so is what a training run wrote below it. A file that is found more than once,
+  through symbolic links, is listed once;
 - a list file with one video a line: ``path label``, ``path,label`` or the path alone, as mae_st and VideoMAE write them, or
-  VideoMAE's ``frame_folder total_frames label`` for videos that were taken apart into numbered images;
+  VideoMAE's ``frame_folder total_frames label`` for videos that were taken apart into numbered images. A first line with the
+  names of columns is passed over, and so is a line that begins with ``#``, but where it names a file;
 - Something-Something's ``train.json`` or ``validation.json``.
 
 Paths in a list are relative to the list, or to the ``root`` given. They may hold spaces and commas, so a line is split at its
@@ -11,6 +14,8 @@ Paths in a list are relative to the list, or to the ``root`` given. They may hol
 
 import json
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +26,15 @@ from .video import EXTENSIONS
 SOMETHING_FOLDERS = ("videos", "20bn-something-something-v2")
 SOMETHING_LABELS = ("labels.json", "something-something-v2-labels.json")
 SOMETHING_SUFFIXES = (".webm", ".mp4")
+
+
+MAX_LABEL = 999_999  # a classifier has a row of weights for each: more is a mistake in a list
+
+# The columns of a list, as its first line may name them.
+PATH_COLUMNS = frozenset(["path", "file", "filename", "file_name", "filepath", "file_path", "video", "video_path", "clip"])
+OTHER_COLUMNS = frozenset(
+    ["label", "label_id", "class", "class_id", "category", "target", "frames", "num_frames", "total_frames"]
+)
 
 
 class Entry(NamedTuple):
@@ -43,32 +57,72 @@ def find_videos(source, root=None, labels=None):
     return _find(Path(source), root, labels, labelled=False)
 
 
-def find_labelled_videos(source, root=None, labels=None):
+def find_labelled_videos(source, root=None, labels=None, numbers=None):
     """As ``find_videos``, every one with a label: a list's own, Something-Something's, or, in a folder, the number of the
     class folder the video lies in.
 
-    Class folders are numbered in the order of their names, unless ``labels`` numbers them. Raises ValueError where a label is
-    missing.
+    Class folders are numbered in the order of their names, unless ``labels`` (a file) or ``numbers`` ({class: number}, as
+    ``class_numbers`` gives for another set) numbers them. Raises ValueError where a label is missing or above MAX_LABEL, or where
+    a class has no number.
     """
     source = Path(source)
     entries = _find(source, root, labels, labelled=True)
-    if source.is_dir():
-        parts = [Path(entry.path).relative_to(source).parts for entry in entries]
-        for entry, part in zip(entries, parts):
-            if len(part) == 1:
-                raise ValueError(f"{entry.path} lies in no class folder: expected {source}/CLASS/VIDEO")
-        names = sorted({part[0] for part in parts})
-        numbers = {name: number for number, name in enumerate(names)} if labels is None else read_labels(labels)
-        for name in names:
-            if name not in numbers:
-                raise ValueError(f"{labels} numbers {len(numbers)} classes, and {source / name} is none of them")
-        return [entry._replace(label=numbers[part[0]]) for entry, part in zip(entries, parts)]
+    if not source.is_dir():
+        return entries
+    known = "the training set" if labels is None else labels
+    if labels is not None:
+        numbers = read_labels(labels)
+    elif numbers is None:
+        numbers = _number(_class_of(entry, source) for entry in entries)
+    labelled = []
     for entry in entries:
-        if entry.label < 0:
-            raise ValueError(
-                f"{source}: expected a label of 0 or more for {entry.path}, got {entry.label if entry.label != -1 else 'none'}"
-            )
-    return entries
+        name = _class_of(entry, source)
+        if name not in numbers:
+            raise ValueError(f"{known} numbers {len(numbers)} classes, and {source / name} is none of them")
+        labelled.append(entry._replace(label=numbers[name]))
+    return labelled
+
+
+def class_numbers(source, labels=None):
+    """{class: number} of the class folders of ``source``, by which those of a test set are numbered too. None: ``source`` is a
+    list, whose labels are numbers."""
+    source = Path(source)
+    if not source.is_dir():
+        return None
+    return _number(_class_of(entry, source) for entry in _in_folder(source)) if labels is None else read_labels(labels)
+
+
+def find_train_and_test(data, test_data, root=None, labels=None):
+    """(training entries, test entries), labelled alike: the class folders of ``test_data`` get the numbers that those of ``data``
+    have, so that a class which the test set lacks does not move the others.
+
+    Raises ValueError where the test set holds a class, or a label, that the training set does not, or where class folders cannot
+    be numbered by the training set since that is a list.
+    """
+    train = find_labelled_videos(data, root, labels)
+    numbers = class_numbers(data, labels)
+    test = find_labelled_videos(test_data, root, labels, numbers)
+    known = {entry.label for entry in train}
+    if numbers is None and labels is None and Path(test_data).is_dir() and {entry.label for entry in test} != known:
+        raise ValueError(
+            f"{test_data}: its class folders cannot be numbered as {data} is, which is a list: "
+            "name the numbers with --data_labels"
+        )
+    for entry in test:
+        if entry.label not in known:
+            raise ValueError(f"{entry.path}: its label is {entry.label}, and no video of {data} has that label")
+    return train, test
+
+
+def _class_of(entry, source):
+    parts = Path(entry.path).relative_to(source).parts
+    if len(parts) == 1:
+        raise ValueError(f"{entry.path} lies in no class folder: expected {source}/CLASS/VIDEO")
+    return parts[0]
+
+
+def _number(names):
+    return {name: number for number, name in enumerate(sorted(set(names)))}
 
 
 def read_labels(file):
@@ -83,8 +137,9 @@ def read_labels(file):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         why = getattr(error, "strerror", None) or "expected a json object {class: number} or a text file with a class a line"
         raise ValueError(f"data_labels: cannot read {file} ({why})") from error
-    if not numbers or min(numbers.values()) < 0:
-        raise ValueError(f"data_labels: expected classes with numbers of 0 or more in {file}, got {numbers or 'none'}")
+    if not numbers or min(numbers.values()) < 0 or max(numbers.values()) > MAX_LABEL:
+        got = numbers or "none"
+        raise ValueError(f"data_labels: expected classes with numbers of 0 or more in {file}, at most {MAX_LABEL}, got {got}")
     return numbers
 
 
@@ -95,69 +150,140 @@ def _find(source, root, labels, labelled):
         return _in_folder(source)
     suffix = source.suffix.lower()
     if suffix in EXTENSIONS | IMAGE_EXTENSIONS and source.is_file():
+        if labelled:
+            raise ValueError(f"{source} is a single video with no label: expected a folder of classes or a list")
         return [Entry(str(source), -1)]
     if not source.is_file():
         raise ValueError(f"no such folder or list file: {source}")
     try:
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is neither a folder, a video, an image nor a list of them in UTF-8") from error
+        data = source.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read ({error.strerror})") from error
+    if re.search(rb"[\0-\x08\x0e-\x1a]", data):
+        raise ValueError(f"{source} is neither a folder, a video, an image nor a list of them in UTF-8")
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")  # bytes that are no UTF-8 as in the names of files
     if suffix == ".json":
         return _something(source, text, root, labels, labelled)
     folder = source.parent if root is None else Path(root)
-    entries = [
-        _entry(line.strip(), source, folder, number)
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
+    entries = _lines(text, source, folder, labelled)
     if not entries:
         raise ValueError(f"the list {source} names no videos")
     return entries
 
 
 def _in_folder(source):
+    """Every file is listed once, by its real path, and every folder searched once: links to a parent, or to each other, end. Of
+    several names the one with the fewest links is taken, then the first in order."""
     wanted = EXTENSIONS | IMAGE_EXTENSIONS
-    entries = [
-        Entry(os.path.join(folder, name), -1)
-        for folder, _, names in os.walk(source, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in wanted and not name.startswith(".")
-    ]
-    entries.sort()
-    if not entries:
+    found, searched, links, file_links = {}, set(), [(str(source), os.path.realpath(source))], []
+    while links:
+        folders, links = sorted(links), []
+        while folders:
+            folder, real = folders.pop(0)
+            if real in searched:
+                continue
+            searched.add(real)
+            try:
+                with os.scandir(folder) as scan:
+                    items = sorted(scan, key=lambda item: item.name)
+            except OSError as error:
+                raise ValueError(f"cannot read the folder {folder} ({error.strerror})") from error
+            is_run = {"run.jsonl", "config.yaml"} <= {item.name for item in items}  # see engine/run_folder.py
+            if is_run and folder != str(source):
+                continue
+            for item in items:
+                if item.name.startswith(".") or (is_run and item.name in ("pictures", "plots.png")):
+                    continue
+                is_wanted = os.path.splitext(item.name)[1].lower() in wanted
+                if item.is_symlink():
+                    target = os.path.realpath(item.path)
+                    if os.path.isdir(target):
+                        links.append((item.path, target))
+                    elif is_wanted:
+                        file_links.append((item.path, target))
+                elif item.is_dir():
+                    folders.append((item.path, os.path.join(real, item.name)))
+                elif is_wanted:
+                    found.setdefault(os.path.join(real, item.name), item.path)
+    for path, target in sorted(file_links):
+        found.setdefault(target, path)
+    if not found:
         raise ValueError(f"no videos in folder {source} (looked for {' '.join(sorted(wanted))})")
+    return [Entry(path, -1) for path in sorted(found.values())]
+
+
+def _lines(text, source, folder, labelled):
+    entries, hints = [], {}
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        line = line.strip()
+        if not line or (number == 1 and _is_header(line)):
+            continue
+        try:
+            entry, hint = _entry(line, folder)
+        except ValueError as error:
+            if line.startswith("#"):
+                continue
+            raise ValueError(f"{source}, line {number}: {error}, got {line!r}") from None
+        if line.startswith("#") and not os.path.exists(entry.path):
+            continue
+        if labelled and entry.label < 0:
+            raise ValueError(f"{source}, line {number}: expected a label of 0 or more for {entry.path}, got none in {line!r}")
+        if hint:
+            hints.setdefault(hint, number)
+        entries.append(entry)
+    for hint, number in hints.items():
+        warnings.warn(f"{source}, from line {number} on: {hint}", stacklevel=5)
     return entries
 
 
-def _entry(line, source, folder, number):
-    path, label = _split(line, "," if "," in line and _is_integer(line.rpartition(",")[2]) else None)
+def _is_header(line):
+    columns = [word.strip().strip('"').lower() for word in re.split(r"[,\t ]", line)]
+    return len(columns) > 1 and columns[0] in PATH_COLUMNS and set(columns[1:]) <= OTHER_COLUMNS | PATH_COLUMNS
+
+
+def _entry(line, folder):
+    """(Entry, hint or None) of a line. Raises ValueError with what was expected."""
+    hint = None
+    path, label = _split(line)
     if not _is_integer(label) or not path:
         # No label: the whole line is the path. A file name with an extension cannot be mistaken for a label.
         if not _is_file_name(line):
-            raise ValueError(
-                f"{source}, line {number}: expected 'path label', 'path,label', a path or 'folder frames label', got {line!r}"
-            )
+            if _is_file_name(path):
+                raise ValueError(f"expected a whole number from 0 to {MAX_LABEL} as label, {label!r} is none")
+            raise ValueError("expected 'path label', 'path,label', a path or 'folder frames label'")
         path, label = line, "-1"
-    frames = 0
+    label, frames = int(label), 0
+    if not -1 <= label <= MAX_LABEL:
+        raise ValueError(f"expected a whole number from 0 to {MAX_LABEL} as label")
     if not _is_file_name(path):  # a folder of frames, where a number stands before the label; else a video with no extension
-        before, count = _split(path, "," if "," in path and _is_integer(path.rpartition(",")[2]) else None)
-        if before and _is_integer(count) and int(count) > 0:
-            path, frames = before, int(count)
-    return Entry(os.path.join(folder, path.strip().strip('"')), int(label), frames)
+        before, count = _split(path)
+        if before and _is_integer(count):
+            if label == -1 and int(count) == 0:
+                path, hint = before, "'path 0 -1', as VideoMAE V2 writes it to pre-train, is read as the path of a whole video"
+            elif _is_file_name(before) and not os.path.isdir(os.path.join(folder, _unquoted(before))):
+                path, hint = before, "'video frames label' is read as 'video label': a video's own frames are counted"
+            elif int(count) > 0:
+                path, frames = before, int(count)
+    return Entry(os.path.join(folder, _unquoted(path)), label, frames), hint
 
 
-def _split(text, separator):
-    """At the last separator; None: white space."""
+def _split(text):
+    """At the last comma where an integer follows it, else at the last white space."""
+    separator = "," if "," in text and _is_integer(text.rpartition(",")[2]) else None
     parts = text.rsplit(separator, 1)
     return (parts[0], parts[1].strip()) if len(parts) == 2 else ("", text)
 
 
 def _is_integer(text):
-    return text.strip().lstrip("-").isdigit()
+    return re.fullmatch(r"-?[0-9]+", text.strip()) is not None and len(text) < 20
+
+
+def _unquoted(text):
+    return text.strip().strip('"')
 
 
 def _is_file_name(text):
-    return os.path.splitext(text.strip().strip('"'))[1].lower() in EXTENSIONS | IMAGE_EXTENSIONS
+    return os.path.splitext(_unquoted(text))[1].lower() in EXTENSIONS | IMAGE_EXTENSIONS
 
 
 def _something(source, text, root, labels, labelled):
@@ -201,6 +327,8 @@ def _something(source, text, root, labels, labelled):
             if template not in numbers:
                 raise ValueError(f"{labels} has no number for {template!r}, the template of video {name} in {source}")
             label = numbers[template]
+        if labelled and label < 0:
+            raise ValueError(f"{source}: expected a label of 0 or more for video {files.get(name) or name}, got none")
         # A video that is not there is an entry all the same: it is named, counted and replaced as any broken one.
         entries.append(Entry(files.get(name) or os.path.join(root, name + SOMETHING_SUFFIXES[0]), label))
     return entries

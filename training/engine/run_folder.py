@@ -7,6 +7,7 @@
     model.safetensors         the weights, as ``stmae.checkpoint.load`` reads them
     state-STEP.safetensors    weights, optimiser and counters: all that is needed to continue; the last two are kept
     state-STEP/               the same of a run with fsdp, each process's shard (torch.distributed.checkpoint)
+    classes.json              of a classifier trained on class folders: their numbers
     plots.png                 log.jsonl as curves
     pictures/                 reconstructions during pre-training
     .lock                     names the process that writes here, while it does (see run_lock)
@@ -67,7 +68,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.path)  # before anything is removed: a file that looks stale may be the other run's
             for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing; nobody else's file
-                if re.fullmatch(r"\.(model|state-\d+|config|log|plots|writable)\.\w+\.[0-9a-z_]{8}\.tmp", stale.name):
+                if re.fullmatch(r"\.(model|state-\d+|config|classes|log|plots|writable)\.\w+\.[0-9a-z_]{8}\.tmp", stale.name):
                     stale.unlink()
                 if re.fullmatch(r"\.state-\d+\.(new|old)\.tmp", stale.name):
                     _remove_tree(stale)
@@ -236,6 +237,11 @@ class RunFolder:
             return load_yaml(_read_regular(file))
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot read {file}: {error}") from error
+
+    def save_classes(self, numbers):
+        """Write {class: number} to classes.json: how the class folders of a test set are numbered."""
+        text = json.dumps(numbers, indent=1) + "\n"
+        self._write(self.path / "classes.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def record_start(self, **facts):
         """Add a line to run.jsonl: when, which command, what it ran on."""

@@ -8,7 +8,7 @@ from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder
 
 from ..data.dataset import PretrainClips, as_video, require_readable
-from ..data.video_list import find_labelled_videos, find_videos
+from ..data.video_list import find_train_and_test, find_videos
 from ..engine.launch import run_distributed
 from ..engine.loop import EvaluationHook, Task, train
 from ..engine.optimizer import peak_learning_rate, weight_decay_groups
@@ -84,7 +84,7 @@ def evaluation_hooks(config, processes, device, entries, held_out):
         hooks.append(EvaluationHook(config.run.evaluate_every, loss))
     if config.probe.data:
         locations = config.data_root, config.data_labels
-        labelled = (find_labelled_videos(data, *locations) for data in (config.probe.data, config.probe.test_data))
+        labelled = find_train_and_test(config.probe.data, config.probe.test_data, *locations)
         probe = functools.partial(knn_accuracy, *labelled, config, processes, device)
         hooks.append(EvaluationHook(config.probe.every, probe))
     return hooks

@@ -1,6 +1,8 @@
 """Fine-tuning, testing, probing and exporting: what is done with a pre-trained encoder."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -266,6 +268,27 @@ def test_a_test_leaves_out_what_it_cannot_read_and_says_so(finished, videos, tmp
     assert cli.main(["test", "--checkpoint", str(folder), "--data", str(tmp_path / "list.txt"), "--views.temporal", "1"]) == 0
     said = capsys.readouterr().out
     assert "left out of the test" in said and "broken.mp4" in said and "8 videos (1 left out)" in said
+
+
+def test_a_test_set_that_lacks_a_class_is_numbered_as_the_training_set(finished, videos, tmp_path):
+    """On its own its only class would be number 0: 0 % instead of 100 %."""
+    (tmp_path / "one").mkdir()
+    shutil.copytree(videos / "dark", tmp_path / "one" / "dark")
+    run_test = functools.partial(testing.run, testing.Config(checkpoint=str(finished[0]), data=str(tmp_path / "one")))
+    assert run_test()["top1"] == 1.0
+    shutil.copytree(videos / "dark", tmp_path / "one" / "green")
+    with pytest.raises(ValueError, match=r"classes\.json numbers 2 classes, and .*green is none of them"):
+        run_test()
+    (tmp_path / "list.txt").write_text(f"{videos / 'dark' / '0.mp4'} 2\n")
+    with pytest.raises(ValueError, match="expected a label below 2, as the classifier has, got 2"):
+        testing.run(testing.Config(checkpoint=str(finished[0]), data=str(tmp_path / "list.txt")))
+    (tmp_path / "run").mkdir()  # of a run that did not write how its classes are numbered
+    shutil.copy(finished[0] / "model.safetensors", tmp_path / "run")
+    shutil.rmtree(tmp_path / "one" / "green")
+    with pytest.raises(
+        ValueError, match="has 1 class folders and the classifier 2 classes: name their numbers with --data_labels"
+    ):
+        testing.run(testing.Config(checkpoint=str(tmp_path / "run"), data=str(tmp_path / "one")))
 
 
 def test_an_autoencoder_cannot_be_tested(pretrained, videos, capsys):

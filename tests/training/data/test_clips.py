@@ -1,6 +1,10 @@
 """From videos to batches: lists, clips, crops, order, and what is done about broken files."""
 
 import functools
+import json
+import os
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -8,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from stmae.masking import sample_noise
+from stmae.training import cli
 from stmae.training.config import ClipConfig
 from stmae.training.data import clip_sampling, transforms
 from stmae.training.data.batch_sampler import ResumableBatchSampler
 from stmae.training.data.dataset import PretrainClips, ViewClips, as_video, collate, require_readable
 from stmae.training.data.video import Video, VideoError
-from stmae.training.data.video_list import Entry, find_videos
+from stmae.training.data.video_list import Entry, find_labelled_videos, find_train_and_test, find_videos
 from tests.support.synthetic_video import read_number, write_audio, write_video
 
 GRID = (2, 4, 4)
@@ -27,6 +32,127 @@ def test_a_folder_is_searched_recursively_and_sorted(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert find_videos(tmp_path) == [Entry(str(tmp_path / "b.mp4"), -1), Entry(str(tmp_path / "deep/er/a.MKV"), -1)]
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def names_in(folder):
+    return [os.path.relpath(entry.path, folder) for entry in find_videos(folder)]
+
+
+def test_hidden_folders_and_the_output_of_runs_are_no_data(tmp_path):
+    touch(tmp_path, "a/1.mp4", "a/.ipynb_checkpoints/1.mp4", ".trash/2.mp4", "b/2.mp4")
+    touch(tmp_path, "runs/base/run.jsonl", "runs/base/config.yaml", "runs/base/plots.png", "runs/base/pictures/3.png")
+    assert names_in(tmp_path) == ["a/1.mp4", "b/2.mp4"]
+    assert [entry.label for entry in find_labelled_videos(tmp_path)] == [0, 1]
+    touch(tmp_path, "run.jsonl", "config.yaml", "plots.png", "pictures/4.png")  # a run whose output is the data folder itself
+    assert names_in(tmp_path) == ["a/1.mp4", "b/2.mp4"]
+    touch(tmp_path, "c/config.yaml", "c/pictures/5.png")  # not a run's
+    assert names_in(tmp_path) == ["a/1.mp4", "b/2.mp4", "c/pictures/5.png"]
+
+
+def test_links_are_followed_once_and_end(tmp_path):
+    data, store = tmp_path / "data", tmp_path / "store"
+    touch(data, "z/1.mp4", "z/deep/2.mp4")
+    touch(store, "3.mp4", "4.mp4")
+    (data / "a").symlink_to(data / "z")  # comes before z, and is not z
+    (data / "z" / "deep" / "up").symlink_to(data)
+    (data / "z" / "self").symlink_to("self")
+    (data / "store").symlink_to(store)
+    (data / "again").symlink_to(store)
+    (store / "back").symlink_to(data / "z")
+    (data / "one.mp4").symlink_to(data / "z" / "1.mp4")
+    (data / "five.mp4").symlink_to(tmp_path / "nowhere.mp4")  # listed, and named as broken
+    for i in range(2):  # every folder a link to every other: no end, followed path by path
+        for j in range(8):
+            (data / f"mesh{i}").mkdir(exist_ok=True)
+            (data / f"mesh{i}" / f"link{j}").symlink_to(data / f"mesh{1 - i}")
+    assert names_in(data) == ["again/3.mp4", "again/4.mp4", "five.mp4", "z/1.mp4", "z/deep/2.mp4"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a/1.mp4", "locked/2.mp4")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # permissions do not hold for every user that runs the tests
+    with pytest.raises(ValueError, match=r"cannot read the folder .*/locked \(Permission denied\)"):
+        find_videos(tmp_path)
+
+
+def test_a_comment_that_names_a_file_is_a_file(tmp_path):
+    touch(tmp_path, "#1 cooking.mp4", "#2.mp4")
+    (tmp_path / "list.txt").write_text("# old.mp4 3\n#1 cooking.mp4 4\n#2.mp4\n# made by hand\n#\n")
+    assert find_videos(tmp_path / "list.txt") == [
+        Entry(str(tmp_path / "#1 cooking.mp4"), 4),
+        Entry(str(tmp_path / "#2.mp4"), -1),
+    ]
+
+
+@pytest.mark.parametrize("line", ["b.mp4 -1", "b.mp4", "b.mp4 1e9", "b.mp4 \u00b2", "b.mp4 --5", "b.mp4 -5", "b.mp4,1000000"])
+def test_a_label_that_is_none_is_refused_with_its_line(line, tmp_path):
+    (tmp_path / "list.txt").write_text(f"a.mp4 1\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"list\.txt, line 3: expected a (label|whole number)"):
+        find_labelled_videos(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    "line, expected, hint",
+    [
+        ("a/b.mp4 0 -1", ("a/b.mp4", -1, 0), "VideoMAE V2"),
+        ("a/b 0 -1", ("a/b", -1, 0), "VideoMAE V2"),
+        ("a b.mp4 90 3", ("a b.mp4", 3, 0), "'video label'"),
+        ("a b.mp4,90,3", ("a b.mp4", 3, 0), "'video label'"),
+        ("12:30 cam.mp4", ("12:30 cam.mp4", -1, 0), None),
+        ("12:30 cam.mp4 5", ("12:30 cam.mp4", 5, 0), None),
+    ],
+)
+def test_lines_that_are_easily_read_wrongly(line, expected, hint, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{line}\n")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (entry,) = find_videos(tmp_path / "list.txt")
+    assert entry == Entry(str(tmp_path / expected[0]), *expected[1:])
+    assert [hint in str(warning.message) and "line 1" in str(warning.message) for warning in said] == [True] * bool(hint)
+
+
+@pytest.mark.parametrize("header", ["path,label", "video label", '"Video_Path","Label"', "path\ttotal_frames\tlabel"])
+def test_the_names_of_columns_are_no_video(header, tmp_path):
+    (tmp_path / "list.csv").write_text(f"\ufeff{header}\na.mp4,3\n", encoding="utf-8")
+    assert find_videos(tmp_path / "list.csv") == [Entry(str(tmp_path / "a.mp4"), 3)]
+    (tmp_path / "list.csv").write_text(f"a.mp4,3\n{header}\n")
+    with pytest.raises(ValueError, match="line 2: expected"):
+        find_videos(tmp_path / "list.csv")
+
+
+@pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names of files are bytes on Linux alone")
+def test_names_that_are_no_utf8(tmp_path, capsys):
+    whole = write_video(tmp_path / "whole.mp4", 30)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in (b"caf\xe9.mp4", b"\xff broken.mp4"):
+        with open(os.path.join(os.fsencode(data), name), "wb") as file:
+            file.write(whole.read_bytes() if b"caf" in name else b"")
+    os.replace(whole, os.path.join(os.fsencode(data), b"\xfe.mp4"))
+    (tmp_path / "list.txt").write_bytes(b"data/caf\xe9.mp4 0\ndata/\xff broken.mp4 1\n")
+    assert len(find_videos(data)) == 3 and [entry.label for entry in find_videos(tmp_path / "list.txt")] == [0, 1]
+    for source in (data, tmp_path / "list.txt"):
+        item = dataset(find_videos(source), stride=1)
+        skipped = [pair for number in range(len(item)) for pair in item[(0, number)]["skipped"]]
+        assert skipped and all("broken" in path for path, _ in skipped)
+        json.dumps(skipped, ensure_ascii=False).encode()
+        good = tmp_path / "good.txt"
+        cli.main(["data", "check", str(source), "--frames", "4", "--stride", "1", "--workers", "0", "--output", str(good)])
+        assert "1 cannot" in capsys.readouterr().out
+        assert len(find_videos(good)) == len(find_videos(source)) - 1
 
 
 @pytest.mark.parametrize(
@@ -72,6 +198,23 @@ def test_a_bad_list_is_refused(content, message, tmp_path):
 def test_a_folder_without_videos_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no videos in folder"):
         find_videos(tmp_path)
+
+
+def test_a_test_set_is_labelled_as_the_training_set(tmp_path):
+    touch(tmp_path, "train/a/1.mp4", "train/b/2.mp4", "train/c/3.mp4", "test/c/4.mp4", "other/c/5.mp4", "other/d/6.mp4")
+    _, test = find_train_and_test(tmp_path / "train", tmp_path / "test")
+    assert test == [Entry(str(tmp_path / "test/c/4.mp4"), 2)]  # on its own it would be class 0
+    with pytest.raises(ValueError, match="the training set numbers 3 classes, and .*other/d is none of them"):
+        find_train_and_test(tmp_path / "train", tmp_path / "other")
+    (tmp_path / "train.txt").write_text("train/a/1.mp4 0\ntrain/c/3.mp4 2\n")
+    (tmp_path / "test.txt").write_text("test/c/4.mp4 1\n")
+    with pytest.raises(ValueError, match=r"test/c/4.mp4: its label is 1, and no video of .*train.txt has that label"):
+        find_train_and_test(tmp_path / "train.txt", tmp_path / "test.txt")
+    with pytest.raises(ValueError, match="cannot be numbered as .*train.txt is, .*name the numbers with --data_labels"):
+        find_train_and_test(tmp_path / "train.txt", tmp_path / "test")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    _, test = find_train_and_test(tmp_path / "train.txt", tmp_path / "test", labels=tmp_path / "labels.txt")
+    assert [entry.label for entry in test] == [2]
 
 
 # Which frames

@@ -83,7 +83,7 @@ def test_labels_number_class_folders(name, content, tmp_path):
         ("list.json", "[1, 2]", "expected a json object {class: number}"),
         ("words.json", '{"a": "one"}', "expected a json object {class: number}"),
         ("below.json", '{"a": -1}', "expected classes with numbers of 0 or more"),
-        ("empty.txt", "\n", "expected classes with numbers of 0 or more in .*got none"),
+        ("empty.txt", "\n", "expected classes with numbers of 0 or more in .*, got none"),
     ],
 )
 def test_labels_that_cannot_be_read_are_refused(name, content, message, tmp_path):
