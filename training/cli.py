@@ -1,8 +1,10 @@
 """The ``stmae`` command: finds the subcommand, makes its configuration from the command line, runs it."""
 
 import contextlib
+import difflib
 import importlib
 import os
+import signal
 import sys
 
 COMMANDS = {  # name: (module with Config and run, what it does)
@@ -32,9 +34,11 @@ def main(argv=None):
         print(f"stmae {__version__}")
         return 0
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
-    command, argv = " ".join(argv[:words]), argv[words:]
+    command, words_of, argv = " ".join(argv[:words]), argv, argv[words:]
     if command not in COMMANDS:
-        print(f"stmae: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(command, COMMANDS, 1) or difflib.get_close_matches(" ".join(words_of[:2]), COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"stmae: there is no command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     if command == "data check" and argv and not argv[0].startswith("-"):
         argv = ["--data", *argv]
@@ -61,7 +65,9 @@ def main(argv=None):
 
     config = configuration.parse(module.Config, argv, prog=f"stmae {command}", description=description.capitalize() + ".")
     try:
-        module.run(config)
+        result = module.run(config)
+    except BrokenPipeError:
+        raise
     except (
         ValueError,
         OSError,
@@ -83,12 +89,24 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"stmae {command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return module.exit_status(config, result) if hasattr(module, "exit_status") else 0
 
 
 def entry_point():
-    """The ``stmae`` program."""
-    end_process_with(main)
+    """The ``stmae`` program. Where its output is closed, as in ``stmae --help | head -1``, it ends as other programs do."""
+    end_process_with(main_of_pipe)
+
+
+def main_of_pipe():
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at its end
+        return 128 + signal.SIGPIPE
+    return status
 
 
 def end_process_with(function):

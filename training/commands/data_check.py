@@ -36,6 +36,8 @@ class CheckConfig(DataLocationConfig):
     """processes that decode; 0: none"""
     output: str | None = None
     """a list file for the videos that can be used"""
+    strict: bool = False
+    """exit with status 1 where any video cannot be used; false: only where none can"""
 
 
 Config = CheckConfig
@@ -78,6 +80,12 @@ def run(config):
         Path(config.output).write_bytes(os.fsencode(lines))  # names as the disk has them, be they UTF-8 or not
         print(f"  list of the usable ones: {config.output}")
     return good, errors
+
+
+def exit_status(config, result):
+    """Of the command: 1 where no video can be used or, with ``strict``, where one cannot."""
+    good, errors = result
+    return int(not good or (config.strict and bool(errors)))
 
 
 class VideoFacts(NamedTuple):

@@ -5,8 +5,11 @@ Order of precedence: the command line, then ``--config FILE``, then ``--preset N
 
 import argparse
 import dataclasses
+import json
+import re
 from pathlib import Path
 
+from .checks import nearest
 from .preset_files import preset_path, presets, read_settings, with_bases
 from .training import FinetuneConfig, PretrainConfig
 
@@ -35,17 +38,29 @@ def parse(config_class, argv, *, prog, description):
         files = vars(early.parse_known_args(argv)[0])
         preset, config_file = files.get("preset"), files.get("config")
         if preset is not None:
-            _set_defaults(parser, preset_path(preset, command), command)
+            _set_defaults(parser, config_class, preset_path(preset, command), command)
         if config_file is not None:
             if preset is not None and read_settings(Path(config_file))[0].get("preset") is not None:
                 raise ValueError(f"expected one preset to start from, got --preset {preset} and another in {config_file}")
-            _set_defaults(parser, Path(config_file), command)
+            _set_defaults(parser, config_class, Path(config_file), command)
+        _refuse_typos(argv, [*setting_names(config_class), *files, "help", "print_shtab"])
         parsed = parser.parse_args(argv)
         for name in files:
             parsed.pop(name)
         return _build(config_class, parsed)
     except (ValueError, argparse.ArgumentError) as error:
         parser.error(str(error))
+
+
+def _refuse_typos(argv, names):
+    """Raises ValueError for an option of ``argv`` that there is not, where a setting's name is near: the parser alone would list
+    what it did not understand."""
+    for word in argv:
+        option = re.match(r"--([a-z_][\w.]*)", word)
+        if option and not any(name == option[1] or name.startswith(f"{option[1]}.") for name in names):
+            hint = nearest(option[1], names)
+            if hint:
+                raise ValueError(f"there is no option --{option[1]}{hint}")
 
 
 def from_preset(config_class, name, **settings):
@@ -71,15 +86,43 @@ def _build(config_class, values):
     return config_class(**made)
 
 
-def _set_defaults(parser, file, command):
+def _set_defaults(parser, config_class, file, command):
+    """Makes the settings of ``file`` and of the presets under it the parser's defaults, each checked as on the command line."""
+    import jsonargparse
+
+    names = setting_names(config_class)
+    checker = jsonargparse.ArgumentParser(exit_on_error=False)
+    checker.add_class_arguments(config_class, None)
+    required = [f"--{f.name}=x" for f in dataclasses.fields(config_class) if _is_required(f)]
     for source, about, settings in with_bases(file):
         if about.get("command", command) != command:
             raise ValueError(f"{source}: its settings are for 'stmae {about['command']}', not for '{parser.prog}'")
         for name, value in settings.items():
-            try:
-                parser.set_defaults({name: value})
-            except KeyError as error:
-                raise ValueError(f"{source}: there is no setting {name!r}") from error
+            if name not in names:
+                raise ValueError(f"{source}: there is no setting {name!r}{nearest(name, names)}")
+            if isinstance(value, dict):
+                raise ValueError(f"{source}: {name}: expected a value, got further settings")
+        try:
+            parsed = checker.parse_args([*required, *(f"--{name}={_as_argument(value)}" for name, value in settings.items())])
+        except (ValueError, argparse.ArgumentError) as error:
+            raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+        for name, value in settings.items():
+            if isinstance(parsed[name], str) and isinstance(value, (list, bool)):
+                raise ValueError(f"{source}: {name}: expected text, got {_as_argument(value)}")
+        parser.set_defaults({name: parsed[name] for name in settings})
+
+
+def setting_names(config_class):
+    """Names of the settings of a configuration, ``section.field`` for those of a section."""
+    names = []
+    for f in dataclasses.fields(config_class):
+        section = f.default_factory if dataclasses.is_dataclass(f.default_factory) else None
+        names += [f"{f.name}.{inner.name}" for inner in dataclasses.fields(section)] if section else [f.name]
+    return names
+
+
+def _as_argument(value):
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _is_required(f):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from .checks import nearest
+
 PRESETS = Path(__file__).parents[1] / "presets"
 ABOUT = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
 PATH_FIELDS = (  # in a file, relative to it
@@ -46,16 +48,21 @@ def load_yaml(text):
     return tree
 
 
+def _preset_names():
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
 def presets(command=None):
     """Names of the presets, of one command or of all."""
-    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    return [name for name in names if command in (None, about_preset(name)["command"])]
+    return [name for name in _preset_names() if command in (None, about_preset(name)["command"])]
 
 
 def preset_path(name, command=None):
     """The file of a preset, which must be for ``command`` if one is given."""
     if not (PRESETS / f"{name}.yaml").is_file() or Path(name).name != name:
-        raise ValueError(f"expected --preset to be one of {', '.join(presets(command))}, got {name!r}")
+        raise ValueError(
+            f"expected --preset to be one of {', '.join(presets(command))}, got {name!r}{nearest(name, presets(command))}"
+        )
     meant_for = about_preset(name)["command"]
     if command not in (None, meant_for):
         raise ValueError(
@@ -86,7 +93,8 @@ def read_settings(file):
             settings.update({f"{name}.{key}": inner for key, inner in value.items()})
         else:
             settings[name] = value
-    paths = {name: str(file.parent.joinpath(settings[name]).resolve()) for name in PATH_FIELDS if settings.get(name)}
+    named = {name: value for name, value in settings.items() if isinstance(value, str)}
+    paths = {name: str(file.parent.joinpath(named[name]).resolve()) for name in PATH_FIELDS if named.get(name)}
     return about, {**settings, **paths}
 
 
@@ -100,7 +108,7 @@ def with_bases(file):
         about, settings = read_settings(file)
         chain.insert(0, (file, about, settings))
         base = about.get("preset")
-        if base is not None and not (PRESETS / f"{base}.yaml").is_file():
-            raise ValueError(f"{file}: expected preset to be the name of one, got {base!r}")
+        if base is not None and base not in _preset_names():
+            raise ValueError(f"{file}: expected preset to be the name of one, got {base!r}{nearest(str(base), _preset_names())}")
         file = None if base is None else PRESETS / f"{base}.yaml"
     return chain

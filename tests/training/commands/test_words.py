@@ -1,0 +1,104 @@
+"""What a user types wrong is said in a line, whatever the source: a settings file, an option, a command."""
+
+import subprocess
+import sys
+
+import pytest
+
+from stmae.training.cli import main
+from stmae.training.config import PretrainConfig, parse
+from tests.support.synthetic_video import write_video
+
+WRONG = [
+    ("run.precision", "fp32", "Expected a typing.Literal['auto', 'bf16', 'float32']. Got value: fp32"),
+    ("run.parallel", "fsdpp", "Expected a typing.Literal['ddp', 'fsdp']. Got value: fsdpp"),
+    ("run.compile", "maybe", "Expected a <class 'bool'>. Got value: maybe"),
+    ("optimizer.batch", "ten", "Expected a <class 'int'>. Got value: ten"),
+    ("seed", "1.5", "Expected a <class 'int'>. Got value: 1.5"),
+]
+
+
+def configured(tmp_path, text, *arguments):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return parse(PretrainConfig, ["--data=a", f"--output={tmp_path}", f"--config={file}", *arguments], prog="p", description="")
+
+
+def refusal(capsys, function, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        function(*arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value, words", WRONG)
+def test_a_wrong_value_is_refused_in_the_same_words_from_everywhere(tmp_path, capsys, name, value, words):
+    section, _, field = name.rpartition(".")
+    text = f"{section}:\n  {field}: {value}\n" if section else f"{field}: {value}\n"
+    from_file = " ".join(refusal(capsys, configured, tmp_path, text).split())
+    from_option = " ".join(refusal(capsys, configured, tmp_path, "", f"--{name}={value}").split())
+    assert f'Parser key "{name}": {words}' in from_file and f'Parser key "{name}": {words}' in from_option
+    assert f"{tmp_path / 'mine.yaml'}: " in from_file
+
+
+def test_right_values_arrive_as_their_types(tmp_path):
+    text = "optimizer: {base_lr: 1e-3, clip_grad: null, batch: '8'}\nclips: {scale: [0.2, 1]}\nmodel: {image_size: [32, 64]}\n"
+    config = configured(tmp_path, text)
+    assert (config.optimizer.base_lr, config.optimizer.clip_grad, config.optimizer.batch) == (1e-3, None, 8)
+    assert config.clips.scale == (0.2, 1.0) and config.model.image_size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: &a [1, 1]\nb: &b [*a, *a]\n", "line 2: expected the value itself, got an alias"),
+        ("optimizer: {bach: 3}\n", "there is no setting 'optimizer.bach'; did you mean 'optimizer.batch'?"),
+        ("batch: 3\n", "there is no setting 'batch'; did you mean 'optimizer.batch'?"),
+        ("preset: dmo\n", "got 'dmo'; did you mean 'demo'?"),
+        ("model: {depth: {x: 1}}\n", "model.depth: expected a value, got further settings"),
+        ("optimizer: {batch: 2020-01-01}\n", "Expected a <class 'int'>. Got value: 2020-01-01"),
+        ("data: [1]\n", "data: expected text, got [1]"),
+        ("[" * 5000, "cannot read the settings"),
+        ("x\0y", "cannot read the settings"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_a_line(tmp_path, capsys, text, words):
+    said = refusal(capsys, configured, tmp_path, text)
+    assert words in said and len(said[said.index("error:") :].strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--optimizer.bach=3"], "there is no option --optimizer.bach; did you mean 'optimizer.batch'?"),
+        (["--batch", "3"], "there is no option --batch; did you mean 'optimizer.batch'?"),
+        (["--preset", "dmo"], "did you mean 'demo'?"),
+    ],
+)
+def test_the_nearest_option_is_named(tmp_path, capsys, arguments, words):
+    assert words in refusal(capsys, configured, tmp_path, "", *arguments)
+
+
+def test_the_nearest_command_is_named(capsys):
+    assert main(["pretrian"]) == 2
+    assert "there is no command 'pretrian'; did you mean 'pretrain'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"]])
+def test_help_into_a_pipe_that_closes_is_no_traceback(arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stmae.training", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() != 1 and not said, said
+
+
+def test_data_check_exits_as_it_found(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "broken.mp4").write_text("not a video")
+    assert main(["data", "check", str(folder), "--workers", "0"]) == 1
+    write_video(folder / "whole.mp4", 80)
+    assert main(["data", "check", str(folder), "--workers", "0"]) == 0
+    assert main(["data", "check", str(folder), "--workers", "0", "--strict", "true"]) == 1
