@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from .images import IMAGE_EXTENSIONS, FrameFolder, Still
+from .images import IMAGE_EXTENSIONS, FrameFolder, open_image
 from .video import Video, orientation, reason_of
 
 DECODERS = ("pyav", "torchcodec", "auto")
@@ -22,7 +22,7 @@ PROGRESSIVE = (0, 1)  # FFmpeg's AVFieldOrder: unknown, or said to be
 
 
 def open_entry(entry, decoder="pyav"):
-    """The opened ``entry`` (listing.Entry): a Video, a Still or a FrameFolder, to be used as a context manager.
+    """The opened ``entry`` (listing.Entry): a Video, a Still, an Animation or a FrameFolder, to be used as a context manager.
 
     decoder: 'pyav', 'torchcodec', or 'auto', torchcodec where it works; of videos alone. Raises VideoError where the file
     cannot be used, ValueError for a decoder that there is not.
@@ -30,7 +30,7 @@ def open_entry(entry, decoder="pyav"):
     if entry.frames:
         return FrameFolder(entry.path, entry.frames)
     if os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS:
-        return Still(entry.path)
+        return open_image(entry.path)
     return Video(entry.path) if choose_decoder(decoder) == "pyav" else TorchcodecVideo(entry.path)
 
 

@@ -1,28 +1,47 @@
-"""Images as videos: a photo is a still clip, every frame the same; a folder of numbered images is a video taken apart.
+"""Images as videos: a photo is a still clip, every frame the same; an animation is a video; a folder of numbered images is a
+video taken apart.
 
-Both have the interface of ``Video``. Images are read by Pillow and turned as their EXIF says.
+All have the interface of ``Video``. Images are read by Pillow and turned as their EXIF says: regular files alone, in the formats
+of FORMATS alone, whatever their names say, and within the limits on pixels of ``video``, which are checked before decoding.
 """
 
+import contextlib
+import functools
 import os
 import re
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .video import VideoError, match_size, reason_of
+from .video import MAX_CLIP_PIXELS, VideoError, file_size, match_size, reason_of, require_pixels
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
-IMAGE_EXTENSIONS = frozenset((*_JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
+IMAGE_EXTENSIONS = frozenset((*_JPEG, ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
+
+# Of the formats that Pillow reads, those that hold pixels and nothing that is run: no PostScript, which it hands to Ghostscript.
+FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF", "AVIF")
+ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # whose further images are later ones, and not other views or pages
+
+
+def open_image(path):
+    """The image as a Still, or as an Animation where it moves. Raises VideoError."""
+    with _opened(path) as image:
+        if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
+            return Animation(path, image)
+        return Still(path, _rgb(image))
 
 
 class Still:
-    """An image: a video of one frame that a clip of any length can be taken from (``still`` is true)."""
+    """An image: a video of one frame that a clip of any length can be taken from (``still`` is true).
+
+    pixels: uint8 [H, W, 3]; None: they are read.
+    """
 
     still = True
 
-    def __init__(self, path):
+    def __init__(self, path, pixels=None):
         self.path = os.fspath(path)
-        self._pixels = read_image(self.path)
+        self._pixels = read_image(self.path) if pixels is None else pixels
         self.size = self._pixels.shape[:2]
         self.times, self.rate = np.zeros(1), float("nan")
 
@@ -38,6 +57,39 @@ class Still:
     def frames(self, indices):
         """uint8 [len(indices), H, W, 3], whatever the indices: the image over and over, a view with stride 0."""
         return np.broadcast_to(self._pixels, (len(indices), *self._pixels.shape))
+
+
+class Animation:
+    """An animated PNG, WebP, GIF or AVIF, whose opened image is ``image``: a video of its frames, whatever their durations."""
+
+    still = False
+
+    def __init__(self, path, image):
+        self.path = os.fspath(path)
+        self._first = int(bool(image.info.get("default_image")))  # a PNG's picture for programs that know no animations
+        self._length = image.n_frames - self._first
+        self.size = (image.height, image.width)
+        self.times, self.rate = np.arange(self._length, dtype=np.float64), float("nan")  # unknown
+
+    def __len__(self):
+        return self._length
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def frames(self, indices):
+        """uint8 [len(indices), H, W, 3], in one pass over the file."""
+        indices = [int(i) for i in indices]
+        require_pixels(self.path, self.size, len(indices))
+        found = {}
+        with _opened(self.path) as image:
+            for index in sorted(set(indices)):
+                image.seek(self._first + index)
+                found[index] = np.array(image.convert("RGB"))
+        return np.stack([found[index] for index in indices])
 
 
 class FrameFolder:
@@ -82,19 +134,49 @@ class FrameFolder:
 
     def frames(self, indices):
         """uint8 [len(indices), H, W, 3]; every image wanted is read once."""
-        found = {index: read_image(self._files[index]) for index in sorted({int(i) for i in indices})}
+        require_pixels(self.path, self.size, len(indices))
+        found, left = {}, MAX_CLIP_PIXELS
+        for index in sorted({int(i) for i in indices}):
+            found[index] = read_image(self._files[index], left)
+            left -= found[index].shape[0] * found[index].shape[1]
         first = found[min(found)]
         return np.stack([match_size(found[int(index)], first) for index in indices])
 
 
-def read_image(path):
-    """The image as uint8 [H, W, 3], RGB; grey, palette and 16-bit ones too, transparency left out. Raises VideoError."""
+def read_image(path, most=MAX_CLIP_PIXELS):
+    """The image as uint8 [H, W, 3], RGB; grey, palette and 16-bit ones too, transparency left out. Raises VideoError; of more
+    than ``most`` pixels, before it is decoded."""
+    with _opened(path) as image:
+        if image.width * image.height > most:
+            raise VideoError(path, f"the frames asked for together are over the limit of {MAX_CLIP_PIXELS:,} pixels")
+        return _rgb(image)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Pillow's image; every error that reading it raises becomes a VideoError."""
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)  # as a telephone was held
-            if upright.mode.startswith("I"):  # 16 bits, which convert() would clip to 255 instead of scaling
-                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            return np.array(upright.convert("RGB"))
+        file_size(path)
+        with Image.open(path, formats=_formats()) as image:
+            require_pixels(path, (image.height, image.width))
+            yield image
+    except VideoError:
+        raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over, SyntaxError too
         raise VideoError(path, f"cannot be read as an image ({reason_of(error)})") from error
+
+
+@functools.cache
+def _formats():
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # older Pillow has no AVIF
+
+
+def _rgb(image):
+    upright = ImageOps.exif_transpose(image)  # as a telephone was held
+    if upright.mode == "F" or (upright.mode == "I" and image.format == "TIFF"):
+        raise ValueError(f"its pixels are {'floats' if upright.mode == 'F' else '32-bit integers'}, which say not what white is")
+    if upright.mode.startswith("I"):  # 16 bits, which convert() would clip to 255 instead of scaling
+        grey = (np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(upright.convert("RGB"))

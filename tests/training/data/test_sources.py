@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from stmae.training.commands import data_check, pretrain
 from stmae.training.config import AugmentationConfig, ClipConfig, PretrainConfig, parse
 from stmae.training.data.dataset import LabelledClips, PretrainClips, ViewClips, require_readable
 from stmae.training.data.decoders import open_entry
-from stmae.training.data.images import FrameFolder, Still
+from stmae.training.data.images import Animation, FrameFolder, Still, open_image
 from stmae.training.data.video import VideoError
 from stmae.training.data.video_list import Entry, find_labelled_videos, find_videos
 from tests.support.synthetic_video import numbered_frame, read_number, write_image, write_video
+from tests.support.video_files import MEDIA
 
 
 def pretrain_clips(entries, *, frames=4, size=(32, 32), seed=0, **clips):
@@ -297,6 +300,92 @@ def test_a_broken_image_says_which_and_why(name, content, tmp_path):
     with pytest.raises(VideoError, match=f"{name}: cannot be read as an image \\(") as error:
         open_entry(Entry(str(tmp_path / name), -1))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.apng", "a.avif"])
+def test_an_animation_is_a_clip(name, tmp_path):
+    frames = [Image.fromarray(numbered_frame(i, 64, 96)) for i in range(12)]
+    options = {"lossless": True} if name == "a.webp" else {"format": "PNG"} if "png" in name else {"quality": 95}
+    try:
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=40, **options)
+    except (KeyError, ValueError, OSError) as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    (entry,) = find_videos(tmp_path)
+    with open_entry(entry) as video:
+        assert isinstance(video, Animation) and len(video) == 12 and video.size == (64, 96) and not video.still
+        assert [read_number(frame) for frame in video.frames([7, 2, 11, 2, 0])] == [7, 2, 11, 2, 0]
+    item = pretrain_clips([entry], size=(64, 96), stride=3, **WHOLE)[(0, 0)]
+    for clip in item["clips"]:
+        numbers = [read_number(frame.numpy()) for frame in clip]
+        assert [b - a for a, b in zip(numbers, numbers[1:])] == [3, 3, 3]
+
+
+def test_an_animation_with_a_picture_beside_it_and_one_of_another_program(tmp_path):
+    frames = [Image.fromarray(numbered_frame(i, 64, 96)) for i in range(5)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], default_image=True)
+    with open_image(tmp_path / "a.png") as video:
+        assert [read_number(frame) for frame in video.frames(range(len(video)))] == [1, 2, 3, 4]
+    with open_image(MEDIA / "anim.webp") as video:
+        assert len(video) == 10 and video.frames(range(10)).shape == (10, *video.size, 3)
+        assert len({frame.tobytes() for frame in video.frames(range(10))}) == 10
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    with open_image(tmp_path / "pages.tif") as image:
+        assert image.still and read_number(image.frames([0])[0]) == 0
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_white_are_refused_and_not_black(mode, tmp_path):
+    pixels = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(pixels if mode == "F" else (pixels * 2**30).astype(np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(VideoError, match="its pixels are (floats|32-bit integers)"):
+        open_entry(Entry(str(tmp_path / "a.tif"), -1))
+
+
+@pytest.mark.parametrize("kind", ["postscript", "windows metafile", "pipe", "device"])
+def test_nothing_but_an_image_is_opened_as_one(kind, tmp_path):
+    path = tmp_path / "a.png"
+    if kind == "postscript":  # Pillow would hand it to Ghostscript, which runs it
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+        with Image.open(path) as image:
+            assert image.format == "EPS"
+    elif kind == "windows metafile":
+        path.write_bytes(b"\xd7\xcd\xc6\x9a\x00\x00" + bytes(40))
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(VideoError, match="not a regular file" if kind in ("pipe", "device") else "cannot be read as an image"):
+        open_entry(Entry(str(path), -1))
+
+
+def png_of(path, width, height):
+    """A PNG whose header says so, and which holds no pixels: to be refused before it is decoded."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_more_pixels_than_an_image_may_have_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    png_of(tmp_path / "bomb.png", 27000, 27000)
+    with pytest.raises(VideoError, match="bomb.png: .*exceeds limit"):
+        open_entry(Entry(str(tmp_path / "bomb.png"), -1))
+    png_of(tmp_path / "large.png", 13000, 11000)
+    with pytest.raises(VideoError, match="frames of 13000x11000 are over the limit of 134,217,728 pixels"):
+        open_entry(Entry(str(tmp_path / "large.png"), -1))
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    write_image(folder / "1.png", 1)
+    png_of(folder / "2.png", 8000, 8000)
+    monkeypatch.setattr("stmae.training.data.images.MAX_CLIP_PIXELS", 30_000)  # of all that is held at once
+    with FrameFolder(folder, 2) as video, pytest.raises(VideoError, match="2.png: the frames asked for together are over the"):
+        video.frames([0, 1])
+    monkeypatch.setattr("stmae.training.data.video.MAX_CLIP_PIXELS", 64 * 96 * 4)
+    with FrameFolder(folder, 2) as video:
+        assert len(video.frames([0] * 4)) == 4
+        with pytest.raises(VideoError, match="5 frames of 96x64 at once are over the limit"):
+            video.frames([0] * 5)
 
 
 # Folders of frames
