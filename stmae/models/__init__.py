@@ -12,8 +12,8 @@ from stmae.models.factories import (
     vit_small_patch16,
 )
 from stmae.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderOutput
-from stmae.models.pictures import Reconstruction, reconstruct
 from stmae.models.video_classifier import VideoClassifier
+from stmae.models.visualization import Reconstruction, reconstruct
 
 __all__ = [
     "EncoderConfig",

@@ -17,8 +17,8 @@ from stmae.models.config import MaskedAutoencoderConfig
 from stmae.models.encoder import Encoder, VideoModel
 from stmae.models.hog import hog_loss
 from stmae.models.layers import BackendModule, add_layer_norm, linear
-from stmae.models.pictures import Reconstruction, reconstruct
 from stmae.models.position import Position
+from stmae.models.visualization import Reconstruction, reconstruct
 
 # target -> patch_loss's ``normalize``
 _NORMALIZE = {"pixels": False, "normalized_pixels": True, "channel_normalized_pixels": "channel"}
@@ -283,7 +283,7 @@ class MaskedAutoencoder(VideoModel):
     def reconstruct(
         self, video: torch.Tensor, out: MaskedAutoencoderOutput | None = None, *, fill: float = 0.5
     ) -> Reconstruction:
-        """Pictures of what the model was given, saw and predicted; see ``stmae.models.pictures.reconstruct``.
+        """Pictures of what the model was given, saw and predicted; see ``stmae.models.visualization.reconstruct``.
 
         Args:
             video: [B, C, T, H, W], as in ``forward``.
