@@ -210,8 +210,6 @@ class Video:
             found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
         except _Disorder:
             self._count()
-            if wanted[-1] >= len(self.times):
-                raise VideoError(self.path, f"announces {len(self)} frames and has {len(self.times)}") from None
             found = self._by_count(wanted)
         first = found[wanted[0]]
         return np.stack([match_size(found[i], first) for i in indices])
@@ -240,6 +238,12 @@ class Video:
         return found
 
     def _by_count(self, wanted):
+        last = len(self.times) - 1
+        if wanted[-1] > last + 1:
+            raise VideoError(self.path, f"announces {len(self)} frames and has {len(self.times)}")
+        if wanted[-1] > last:  # the one missing last frame, as by time stamps
+            found = self._by_count(sorted({min(index, last) for index in wanted}))
+            return {index: found[min(index, last)] for index in wanted}
         self._open()  # from the very start: without time stamps there is nothing to seek by
         missing, found = set(wanted), {}
         for number, frame in enumerate(self._decode()):
@@ -251,9 +255,14 @@ class Video:
         raise VideoError(self.path, f"frame {min(missing)} of {len(self)} cannot be decoded")
 
     def _from(self, target):
-        """Frames in order, beginning at or before ``target`` (a time stamp in the stream's units)."""
+        """Frames in order, beginning at or before ``target`` (a time stamp in the stream's units).
+
+        Aims at the key frame and not at the target, so that all frames of its group are decoded from the same place: what a
+        decoder makes of a damaged one depends on where it began."""
+        key = bisect_right(self._key_stamps, target) - 1
+        start = self._key_stamps[key] if key >= 0 else target
         for seconds in BACK_OFF_SECONDS:
-            aim = target - int(seconds / self._seconds)
+            aim = start - int(seconds / self._seconds)
             if aim < self._stamps[0] and seconds > 0:
                 break
             try:

@@ -157,6 +157,33 @@ def test_a_hole_shows_the_last_frame_before_it(tmp_path):
         assert [read_number(video.frames([i])[0]) for i in (25, 30, 20, 29, 19)] == [19, 30, 19, 19, 19]
 
 
+@pytest.mark.parametrize("damage", ["lost", "zeros", "begins late"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"options": {"bf": "3"}}, {"codec": "mpeg2video", "options": {"bf": "2"}}],
+    ids=["h264", "h264 with B", "mpeg2"],
+)
+def test_a_damaged_broadcast_is_usable_from_end_to_end(options, damage, tmp_path):
+    """One packet in 20 lost, an eighth of the file overwritten, or its first fifth missing: every frame counted can be shown."""
+    path = write(tmp_path / "a.ts", **options)
+    data, noise = path.read_bytes(), random.Random(1)
+    packets = [data[i : i + 188] for i in range(0, len(data), 188)]
+    if damage == "lost":
+        data = b"".join(packet for number, packet in enumerate(packets) if number < 8 or noise.random() > 0.05)
+    elif damage == "zeros":
+        data = data[: len(data) // 2] + bytes(len(data) // 8) + data[len(data) // 2 + len(data) // 8 :]
+    else:
+        data = b"".join(packets[len(packets) // 5 :])
+    path.write_bytes(data)
+    with Video(path) as video:
+        assert FRAMES // 2 < len(video) < FRAMES
+        together = video.frames(range(len(video)))
+        assert all(np.array_equal(video.frames([index])[0], together[index]) for index in range(len(video)))
+    for index in range(0, len(together), 7):
+        with Video(path) as video:
+            assert len(video) == len(together) and video.frames([index]).shape == (1, 64, 96, 3)
+
+
 def test_ffmpegs_best_stream_is_read(tmp_path):
     with Video(MEDIA / "two_streams.mp4") as video:
         assert video.size == (64, 96) and video.frames([0]).shape == (1, 64, 96, 3)
