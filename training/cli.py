@@ -80,7 +80,7 @@ def main(argv=None):
         if os.environ.get("STMAE_TRACEBACK"):
             raise
         print(f"stmae {command}: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     except RuntimeError as error:
         if os.environ.get("STMAE_TRACEBACK") or not worker_died(error):
             raise

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data.batch_sampler import ResumableBatchSampler
+from ..data.dataset import worker_died
 from ..data.loader import Batches, LoaderError, training_loader
 from ..planning.flops import measured_peak_flops
 from . import fsdp
@@ -34,6 +35,12 @@ SKIPS_IN_A_ROW = 20  # steps without a finite gradient after which it is no acci
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and from where it can."""
+
+
+class DataUnavailableError(TrainingError):
+    """The data can no longer be read; what was trained is saved, and the same command continues."""
+
+    exit_status = 75  # "try again later", as sysexits.h has it: for a scheduler
 
 
 class EvaluationHook(NamedTuple):
@@ -101,7 +108,12 @@ def train(task, config, processes, device, folder):
                 lr = training.set_learning_rate(state.step)
                 try:
                     loss, norm = train_step(training, batches, state.step, meter, logger, broken)
-                except (LoaderError, CaptureError) as error:
+                except (LoaderError, OSError) as error:
+                    if processes.world_size == 1 or (processes.is_main and config.run.parallel == "ddp"):
+                        save(training, state, folder, logger)  # without the others, who wait for this process in the step
+                    kind = TrainingError if worker_died(error) else DataUnavailableError
+                    raise kind(f"{error}{folder.resume_hint()}") from error
+                except CaptureError as error:
                     raise TrainingError(f"{error}{folder.resume_hint()}") from error
                 # Every process must come to the same decisions: to update, to skip, to stop.
                 loss, norm, stop_asked = processes.mean(loss, norm, float(bool(stop)), device=device)
@@ -255,11 +267,17 @@ class Training:
             f"{self.steps} steps of {settings.batch} videos x {self.task.repeats} clips = {settings.epochs:g} effective epochs; "
             f"learning rate {self.task.peak_lr:.3g} at its highest"
         )
+        if settings.batch > len(self.task.dataset):
+            self.print(
+                f"note: optimizer.batch {settings.batch} is more than the {len(self.task.dataset)} videos: a step takes some of "
+                "them more than once, in other clips"
+            )
         if first_step:
             self.print(f"continuing from step {first_step}")
         # All processes at once, for they may share a processor.
         self.peak_flops = processes.world_size * processes.mean(measured_peak_flops(device, self.dtype), device=device)[0]
         if processes.is_main:
+            self.note_differences(folder, first_step, where)
             self.print(
                 f"a matrix product here reaches {self.peak_flops / 1e12:.2f} TFLOP/s; "
                 "'mfu' in the log is the fraction of it that the model reaches"
@@ -267,10 +285,28 @@ class Training:
             folder.record_start(
                 device=where,
                 precision=self.precision,
+                backend=self.config.run.backend,
+                compile=self.config.run.compile,
                 workers=self.workers,
                 step=first_step,
                 steps=self.steps,
                 ceiling_tflops=float(f"{self.peak_flops / 1e12:.4g}"),
+            )
+
+    def note_differences(self, folder, first_step, where):
+        """Prints what differs from the last start of a run that is continued and changes the bits of its numbers."""
+        before = folder.last_start() if first_step else None
+        if before is None:
+            return
+        run = self.config.run
+        here = {"device": where, "precision": self.precision, "backend": run.backend, "compile": run.compile}
+        here |= {"threads": torch.get_num_threads(), **folder.versions()}
+        there = {**before, **(before.get("versions") or {})}
+        differing = [f"{name} {there[name]} -> {value}" for name, value in here.items() if name in there and there[name] != value]
+        if differing:
+            self.print(
+                f"note: other than at the last start: {', '.join(differing)}. From here on the numbers are not, bit for bit, "
+                "those of a run without a break"
             )
 
     def set_learning_rate(self, step):

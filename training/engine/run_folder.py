@@ -39,6 +39,7 @@ from stmae import checkpoint
 from stmae.checkpoint.files import sync_folder
 
 from ..config import ClipConfig, defaults, load_yaml, to_dict
+from ..config.preset_files import PATH_FIELDS
 from . import checksum, fsdp
 from .distributed import SINGLE_PROCESS
 from .run_lock import Locked, RunLock, open_regular
@@ -222,6 +223,13 @@ class RunFolder:
         if file.exists() and self.states():
             there = _flat(defaults) | _flat(self._read_config(file))
             here = _flat(settings)
+            kinds = {True: "a fine-tuning", False: "a pre-training"}
+            if ("checkpoint" in there) != ("checkpoint" in here):
+                raise RunFolderError(
+                    f"{self.path} holds {kinds['checkpoint' in there]} run, and this is {kinds['checkpoint' in here]} run: "
+                    "choose another --output"
+                )
+            there, here = ({name: _as_path(name, value) for name, value in flat.items()} for flat in (there, here))
             names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
             differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
             if differing:
@@ -245,7 +253,6 @@ class RunFolder:
 
     def record_start(self, **facts):
         """Add a line to run.jsonl: when, which command, what it ran on."""
-        packages = ("stmae", "torch", "numpy", "av", "safetensors", "triton")
         line = {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -253,11 +260,23 @@ class RunFolder:
             "host": socket.gethostname(),
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in packages},
+            "versions": self.versions(),
             "threads": torch.get_num_threads(),
             **facts,
         }
         self._append("run.jsonl", line)
+
+    def versions(self):
+        """{package: version} of those that make a run's numbers."""
+        return {name: _version(name) for name in ("stmae", "torch", "numpy", "av", "safetensors", "triton")}
+
+    def last_start(self):
+        """The last line of run.jsonl, a dict, or None."""
+        try:
+            line = json.loads((_read_regular(self.path / "run.jsonl").splitlines() or [""])[-1])
+        except (OSError, ValueError):
+            return None
+        return line if isinstance(line, dict) else None
 
     def log(self, line):
         """Add a line to log.jsonl."""
@@ -344,6 +363,11 @@ def _remove_tree(path):
         path.unlink()
     else:
         shutil.rmtree(path)
+
+
+def _as_path(name, value):
+    """``value``; of a setting that is a path, the one way of writing it that has no links in it."""
+    return os.path.realpath(value) if name in PATH_FIELDS and isinstance(value, str) else value
 
 
 def _info_problem(step, info):

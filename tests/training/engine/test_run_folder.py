@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from stmae.training.engine import checksum, fsdp
 from stmae.training.engine.distributed import SINGLE_PROCESS
 from stmae.training.engine.run_folder import RunFolder, RunFolderError
+from stmae.training.engine.train_state import TrainState, state_tensors, tensors_problem
 
 HOLDER = """
 import os, sys, time
@@ -220,3 +221,75 @@ def test_a_checksum_is_of_names_shapes_types_and_values():
     ]
     assert checksum.of_tensors(dict(reversed(base.items()))) == checksum.of_tensors(base)
     assert len({checksum.of_tensors(base), checksum.of_tensors(base, "x"), *map(checksum.of_tensors, others)}) == 7
+
+
+# What a run continues from
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+def trained(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return state_tensors(model, optimizer, {})
+
+
+def test_a_state_without_what_it_needs_is_damaged(model):
+    tensors = trained(model)
+    assert tensors_problem(tensors, model, {}, 1) is None
+    weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
+    assert tensors_problem(weights, model, {}, 0) is None
+    assert tensors_problem(weights, model, {}, 1) == "it lacks tensors of the optimizer"
+    for name in tensors:
+        assert "it lacks" in tensors_problem({key: value for key, value in tensors.items() if key != name}, model, {}, 1)
+    assert "it lacks average.weight" in tensors_problem(tensors, model, {"weight": 0}, 1)
+    assert "has the shape [1]" in tensors_problem({**tensors, "model.bias": torch.ones(1)}, model, {}, 1)
+    assert "belongs to no parameter" in tensors_problem({**tensors, "optimizer.step.x": torch.ones(1)}, model, {}, 1)
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"step": 8, "steps": 8}, None),
+        ({"step": 8}, None),  # an older version's
+        ({"step": 9, "steps": 8}, "its step 9 is beyond the end, 8"),
+        ({"step": -1, "steps": 8}, "beyond the end"),
+        ({"step": True}, "its step is True"),
+        ({"step": 1, "videos": "7"}, "its videos is '7'"),
+        ({"step": 1, "before": [1]}, r"its before is [1]"),
+    ],
+)
+def test_counters_that_no_run_has_are_damage(values, problem):
+    found = TrainState().problem_of(values)
+    assert found is None if problem is None else problem in found
+
+
+def test_a_state_that_cannot_be_continued_is_passed_over(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (2, 4):
+        folder.save_state(step, {"a": torch.ones(2)}, {"step": step})
+    said = []
+    _, info = folder.load_state(said.append, problem=lambda tensors, info: "it is odd" if info["step"] == 4 else None)
+    assert info["step"] == 2 and "state-00000004.safetensors is damaged (it is odd)" in said[0]
+    folder.state_path(2).rename(folder.state_path(6))
+    assert folder.load_state(said.append)[1]["step"] == 4 and "it holds step 2" in said[-1]
+    folder.close()
+
+
+def test_another_path_to_the_same_data_is_the_same_run(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "videos")
+    folder = RunFolder(tmp_path / "run")
+    folder.save_state(2, {"a": torch.ones(2)}, {"step": 2})
+    folder.write_config({"data": str(tmp_path / "videos"), "seed": 0}, {})
+    folder.write_config({"data": str(tmp_path / "link" / "."), "seed": 0}, {})
+    with pytest.raises(RunFolderError, match="other settings"):
+        folder.write_config({"data": str(tmp_path), "seed": 0}, {})
+    with pytest.raises(RunFolderError, match="holds a pre-training run, and this is a fine-tuning run: choose another --output"):
+        folder.write_config({"data": str(tmp_path / "videos"), "seed": 0, "checkpoint": "x"}, {})
+    folder.close()
