@@ -12,7 +12,7 @@ from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder
 
 from ..data.dataset import ViewClips, as_video
-from ..data.video import VideoError
+from ..data.video import VideoError, printable
 from ..data.video_list import find_videos
 from ..engine.device import choose_device
 from ..engine.run_folder import clips_of, weights_file
@@ -53,7 +53,7 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
         raise ValueError(f"output: expected a folder, got the file {output}")
     output.mkdir(parents=True, exist_ok=True)
 
-    stems = collections.Counter(Path(entry.path).stem for entry in entries)
+    stems = collections.Counter(printable(Path(entry.path).stem) for entry in entries)
     written, explained = [], False
     for number, entry in enumerate(entries):
         try:
@@ -79,13 +79,13 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
         note = "patch mean and contrast from the original" if pictures.patch_statistics == "original" else "all of it predicted"
         rows = [to_uint8(getattr(pictures, name)[0]) for name in ROWS]
         labels = ("original", f"{ratio:.0%} masked", f"reconstruction ({note})")
-        name = Path(entry.path).stem
+        name = printable(Path(entry.path).stem)
         if stems[name] > 1:  # videos of one name in several folders
             name = f"{name}-{number}"
         png, gif = output / f"{name}.png", output / f"{name}.gif"
         grid(rows, labels).save(png)
         animate(rows, labels, gif)
-        print(f"loss {out.loss.item():.3f} on {entry.path}: {png}, {gif}")
+        print(f"loss {out.loss.item():.3f} on {printable(entry.path)}: {png}, {gif}")
         written += [png, gif]
     if not written:
         raise ValueError(f"no pictures: none of the {len(entries)} videos in {source} could be used")

@@ -12,7 +12,7 @@ from stmae.masking import sample_noise
 
 from ..config import EncodingConfig
 from ..data.dataset import ViewClips, as_video
-from ..data.video import VideoError
+from ..data.video import VideoError, printable
 from .features import encode
 from .pictures import ROWS, grid, to_uint8
 from .probes import knn
@@ -89,7 +89,7 @@ def log_reconstructions(entries, config, device, model, autocast, logger, step):
         return grid([to_uint8(getattr(pictures, name)[0]) for name in ROWS], labels)
 
     for number, entry in enumerate(entries):
-        logger.image(step, f"{number}-{Path(entry.path).stem}", functools.partial(picture, number))
+        logger.image(step, f"{number}-{printable(Path(entry.path).stem)}", functools.partial(picture, number))
     return {}
 
 

@@ -1,5 +1,8 @@
 """``stmae reconstruct`` and ``stmae demo``: pictures that show what they say."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +65,15 @@ def test_a_grid_and_an_animation(model, video, tmp_path, capsys):
                 else:
                     assert (np.abs(masked[row, patch].astype(int) - 128) <= 1).all()
     assert visible == 3  # int(32 * 0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_name_that_is_no_utf8_is_written_as_escapes(model, video, tmp_path, capsys):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4")
+    os.rename(video, name)
+    assert pictures(model, os.fsdecode(name), tmp_path / "pictures") == 0
+    capsys.readouterr().out.encode()  # what a terminal can be given
+    assert sorted(os.listdir(tmp_path / "pictures")) == ["caf\\udce9.gif", "caf\\udce9.png"]
 
 
 def test_another_mask_ratio_and_plain_pixels(tmp_path, video, capsys):

@@ -148,7 +148,7 @@ def test_names_that_are_no_utf8(tmp_path, capsys):
         item = dataset(find_videos(source), stride=1)
         skipped = [pair for number in range(len(item)) for pair in item[(0, number)]["skipped"]]
         assert skipped and all("broken" in path for path, _ in skipped)
-        json.dumps(skipped, ensure_ascii=False).encode()
+        json.dumps(skipped, ensure_ascii=False).encode()  # as a log writes it
         good = tmp_path / "good.txt"
         cli.main(["data", "check", str(source), "--frames", "4", "--stride", "1", "--workers", "0", "--output", str(good)])
         assert "1 cannot" in capsys.readouterr().out
