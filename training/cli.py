@@ -89,7 +89,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"stmae {command}: interrupted", file=sys.stderr)
         return 130
-    return module.exit_status(config, result) if hasattr(module, "exit_status") else 0
+    return module.exit_status(config, result) if result is not None and hasattr(module, "exit_status") else 0
 
 
 def entry_point():

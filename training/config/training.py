@@ -205,7 +205,7 @@ class FinetuneConfig(DataLocationConfig):
     output: str
     """folder of the run; the same command again continues what is there"""
     checkpoint: str
-    """a pre-trained model.safetensors, or a classifier's"""
+    """pre-trained weights, or a classifier's: a run's folder, a file, or a Hugging Face repository (owner/name)"""
     random_weights: bool = False
     """take only the checkpoint's shape, to see what pre-training is worth"""
     test_data: str | None = None

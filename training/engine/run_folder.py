@@ -35,7 +35,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from stmae import checkpoint
+from stmae import checkpoint, hub
 from stmae.checkpoint.files import sync_folder
 
 from ..config import ClipConfig, defaults, load_yaml, to_dict
@@ -338,9 +338,23 @@ def open_run(config, processes):
 
 
 def weights_file(path):
-    """The weights at ``path``, a run's folder or a file."""
+    """What ``stmae.checkpoint.load`` is to read for ``path``: a run's folder, another folder of weights, a file, or the name of a
+    Hugging Face repository (owner/name), which is downloaded. Raises CheckpointError where a run's weights are not what it wrote.
+    """
     path = Path(path)
-    return path / "model.safetensors" if path.is_dir() else path
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        try:
+            return hub.download(str(path))
+        except ImportError as error:
+            raise checkpoint.CheckpointError(f"cannot read {path}: no such file or folder, and {error}") from error
+    if (path / "config.yaml").is_file():  # a run's folder
+        path = path / "model.safetensors"
+    if path.suffix == ".safetensors":
+        try:
+            checksum.verify_weights(path)
+        except checksum.ChecksumError as error:
+            raise checkpoint.CheckpointError(f"cannot read {path}: {error}") from error
+    return path
 
 
 def clips_of(checkpoint_path, stride=None):
@@ -349,7 +363,8 @@ def clips_of(checkpoint_path, stride=None):
 
     Only what decides which frames make a clip; ``stride`` overrides.
     """
-    settings = weights_file(checkpoint_path).parent / "config.yaml"
+    path = Path(checkpoint_path)
+    settings = (path if path.is_dir() else path.parent) / "config.yaml"
     clips = {}
     if settings.exists():
         clips = load_yaml(settings.read_text(encoding="utf-8")).get("clips") or {}

@@ -14,6 +14,7 @@ from ..data.video_list import class_numbers, find_labelled_videos
 from ..engine.launch import run_distributed
 from ..engine.loop import EvaluationHook, Task, train
 from ..engine.optimizer import layer_decay_groups, peak_learning_rate
+from ..engine.run_folder import weights_file
 from ..evaluation.classification import accuracy
 from ..planning.flops import classifier_flops
 
@@ -92,7 +93,7 @@ def classifier(config, classes):
     for name in ("num_frames", "image_size"):
         if getattr(config.model, name) is not None:
             changes[name] = getattr(config.model, name)
-    model = checkpoint.load_classifier(config.checkpoint, **changes)
+    model = checkpoint.load_classifier(weights_file(config.checkpoint), **changes)
     if config.random_weights:
         model = VideoClassifier(VideoClassifierConfig.from_dict(model.config.to_dict()))
     return model

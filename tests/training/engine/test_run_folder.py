@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stmae import checkpoint
 from stmae.training.engine import checksum, fsdp
 from stmae.training.engine.distributed import SINGLE_PROCESS
-from stmae.training.engine.run_folder import RunFolder, RunFolderError
+from stmae.training.engine.run_folder import RunFolder, RunFolderError, clips_of, weights_file
 from stmae.training.engine.train_state import TrainState, state_tensors, tensors_problem
+from tests.support import small_models
 
 HOLDER = """
 import os, sys, time
@@ -293,3 +295,22 @@ def test_another_path_to_the_same_data_is_the_same_run(tmp_path):
     with pytest.raises(RunFolderError, match="holds a pre-training run, and this is a fine-tuning run: choose another --output"):
         folder.write_config({"data": str(tmp_path / "videos"), "seed": 0, "checkpoint": "x"}, {})
     folder.close()
+
+
+def test_weights_are_a_run_folder_a_file_or_a_folder_and_checked(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config({"seed": 0, "clips": {"stride": 2}}, {})
+    model = small_models.autoencoder()
+    folder.save_model(model)
+    folder.close()
+    for path in (folder.path, folder.model_path):
+        assert weights_file(path) == folder.model_path and clips_of(path).stride == 2
+        assert checkpoint.load(weights_file(path)).config == model.config
+    (tmp_path / "other").mkdir()
+    assert weights_file(tmp_path / "other") == tmp_path / "other"
+    data = bytearray(folder.model_path.read_bytes())
+    data[-5] ^= 1
+    folder.model_path.write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+        weights_file(folder.path)
+    assert "checksum" in folder.model_problem()
