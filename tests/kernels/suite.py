@@ -225,8 +225,6 @@ PATCHIFY = {  # layout, video, weight, position, [B, C, T, H, W], patch, D, K, b
     "float16 video": ("channels-last", torch.float16, torch.float16, torch.float32, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, True),
     "float16 video, bfloat16": ("crop", torch.float16, torch.bfloat16, None, (2, 4, 4, 24, 16), (2, 8, 8), 24, 7, False),
     "patch 14": ("channels-last", torch.uint8, torch.bfloat16, torch.float32, (2, 3, 2, 28, 42), (2, 14, 14), 40, 5, True),
-    "by channel": ("channels-last", torch.uint8, torch.bfloat16, (2, 3, 4, 32, 32), (2, 16, 16), [0, 1, 2, 3], 5, "channel"),
-    "by channel, planar": ("planar", torch.float32, torch.float32, (2, 2, 2, 24, 16), (1, 8, 8), [0, 1], 6, "channel"),
     "no dense dimension": ("crop", torch.uint8, torch.float32, None, (2, 4, 4, 24, 16), (2, 8, 8), 24, 7, False),
     "grey": ("planar", torch.uint8, torch.float32, torch.float32, (40, 1, 2, 8, 8), (1, 4, 4), 16, 4, True),
 }
@@ -292,6 +290,8 @@ PATCH_LOSS = {  # layout, video, pred, [B, C, T, H, W], patch, frames, M, normal
     "floating video": ("channels-last", torch.float32, torch.float32, (2, 2, 2, 16, 16), (1, 8, 8), [0, 1], 6, True),
     "bfloat16 video": ("planar", torch.bfloat16, torch.bfloat16, (2, 3, 2, 16, 16), (1, 8, 8), [0, 1], 6, True),
     "float16 video": ("channels-last", torch.float16, torch.float16, (2, 3, 2, 16, 16), (1, 8, 8), [0, 1], 6, True),
+    "by channel": ("channels-last", torch.uint8, torch.bfloat16, (2, 3, 4, 32, 32), (2, 16, 16), [0, 1, 2, 3], 5, "channel"),
+    "by channel, planar": ("planar", torch.float32, torch.float32, (2, 2, 2, 24, 16), (1, 8, 8), [0, 1], 6, "channel"),
     "no dense dimension": ("crop", torch.uint8, torch.float32, (2, 4, 4, 24, 16), (2, 8, 8), [0, 2, 1, 3], 7, True),
 }
 
