@@ -120,6 +120,20 @@ def test_a_finished_run_is_left_alone(finished, videos, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_finished_run_is_continued_for_more_epochs(finished, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "run")
+    arguments = ["--config", str(output / "config.yaml"), "--run.extend_epochs", "4"]
+    pretrain.run(configure(arguments, output))
+    said = capsys.readouterr().out
+    assert "continuing from step 30" in said and lines(output)[-1]["step"] == 33
+    state = RunFolder(output, read_only=True).load_state()[1]
+    assert (state["step"], state["steps"], state["done"]) == (33, 33, True)
+    pretrain.run(configure(arguments, output))
+    assert "complete, 33 of 33 steps" in capsys.readouterr().out
+    with pytest.raises(loop.TrainingError, match="holds a run at step 33, .* ends at step 30: repeat run.extend_epochs"):
+        pretrain.run(configure(["--config", str(finished / "config.yaml")], output))
+
+
 def test_a_run_of_an_older_version_continues(finished, tmp_path, capsys):
     """Its config.yaml lacks what it had no name for: that is the default, and nothing else."""
     output, arguments = shutil.copytree(finished, tmp_path / "run"), ["--config", str(finished / "config.yaml")]
