@@ -116,8 +116,10 @@ def setting_names(config_class):
     """Names of the settings of a configuration, ``section.field`` for those of a section."""
     names = []
     for f in dataclasses.fields(config_class):
-        section = f.default_factory if dataclasses.is_dataclass(f.default_factory) else None
-        names += [f"{f.name}.{inner.name}" for inner in dataclasses.fields(section)] if section else [f.name]
+        section = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        names += (
+            [f"{f.name}.{inner.name}" for inner in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else [f.name]
+        )
     return names
 
 

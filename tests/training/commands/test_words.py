@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from stmae.training.cli import main
+from stmae.training.commands.test import TestConfig
 from stmae.training.config import PretrainConfig, parse
 from tests.support.synthetic_video import write_video
 
@@ -102,3 +103,10 @@ def test_data_check_exits_as_it_found(tmp_path, capsys):
     write_video(folder / "whole.mp4", 80)
     assert main(["data", "check", str(folder), "--workers", "0"]) == 0
     assert main(["data", "check", str(folder), "--workers", "0", "--strict", "true"]) == 1
+
+
+def test_a_section_with_its_own_defaults_is_read_from_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("views: {temporal: 2}\n")
+    arguments = ["--checkpoint=a", "--data=b", f"--config={tmp_path / 'mine.yaml'}"]
+    views = parse(TestConfig, arguments, prog="p", description="").views
+    assert (views.temporal, views.spatial) == (2, 3)
