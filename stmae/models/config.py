@@ -7,7 +7,7 @@ a checkpoint carries one.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -79,7 +79,7 @@ class EncoderConfig:
     key_bias: bool = True
     class_token: bool = True
     separable_position: bool = True
-    position: str = "learned"
+    position: Literal["learned", "sincos"] = "learned"
     position_grid: tuple[int, int, int] | None = None
     layer_scale: float | None = None
     mean: float | tuple[float, ...] = 0.45
@@ -200,7 +200,9 @@ class MaskedAutoencoderConfig(EncoderConfig):
         decoder_embed_bias: whether the projection to the decoder has a bias (VideoMAE's has not).
         decoder_mlp_ratio: None: the encoder's.
         decoder_norm_eps: of the decoder's final LayerNorm; None: ``layer_norm_eps``.
-        mask_ratio, mask_strategy: used unless the forward call says otherwise; see ``stmae.masking``.
+        mask_ratio: masked share of the tokens, in (0, 1), unless the forward call says otherwise.
+        mask_strategy: which tokens are masked: ``random``; ``tube``: the same places in every time slice; ``frame``: all of some
+            time slices; ``block``: boxes in space and time. See ``stmae.masking``.
         decoder_mask_ratio: share of the masked tokens that the decoder neither sees nor reconstructs, 0, 0.25, 0.5 or
             0.75: dual masking with running cells (VideoMAE V2); see ``stmae.masking.reconstructed``.
     """
@@ -209,16 +211,16 @@ class MaskedAutoencoderConfig(EncoderConfig):
     decoder_depth: int = 4
     decoder_num_heads: int = 16
     decoder_separable_position: bool | None = None
-    decoder_class_token: str = "own"
+    decoder_class_token: Literal["own", "encoder"] = "own"
     predicted_frames: int | None = None
-    frame_choice: str = "linspace"
-    target: str = "normalized_pixels"
-    target_range: str = "normalized"
+    frame_choice: Literal["linspace", "stride"] = "linspace"
+    target: Literal["pixels", "normalized_pixels", "channel_normalized_pixels", "hog"] = "normalized_pixels"
+    target_range: Literal["normalized", "unit"] = "normalized"
     decoder_embed_bias: bool = True
     decoder_mlp_ratio: float | None = None
     decoder_norm_eps: float | None = None
     mask_ratio: float = 0.9
-    mask_strategy: str = "random"
+    mask_strategy: Literal["random", "tube", "frame", "block"] = "random"
     decoder_mask_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -312,7 +314,7 @@ class VideoClassifierConfig(EncoderConfig):
     num_classes: int = 400
     dropout: float = 0.0
     drop_path: float = 0.0
-    pooling: str = "mean"
+    pooling: Literal["mean", "first"] = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
