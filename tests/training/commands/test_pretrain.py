@@ -325,15 +325,28 @@ def test_broken_videos_are_named_once_and_counted(tiny, tmp_path, videos, capsys
     "arguments, message",
     [
         (["--data", "/nowhere"], "no such folder or list file: /nowhere"),
-        (["--optimizer.warmup_epochs", "40"], "optimizer.warmup_epochs: expected less than optimizer.epochs"),
-        (["--optimizer.batch", "0"], "optimizer.batch: expected more than 0, got 0"),
-        (["--model.in_channels", "1"], "model.in_channels: expected 3 for decoded video, got 1"),
         (["--model.num_frames", "40"], "none of the 3 videos can be used"),
         (["--run.device", "cuda:77"], "cuda:77"),
-        (["--seed", "-1"], "seed: expected 0 or more"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_anything_starts(arguments, message, tiny, tmp_path, capsys):
     assert cli.main(["pretrain", *tiny, "--output", str(tmp_path / "run"), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--optimizer.warmup_epochs", "40"], "optimizer.warmup_epochs: expected less than epochs (40), got 40"),
+        (["--optimizer.batch", "0"], "optimizer.batch: expected more than 0, got 0"),
+        (["--model.in_channels", "1"], "model.in_channels: expected 3 for decoded video, got 1"),
+        (["--seed", "-1"], "seed: expected 0 or more"),
+    ],
+)
+def test_a_value_that_no_setting_takes_is_refused_by_the_parser(arguments, message, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["pretrain", *tiny, "--output", str(tmp_path / "run"), *arguments])
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
