@@ -83,7 +83,10 @@ class RunFolder:
             raise RunFolderError(f"{error}; choose another --output, or wait for its end") from error
         except OSError as error:
             self.close()
-            raise RunFolderError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
+            hint = ""
+            with contextlib.suppress(OSError):  # no folder, or one that cannot be read either
+                hint = self.resume_hint()
+            raise RunFolderError(f"cannot write to the output folder {self.path}: {error.strerror or error}{hint}") from error
 
     def close(self):
         """Gives the lock back; nothing may be written from here on."""
