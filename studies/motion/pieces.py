@@ -144,10 +144,10 @@ def main(study, results, seed):
     for name, change in (("shuffled frames", shuffle_frames), ("middle frame repeated", repeat_middle_frame)):
         changed = tuple(part._replace(clips=change(part.clips, seed)) for part in (train, test))
         controls[name] = judge_both(*(encode(model, part) for part in changed), train.labels, test.labels, seed)
-    probes = {}
+    probed = {}
     for name, (x, test_x) in (("pre-trained", learned), ("random weights", random), ("raw pixels", pixels)):
-        probes[name] = {n: judge_both(x[:n], test_x, train.labels[:n], test.labels, seed) for n in plan.labels}
-    return {"probes": probes, "controls": controls, "knn_at_step": curve, "loss": losses}
+        probed[name] = {n: judge_both(x[:n], test_x, train.labels[:n], test.labels, seed) for n in plan.labels}
+    return {"probes": probed, "controls": controls, "knn_at_step": curve, "loss": losses}
 
 
 def mask(study, results, strategy, ratio, seed):

@@ -29,6 +29,7 @@ LAYERS = {  # package: what it may import of stmae, besides itself
         "stmae.models",
         "stmae.masking",
         "stmae.checkpoint",
+        "stmae.hub",
         "stmae.ops",
     ),
 }
