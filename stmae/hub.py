@@ -92,16 +92,12 @@ class HubMixin:
         classifier = issubclass(cls, VideoClassifier)
         head = {name: overrides.pop(name) for name in _HEAD_FIELDS if classifier and name in overrides}
         model = checkpoint.load(path, ema=ema, **overrides)
-        if classifier and isinstance(model, MaskedAutoencoder) and "num_classes" in head:
-            report = model.load_report
+        if isinstance(model, MaskedAutoencoder) and "num_classes" in head:
             model = checkpoint.classifier_from_autoencoder(model, **head)
-            assert report is not None  # load says what it found
-            report.notes.append("the head is new; the decoder was left out")
-            model.load_report = report
+            assert model.load_report is not None  # load says what it found
+            model.load_report.notes.append("the head is new; the decoder was left out")
         elif head:
-            report = model.load_report
             model = checkpoint.resize(model, **head)
-            model.load_report = report
         if not isinstance(model, cls):
             hint = "; give num_classes for a new head" if classifier else ""
             raise checkpoint.CheckpointError(

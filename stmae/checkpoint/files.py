@@ -137,11 +137,7 @@ def load(path: str | os.PathLike, *, ema: bool = False, **overrides: Any) -> Vid
         model.load_report = report
         for note in report.notes:
             warnings.warn(f"{found.path}: {note}", stacklevel=2)
-    if changes:
-        found_out = model.load_report
-        model = resize(model, **changes)
-        model.load_report = found_out
-    return model
+    return resize(model, **changes) if changes else model
 
 
 def _build_own(found: Weights) -> VideoModel:

@@ -106,6 +106,7 @@ def _patch(config: EncoderConfig) -> tuple[int, int, int]:
 
 def _finish(new: Model, old: VideoModel) -> Model:
     new.backend = old.backend
+    new.load_report = old.load_report
     return new.to(next(old.parameters()).device).train(old.training)
 
 

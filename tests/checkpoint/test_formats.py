@@ -4,11 +4,9 @@ import argparse
 import json
 import pickle
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stmae.checkpoint import (
@@ -24,8 +22,8 @@ from stmae.checkpoint import (
     to_mae_st,
 )
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier
+from tests.support.golden import GOLDEN, read_golden
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 BRIDGES = {"mae_st": from_mae_st, "slowfast": from_slowfast, "videomae": from_videomae}
 # What these weights cannot tell: their models are smaller than any factory's.
@@ -60,10 +58,8 @@ STATED = {
 
 
 def golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
-        names = [key for key in file.keys() if key.startswith("weight.")]  # noqa: SIM118
-        return {key.removeprefix("weight."): file.get_tensor(key) for key in names}, config
+    config, _, weights, _ = read_golden(name)
+    return weights, config
 
 
 def expected_model(name):

@@ -1,37 +1,15 @@
 """VideoMAE, VideoMAE V2 and Hugging Face's port: what they compute, this library computes from their weights."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from stmae.checkpoint import CheckpointMismatch, from_huggingface, from_videomae, load, to_huggingface, to_videomae
 from stmae.masking import Mask
 from stmae.models import MaskedAutoencoder, VideoClassifier
-
-GOLDEN = Path(__file__).parent.parent / "golden"
-BACKENDS = ("reference", "ops")
-RELATIVE = 1e-4  # measured: some 1e-6
-
-
-def golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    parts = {"weight": {}, "grad": {}}
-    for key in list(tensors):
-        kind, _, rest = key.partition(".")
-        if kind in parts:
-            parts[kind][rest] = tensors.pop(key)
-    return config, tensors, parts["weight"], parts["grad"]
-
-
-def error(got, expected):
-    assert got.shape == expected.shape
-    return ((got - expected).abs().max() / expected.abs().max()).item()
+from tests.support.golden import read_golden
+from tests.support.small_models import BACKENDS, RELATIVE, SMALL_VIDEOMAE, error
 
 
 def assert_gradients_agree(model, expected):
@@ -46,7 +24,7 @@ def assert_gradients_agree(model, expected):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["videomae_default", "videomae_pixels_no_bias"])
 def test_pretraining_agrees_with_videomae(name, backend):
-    config, official, weights, grads = golden(name)
+    config, official, weights, grads = read_golden(name)
     model = from_videomae(weights, config)
     model.backend = backend
     out = model(official["video"], noise=official["mask"].float())
@@ -61,7 +39,7 @@ def test_pretraining_agrees_with_videomae(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["videomae_classify", "videomae_v2_classify"])
 def test_classifier_agrees_with_videomae(name, backend):
-    config, official, weights, grads = golden(name)
+    config, official, weights, grads = read_golden(name)
     model = from_videomae(weights, config)
     model.backend = backend
     logits = model(official["video"])
@@ -72,7 +50,7 @@ def test_classifier_agrees_with_videomae(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dual_masking_agrees_with_videomae_v2(backend):
-    config, official, weights, grads = golden("videomae_v2_dual_masking")
+    config, official, weights, grads = read_golden("videomae_v2_dual_masking")
     model = from_videomae(weights, config)
     model.backend = backend
     keep, decoded = ((x.nonzero()[:, 1].view(2, -1)) for x in (~official["mask"], official["decoded"]))
@@ -85,7 +63,7 @@ def test_dual_masking_agrees_with_videomae_v2(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_v2_decodes_at_visible_places_is_no_part_of_the_loss(backend):
-    config, official, weights, _ = golden("videomae_v2_dual_masking")
+    config, official, weights, _ = read_golden("videomae_v2_dual_masking")
     model = from_videomae(weights, config)
     model.backend = backend
     keep, decoded = ((x.nonzero()[:, 1].view(2, -1)) for x in (~official["mask"], official["decoded"]))
@@ -101,7 +79,7 @@ def test_what_v2_decodes_at_visible_places_is_no_part_of_the_loss(backend):
 
 @pytest.mark.parametrize("name", ["videomae_default", "videomae_pixels_no_bias", "videomae_v2_classify"])
 def test_there_and_back_is_the_identity(name):
-    config, _, weights, _ = golden(name)
+    config, _, weights, _ = read_golden(name)
     model = from_videomae(weights, config)
     back = to_videomae(model)
     assert back.keys() == weights.keys()
@@ -111,7 +89,7 @@ def test_there_and_back_is_the_identity(name):
 
 
 def test_our_configuration_serves_as_well():
-    config, _, weights, _ = golden("videomae_default")
+    config, _, weights, _ = read_golden("videomae_default")
     model = from_videomae(weights, config)
     again = from_videomae({"module": {f"module.{key}": value for key, value in weights.items()}}, model.config)
     assert again.config == model.config
@@ -120,26 +98,13 @@ def test_our_configuration_serves_as_well():
 
 
 def test_an_argument_that_videomae_does_not_have_is_refused():
-    config, _, weights, _ = golden("videomae_default")
+    config, _, weights, _ = read_golden("videomae_default")
     with pytest.raises(ValueError, match="unknown arguments encoder_heads"):
         from_videomae(weights, {**config, "encoder_heads": 3})
 
 
 # --- Hugging Face ---
 
-HUB = {
-    "image_size": 32,
-    "patch_size": 8,
-    "num_frames": 4,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 100,
-    "decoder_hidden_size": 32,
-    "decoder_num_attention_heads": 2,
-    "decoder_num_hidden_layers": 2,
-    "decoder_intermediate_size": 72,
-}
 HUB_CONFIGS = {
     "default": {},
     "norm": {"use_mean_pooling": False},
@@ -155,7 +120,7 @@ def transformers():
 
 def hub_model(transformers, kind, seed=0, **changes):
     torch.manual_seed(seed)
-    config = transformers.VideoMAEConfig(**{**HUB, **changes})
+    config = transformers.VideoMAEConfig(**{**SMALL_VIDEOMAE, **changes})
     if kind == "VideoMAEForVideoClassification":
         config.num_labels = 5
     model = getattr(transformers, kind)(config).eval()
@@ -259,7 +224,7 @@ def test_what_hugging_face_can_and_this_library_cannot_is_refused(transformers, 
 
 
 def test_what_the_others_do_not_have_is_not_exported():
-    config, _, weights, _ = golden("videomae_default")
+    config, _, weights, _ = read_golden("videomae_default")
     model = from_videomae(weights, config)
     with pytest.raises(ValueError, match="target='normalized_pixels'"):
         to_videomae(MaskedAutoencoder(model.config.replace(target="normalized_pixels")))
@@ -272,7 +237,7 @@ def test_what_the_others_do_not_have_is_not_exported():
 
 
 def test_layer_scale_comes_from_the_weights():
-    config, _, weights, _ = golden("videomae_classify")
+    config, _, weights, _ = read_golden("videomae_classify")
     model = VideoClassifier(from_videomae(weights, config).config.replace(layer_scale=0.1))
     again = from_videomae(to_videomae(model), {**config, "init_values": 0.1})
     assert torch.equal(again.encoder.blocks[1].ls2.gamma, model.encoder.blocks[1].ls2.gamma)

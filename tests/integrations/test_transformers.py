@@ -10,26 +10,14 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from stmae.integrations.transformers import accelerate, restore  # noqa: E402
+from tests.support.small_models import SMALL_VIDEOMAE  # noqa: E402
 
-SMALL = {
-    "image_size": 32,
-    "patch_size": 8,
-    "num_frames": 4,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 100,
-    "decoder_hidden_size": 32,
-    "decoder_num_attention_heads": 2,
-    "decoder_num_hidden_layers": 2,
-    "decoder_intermediate_size": 72,
-}
 KINDS = ["VideoMAEForPreTraining", "VideoMAEForVideoClassification", "VideoMAEModel"]
 
 
 def make(kind, **changes):
     torch.manual_seed(0)
-    config = transformers.VideoMAEConfig(**{**SMALL, **changes})
+    config = transformers.VideoMAEConfig(**{**SMALL_VIDEOMAE, **changes})
     config.num_labels = 5
     model = getattr(transformers, kind)(config)
     with torch.no_grad():

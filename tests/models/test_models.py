@@ -4,11 +4,9 @@ import copy
 import json
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import stmae
 from stmae.checkpoint import from_mae_st, from_slowfast
@@ -20,24 +18,16 @@ from stmae.models import (
 )
 from stmae.models.blocks import drop_path
 from stmae.models.position import Position, interpolate_position
+from tests.support.golden import read_golden
 from tests.support.small_models import BACKENDS, RELATIVE, SMALL, SMALL_MAE, autoencoder, classifier, clip, error, random_noise
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    parts = {"weight": {}, "grad": {}}
-    for key in list(tensors):
-        kind, _, rest = key.partition(".")
-        if kind in parts:
-            parts[kind][rest] = tensors.pop(key)
+    config, tensors, weights, grads = read_golden(name)
     bridge = from_slowfast if name.startswith("slowfast") else from_mae_st
     # Gradients carry the parameters' names and shapes: as a "model" of gradients they come by our names.
-    gradients = dict(bridge(parts["grad"], config).named_parameters())
-    return config, tensors, bridge(parts["weight"], config), gradients
+    gradients = dict(bridge(grads, config).named_parameters())
+    return config, tensors, bridge(weights, config), gradients
 
 
 def assert_gradients_agree(model, expected):

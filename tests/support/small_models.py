@@ -46,3 +46,19 @@ def random_noise(config, batch=2, seed=0):
 def error(got, expected):
     assert got.shape == expected.shape
     return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+# Of transformers' VideoMAEConfig; the hidden layers are no multiple of the width.
+SMALL_VIDEOMAE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_frames": 4,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 100,
+    "decoder_hidden_size": 32,
+    "decoder_num_attention_heads": 2,
+    "decoder_num_hidden_layers": 2,
+    "decoder_intermediate_size": 72,
+}

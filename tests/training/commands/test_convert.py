@@ -1,24 +1,17 @@
 """stmae convert: between code bases and back."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stmae.checkpoint import from_videomae, load
 from stmae.models import MaskedAutoencoder
 from stmae.training.cli import main
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from tests.support.golden import read_golden
 
 
 def checkpoint(tmp_path, name="videomae_default"):
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
-        config = json.loads(file.metadata()["config"])
-        weights = {key[7:]: file.get_tensor(key) for key in file.keys() if key.startswith("weight.")}  # noqa: SIM118
+    config, _, weights, _ = read_golden(name)
     torch.save({"model": weights}, tmp_path / "checkpoint.pth")
     return tmp_path / "checkpoint.pth", from_videomae(weights, config), weights
 
