@@ -3,8 +3,8 @@
     python tests/kernels/compile_report.py            compare with the figures checked in for this Triton, print what differs
     python tests/kernels/compile_report.py --update   write them: figures/triton-<version>.json, of the Triton that it runs under
 
-No GPU is needed. Triton's cache makes the second run quick. Each Triton makes other code of a kernel: figures are kept for the
-oldest and the newest that are supported.
+No GPU is needed. Triton's cache makes the second run quick. Each Triton makes other code of a kernel: a version
+whose figures are not kept is checked for spills, atomics and tensor-core instructions alone.
 """
 
 import argparse
