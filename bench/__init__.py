@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest bench --benchmark-only` on a CPU or a GPU, `python -m bench.gpu` for everything that a GPU can tell."""
+"""Benchmarks: `pytest bench --benchmark-only` on a CPU or a GPU, `python -m bench.gpu` for everything to measure on a GPU."""

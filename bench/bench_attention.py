@@ -39,7 +39,7 @@ def implementations(B, H, N, dtype, device, full):
     return sides
 
 
-def goal(direction, dtype, shape):
+def target(direction, dtype, shape):
     if dtype is torch.float32:
         return 2.2
     if direction == "forward":
@@ -80,4 +80,4 @@ def bench_attention(shape, dtype, direction, compare, full, device):
 
     timed = {name: forward(sides[name]) if direction == "forward" else backward(outs[name]) for name in sides}
     products = 2 if direction == "forward" else 5
-    compare(**timed, flops=2 * products * B * H * N * N * D, target={"sdpa": goal(direction, dtype, shape)})
+    compare(**timed, flops=2 * products * B * H * N * N * D, target={"sdpa": target(direction, dtype, shape)})

@@ -1,4 +1,4 @@
-"""What this machine can do: the products and the copy that the other results are shares of."""
+"""What this machine can do: the products and the copy that the other results are fractions of."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ from stmae.training.data.video_list import find_videos
 
 REPEATS, WORKERS = 4, 2
 FRAMES, SIZE, LENGTH = 16, (224, 224), 300
-GOALS = {"data wait": 0.05}
+TARGETS = {"data wait": 0.05}
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +95,7 @@ def bench_loader(videos, benchmark, full):
 
 
 def bench_data_wait(videos, benchmark, device, full):
-    """The share of a ViT-B step (224, one video x 4 clips) spent waiting for the loader, as the training loop counts it."""
+    """The fraction of a ViT-B step (224, one video x 4 clips) spent waiting for the loader, as the training loop counts it."""
     steps = 40 if full else 4
     step = Step("base", "ops", "bfloat16", device, REPEATS)
     batches = iter(loader(dataset(videos), videos_a_step=1, steps=steps + 2))
@@ -111,10 +111,12 @@ def bench_data_wait(videos, benchmark, device, full):
         if number >= 2:  # the first wait for the workers to start
             waits.append(waited)
             seconds.append(time.perf_counter() - started)
-    share = sum(waits) / sum(seconds)
-    benchmark.extra_info.update(data_wait=share, step_seconds=sorted(seconds)[len(seconds) // 2], workers=WORKERS, target=GOALS)
+    fraction = sum(waits) / sum(seconds)
+    benchmark.extra_info.update(
+        data_wait=fraction, step_seconds=sorted(seconds)[len(seconds) // 2], workers=WORKERS, target=TARGETS
+    )
     benchmark.pedantic(lambda: None)
     print(
-        f"\n  {benchmark.name}: {share:.2%} of a step of {sorted(seconds)[len(seconds) // 2]:.2f} s is data wait "
-        f"(goal {GOALS['data wait']:.0%}), {WORKERS} workers, {REPEATS} clips from each video"
+        f"\n  {benchmark.name}: {fraction:.2%} of a step of {sorted(seconds)[len(seconds) // 2]:.2f} s is data wait "
+        f"(target {TARGETS['data wait']:.0%}), {WORKERS} workers, {REPEATS} clips from each video"
     )

@@ -2,7 +2,7 @@
 
 The plain op has the same schema and the same body, ours: it is what a user would register around a kernel, without our checks
 and with PyTorch's own wrapper. On a GPU the calls are queued and not waited for; on a CPU the tensors are so small that the
-body takes a few microseconds on both sides. Goal: at most 15 us above the plain op.
+body takes a few microseconds on both sides. Target: at most 15 us above the plain op.
 
 `bench_launcher` is the part of it that the Triton launchers have in Python, from tensors to the arguments of Triton's own
 launch, which is left out: it runs on tensors without memory, so on any machine with Triton installed.
@@ -91,7 +91,7 @@ def bench_overhead(op, benchmark, device):
         for a, b in zip(_tuple(ours()), _tuple(custom(*schema_arguments))):
             assert torch.equal(a, b)
         seconds = host_time({"ours": ours, "custom_op": lambda: custom(*schema_arguments)}, device)
-        medians = report(benchmark, seconds, device=device, goal="at most 15 us above custom_op")
+        medians = report(benchmark, seconds, device=device, target="at most 15 us above custom_op")
         print(f", {(medians['ours'] - medians['custom_op']) * 1e6:+.1f} us")
         benchmark.pedantic(ours, rounds=3)
 

@@ -16,7 +16,7 @@ def compiled(function):
 
 
 def finished(side, device):
-    """`side`, and a wait for the device to have done it: for clocks on the host."""
+    """`side`, and a synchronisation with the device: for clocks on the host."""
 
     def run():
         side()
@@ -27,7 +27,7 @@ def finished(side, device):
 
 
 def alternate(sides, *, rounds, device="cpu"):
-    """Time each callable of `sides` {name: function} in turn, `rounds` times; return {name: [seconds, ...]}.
+    """Time each callable of `sides` {name: function} alternately, `rounds` times; return {name: [seconds, ...]}.
 
     On a GPU the device's own clock is read, by events around each call, and nothing waits until all rounds are queued.
     """
@@ -66,7 +66,7 @@ def _on_the_device(sides, rounds):
     return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
 
-def _flushes(buffer, side, *, most=100):
+def _flushes(buffer, side, *, maximum=100):
     """How often `buffer` is to be written so that the device needs twice as long for it as the host for queueing `side`."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -78,7 +78,7 @@ def _flushes(buffer, side, *, most=100):
     side()
     host = time.perf_counter() - begin
     torch.cuda.synchronize()
-    return max(1, min(most, math.ceil(2 * host / max(flush, 1e-6))))
+    return max(1, min(maximum, math.ceil(2 * host / max(flush, 1e-6))))
 
 
 def duration(seconds):
@@ -96,7 +96,7 @@ def ratio(slow, fast):
     return statistics.median(s / f for s, f in zip(slow, fast))
 
 
-def rounds_for(sides, *, seconds, device="cpu", least=3, most=101):
+def rounds_for(sides, *, seconds, device="cpu", minimum=3, maximum=101):
     """How many alternating rounds fit into `seconds`. The first call is not counted: it may compile and tune."""
     for side in sides.values():
         finished(side, device)()
@@ -104,4 +104,4 @@ def rounds_for(sides, *, seconds, device="cpu", least=3, most=101):
     for side in sides.values():
         finished(side, device)()
     once = time.perf_counter() - start
-    return max(least, min(most, int(seconds / max(once, 1e-6))))
+    return max(minimum, min(maximum, int(seconds / max(once, 1e-6))))

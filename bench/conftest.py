@@ -34,7 +34,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def float32_is_float32():
-    """cuDNN's convolutions round float32 to tf32 unless told otherwise; ours do not, so that nothing could be compared."""
+    """cuDNN's convolutions round float32 to tf32 unless set otherwise; ours do not, so that nothing could be compared."""
     conv = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
     yield
@@ -93,7 +93,7 @@ def compare(benchmark, device, full):
         info["rounds"] = rounds
         info["seconds"] = {name: quantiles(times) for name, times in measured.items()}
         info["ratio"] = {name: ratio(measured[name], measured["ours"]) for name in others}
-        info["target"] = target or {} if device == "cpu" else {}  # the goals are a CPU's
+        info["target"] = target or {} if device == "cpu" else {}  # the targets are a CPU's
         median = info["seconds"]["ours"]["p50"]
         if flops:
             info["gflops"] = flops / median / 1e9

@@ -9,7 +9,7 @@ import json
 from bench.compare import duration
 
 
-def share(value, ceiling):
+def fraction_of(value, ceiling):
     return f" ({100 * value / ceiling:.0f} %)" if ceiling else ""
 
 
@@ -24,19 +24,19 @@ def rows(results):
         dtype = "bfloat16" if "bfloat16" in bench["name"] else "float32"
         rate = ""
         if "gflops" in info:
-            rate = f"{info['gflops']:.0f} GFLOP/s" + share(info["gflops"], ceilings.get(f"bench_product[{dtype}]"))
+            rate = f"{info['gflops']:.0f} GFLOP/s" + fraction_of(info["gflops"], ceilings.get(f"bench_product[{dtype}]"))
         elif "gbytes" in info:
-            rate = f"{info['gbytes']:.1f} GB/s" + share(info["gbytes"], ceilings.get("bench_copy"))
+            rate = f"{info['gbytes']:.1f} GB/s" + fraction_of(info["gbytes"], ceilings.get("bench_copy"))
         median = info["seconds"]["ours"]["p50"]
         table.append((bench["name"].removeprefix("bench_"), median, info["ratio"], info["target"], rate))
     return table, ceilings
 
 
 def markdown(table, ceilings):
-    lines = ["| what | ours | faster than | rate (share of the ceiling) |", "|---|---|---|---|"]
+    lines = ["| what | ours | faster than | rate (fraction of the ceiling) |", "|---|---|---|---|"]
     for name, median, ratios, targets, rate in table:
         faster = ", ".join(
-            f"{side} {ratio:.1f}x" + (f" (goal {targets[side]:g})" if side in targets else "") for side, ratio in ratios.items()
+            f"{side} {ratio:.1f}x" + (f" (target {targets[side]:g})" if side in targets else "") for side, ratio in ratios.items()
         )
         lines.append(f"| {name} | {duration(median)} | {faster} | {rate} |")
     if ceilings:
@@ -61,7 +61,7 @@ def plot(table, path):
         if target:
             axes.plot([target, target], [place - 0.4, place + 0.4], color="black")
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("times faster, median of alternating runs (black: goal)")
+    axes.set_xlabel("times faster, median of alternating runs (black: target)")
     axes.invert_yaxis()
     axes.tick_params(labelsize=7)
     figure.tight_layout()

@@ -279,17 +279,17 @@ def _attention(
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     scale *= _LOG2E
-    whole = keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    full = keys // BLOCK_N * BLOCK_N
+    for start in range(0, full, BLOCK_N):
         highest, total, acc0, acc1 = _attend(
             q, m, q0, q1, k, v, start, scale, highest, total, acc0, acc1,
             D, D0, D1, CHUNK, POSITIVE, PRECISION, EIGHTHS, SUMS, BLOCK_N, False,
         )  # fmt: skip
     LEFT: tl.constexpr = (REST - 1) % BLOCK_N + 1
     TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
-    if whole < keys:
+    if full < keys:
         highest, total, acc0, acc1 = _attend(
-            q, m, q0, q1, k, v, whole, scale, highest, total, acc0, acc1,
+            q, m, q0, q1, k, v, full, scale, highest, total, acc0, acc1,
             D, D0, D1, CHUNK, POSITIVE, PRECISION, 0, SUMS, TAIL, True,
         )  # fmt: skip
     if SUMS > 0:
@@ -409,17 +409,17 @@ def _grad_q(
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     log_scale = scale * _LOG2E
-    whole = keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    full = keys // BLOCK_N * BLOCK_N
+    for start in range(0, full, BLOCK_N):
         acc0, acc1 = _grad_q_tile(
             q, grad, m, q0, q1, grad0, grad1, k, v, start, log_scale, lse, delta, acc0, acc1,
             D, D0, D1, CHUNK, PRECISION, EIGHTHS, BLOCK_N, False,
         )  # fmt: skip
     LEFT: tl.constexpr = (REST - 1) % BLOCK_N + 1
     TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
-    if whole < keys:
+    if full < keys:
         acc0, acc1 = _grad_q_tile(
-            q, grad, m, q0, q1, grad0, grad1, k, v, whole, log_scale, lse, delta, acc0, acc1,
+            q, grad, m, q0, q1, grad0, grad1, k, v, full, log_scale, lse, delta, acc0, acc1,
             D, D0, D1, CHUNK, PRECISION, 0, TAIL, True,
         )  # fmt: skip
     acc0 *= scale
@@ -536,17 +536,17 @@ def _grad_kv(
     grad_v0 = tl.zeros([BLOCK_N, D0], tl.float32)
     grad_v1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
     log_scale = scale * _LOG2E
-    whole = queries // BLOCK_M * BLOCK_M
-    for start in range(0, whole, BLOCK_M):
+    full = queries // BLOCK_M * BLOCK_M
+    for start in range(0, full, BLOCK_M):
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
             k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, start, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
             D, D0, D1, CHUNK, PRECISION, EIGHTHS, BLOCK_M, False,
         )  # fmt: skip
     LEFT: tl.constexpr = (REST - 1) % BLOCK_M + 1
     TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
-    if whole < queries:
+    if full < queries:
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
-            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, whole, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
+            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, full, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
             D, D0, D1, CHUNK, PRECISION, 0, TAIL, True,
         )  # fmt: skip
     grad_k0 *= scale

@@ -21,7 +21,7 @@ def sdpa(q, k, v, scale):
 def flash_attn(q, k, v, scale):
     """flash_attn.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, ...) on [B, N, H, D], half precision only.
 
-    Its backward adds up grad_q with atomics unless it is told not to.
+    Its backward adds up grad_q with atomics unless it is asked not to.
     """
     import flash_attn as package
 

@@ -63,12 +63,12 @@ def linear(x, weight, bias):  # x [M, K], weight [N, K], bias [N] or None -> [M,
     return product(x, used, bias), kept(used, weight)
 
 
-def linear_backward(grad_out, x, weight, bias, weight_dtype, wanted):
-    # grad_out [M, N], x [M, K], weight [N, K] as the product took it -> gradients of x, weight, bias; [0] where not wanted
+def linear_backward(grad_out, x, weight, bias, weight_dtype, output_mask):
+    # grad_out [M, N], x [M, K], weight [N, K] as the product took it -> gradients of x, weight, bias; [0] where not needed
     return (
-        torch.mm(grad_out, weight.to(x.dtype)) if wanted[0] else x.new_empty(0),
-        weight_gradient(grad_out, x, weight_dtype) if wanted[1] else x.new_empty(0),
-        bias_gradient(grad_out, bias.dtype) if wanted[2] else x.new_empty(0),
+        torch.mm(grad_out, weight.to(x.dtype)) if output_mask[0] else x.new_empty(0),
+        weight_gradient(grad_out, x, weight_dtype) if output_mask[1] else x.new_empty(0),
+        bias_gradient(grad_out, bias.dtype) if output_mask[2] else x.new_empty(0),
     )
 
 

@@ -88,7 +88,7 @@ def gelu(hidden):
 
 
 def gelu_backward(hidden, grad, dtype):
-    """hidden, grad [rows, columns], dense -> the gradient of hidden, and its column sums in `dtype` (None: not wanted, [0])."""
+    """hidden, grad [rows, columns], dense -> the gradient of hidden, and its column sums in `dtype` (None: not needed, [0])."""
     rows, columns = hidden.shape
     grad_hidden = torch.empty_like(hidden)
     if not hidden.numel():
@@ -121,21 +121,21 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 
 
 def mlp_backward(
-    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted
+    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, output_mask
 ):  # fmt: skip
-    # grad_out [M, D], weights as the products took them -> gradients of x and the four parameters; [0] where not wanted
-    wants_x, wants_fc1, wants_fc1_bias, wants_fc2, wants_fc2_bias = wanted
+    # grad_out [M, D], weights as the products took them -> gradients of x and the four parameters; [0] where not needed
+    needs_x, needs_fc1, needs_fc1_bias, needs_fc2, needs_fc2_bias = output_mask
     grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias = (x.new_empty(0) for _ in range(5))
-    if wants_fc2_bias:
+    if needs_fc2_bias:
         grad_fc2_bias = bias_gradient(grad_out, fc2_bias.dtype)
-    if wants_fc2:
+    if needs_fc2:
         grad_fc2 = weight_gradient(grad_out, activation, fc2_dtype)
-    if wants_x or wants_fc1 or wants_fc1_bias:
+    if needs_x or needs_fc1 or needs_fc1_bias:
         grad = torch.mm(grad_out, fc2_weight.to(x.dtype))
-        grad_hidden, grad_fc1_bias = gelu_backward(hidden, grad, fc1_bias.dtype if wants_fc1_bias else None)
+        grad_hidden, grad_fc1_bias = gelu_backward(hidden, grad, fc1_bias.dtype if needs_fc1_bias else None)
         del grad
-        if wants_x:
+        if needs_x:
             grad_x = torch.mm(grad_hidden, fc1_weight.to(x.dtype))
-        if wants_fc1:
+        if needs_fc1:
             grad_fc1 = weight_gradient(grad_hidden, x, fc1_dtype)
     return grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias

@@ -171,7 +171,7 @@ def _patch_loss(
     """loss = mean over a patch of (pred - (x - m) r)^2, m and r its mean and 1 / sqrt(unbiased variance + 1e-6), or those of each
     channel, r = 1 / (sqrt(unbiased variance) + 1e-6).
 
-    A program holds whole patches in registers: the target is read once, its mean and variance are taken in two passes.
+    A program holds complete patches in registers: the target is read once, its mean and variance are taken in two passes.
 
     Args:
         pred_ptr: [B, M, P]. video_ptr: [B, C, T, H, W]. masked_ptr: [B, M] int64. loss_ptr: [B, M] float32, mean_ptr,

@@ -36,16 +36,16 @@ def _random_masking(
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
-        trial = threshold | bit
+        candidate = threshold | bit
         if ONE_TILE:
-            below = tl.sum(((keys < trial) & (lane < N)).to(tl.int32))
+            below = tl.sum(((keys < candidate) & (lane < N)).to(tl.int32))
         else:
             count = tl.zeros([BLOCK], tl.int32)
             for start in range(0, N, BLOCK):
                 token = start + lane
-                count += ((_sort_keys(noise_ptr, token, N, stride_n) < trial) & (token < N)).to(tl.int32)
+                count += ((_sort_keys(noise_ptr, token, N, stride_n) < candidate) & (token < N)).to(tl.int32)
             below = tl.sum(count)
-        threshold = tl.where(below < num_keep, trial, threshold)
+        threshold = tl.where(below < num_keep, candidate, threshold)
         bit = bit >> 1
 
     count = tl.zeros([BLOCK], tl.int32)

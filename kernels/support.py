@@ -25,7 +25,7 @@ def _triton_version():
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return None  # a build that was not installed: only its import can tell
+    return None  # a build that was not installed: only its import can show it
 
 
 def _triton_problem():

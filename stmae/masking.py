@@ -50,8 +50,8 @@ def token_counts(strategy: str, grid: tuple[int, int, int], ratio: float, decode
     Args:
         strategy: one of ``STRATEGIES``.
         grid: (t, h, w), the patch grid.
-        ratio: masked share, in (0, 1).
-        decoder_ratio: share of the masked tokens that is not reconstructed: 0, 0.25, 0.5 or 0.75.
+        ratio: masked fraction, in (0, 1).
+        decoder_ratio: fraction of the masked tokens that is not reconstructed: 0, 0.25, 0.5 or 0.75.
 
     Raises:
         ValueError: as ``num_keep`` and ``num_reconstructed``.
@@ -102,7 +102,7 @@ def make_mask(
         drawn = False
     keep, masked = ops.random_masking(noise, count)
     if not drawn:
-        _check_whole(strategy, grid, keep)
+        _check_strategy(strategy, grid, keep)
     if num_reconstructed(masked.shape[1], decoder_ratio) < masked.shape[1]:
         if phase is None and drawn:
             phase = sample_phase(batch, generator=generator, device=noise.device)
@@ -117,7 +117,7 @@ def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
 
     ``random`` and ``block`` keep ``int(N * (1 - ratio))``, truncated in double precision exactly as mae_st
     does it (3920 tokens at 0.9 keep 391, not 392). ``tube`` and ``frame`` mask ``int(n * ratio)`` of the
-    ``n = h * w`` tubes or ``n = t`` time slices and keep the others whole, as VideoMAE does (8x14x14 at 0.9: 20
+    ``n = h * w`` tubes or ``n = t`` time slices and keep the others complete, as VideoMAE does (8x14x14 at 0.9: 20
     tubes, 160 tokens).
 
     Raises:
@@ -152,12 +152,12 @@ def sample_noise(
     tokens to keep.
 
     Args:
-        strategy: ``random``: any tokens; ``tube``: the same places in every time slice; ``frame``: whole time
+        strategy: ``random``: any tokens; ``tube``: the same places in every time slice; ``frame``: complete time
             slices; ``block``: what is masked is a union of random space-time boxes, the last one cut to give
             the exact count.
         batch: ``B``, each row drawn by itself.
         grid: ``(t, h, w)``, the patch grid; token index is ``(it * h + ih) * w + iw``.
-        ratio: masked share. Only ``block`` draws differently for it, but every strategy checks it.
+        ratio: masked fraction. Only ``block`` draws differently for it, but every strategy checks it.
         generator: source of randomness; the noise is drawn on its device, then moved to ``device``.
         device: where the result lies; default: the generator's device, or torch's default device.
 
@@ -227,7 +227,7 @@ def reconstructed(
         masked: int64, ascending, as ``random_masking`` gives it.
         noise: [B, N], what the mask was made of.
         grid: (t, h, w), the patch grid.
-        decoder_ratio: share of the masked tokens that is left out: 0, 0.25, 0.5 or 0.75.
+        decoder_ratio: fraction of the masked tokens that is left out: 0, 0.25, 0.5 or 0.75.
         phase: [B] int64 in [0, 4).
 
     Raises:
@@ -263,7 +263,7 @@ def _permutation(batch: int, size: int, generator: torch.Generator | None, devic
     return torch.rand(batch, size, generator=generator, device=device, dtype=torch.float32).argsort(dim=1).float()
 
 
-def _check_whole(strategy: str, grid: tuple[int, int, int], keep: torch.Tensor) -> None:
+def _check_strategy(strategy: str, grid: tuple[int, int, int], keep: torch.Tensor) -> None:
     """Raises ValueError where keep [B, K] has parts of tubes or time slices, in which the strategy keeps or masks all tokens."""
     if strategy not in ("tube", "frame") or torch.compiler.is_compiling():
         return
@@ -276,8 +276,9 @@ def _check_whole(strategy: str, grid: tuple[int, int, int], keep: torch.Tensor) 
     if bool((visible.any(dim=along) != visible.all(dim=along)).any()):
         parts = {"tube": "tubes", "frame": "time slices"}[strategy]
         raise ValueError(
-            f"make_mask: expected noise that keeps or masks whole {parts}, as strategy '{strategy}' does, got noise with which "
-            f"keeping {keep.shape[1]} of {t * h * w} tokens keeps parts of some; draw it with sample_noise('{strategy}', ...)"
+            f"make_mask: expected noise that keeps or masks complete {parts}, as strategy '{strategy}' does, got noise with "
+            f"which keeping {keep.shape[1]} of {t * h * w} tokens keeps parts of some; draw it with "
+            f"sample_noise('{strategy}', ...)"
         )
 
 

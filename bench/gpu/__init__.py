@@ -1,1 +1,1 @@
-"""Everything that a GPU can tell, in one command: see __main__.py."""
+"""Everything to measure on a GPU, in one command: see __main__.py."""

@@ -1,4 +1,4 @@
-"""Everything that a GPU can tell, in order, each part under its own limit and written as it ends.
+"""Everything to measure on a GPU, in order, each part under its own limit and written as it ends.
 
     python -m bench.gpu [--output gpu-results] [--parts environment,tests,kernels,steps,compiled,ncu,benches]
 
@@ -42,7 +42,7 @@ class Run:
         self.environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products need
 
     def call(self, command, limit, *, output=None, **variables):
-        """Run ``command`` for at most ``limit`` seconds, adding what it says to the file ``output`` (default log.txt).
+        """Run ``command`` for at most ``limit`` seconds, adding its output to the file ``output`` (default log.txt).
 
         Returns "ok", or what went wrong. What it started ends with it.
         """

@@ -1,4 +1,4 @@
-// What an op requires of its operands, and what it says when that does not hold. Every op checks all that it is given, since
+// What an op requires of its operands, and the errors where that does not hold. Every op checks all that it is given, since
 // torch.ops.stmae.* can be called directly. A failed check becomes a RuntimeError in Python: "op: what was expected, what came".
 #pragma once
 
@@ -54,7 +54,7 @@ inline std::string shape(const torch::stable::Tensor& tensor) {
   return text.str();
 }
 
-// The product of sizes, none negative; an error where it has no place in 62 bits.
+// The product of sizes, none negative; an error where it does not fit 62 bits.
 inline int64_t checked_product(const char* op, std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
   for (int64_t size : sizes)

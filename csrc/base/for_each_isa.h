@@ -1,4 +1,4 @@
-// Compiles a kernel file once per instruction set. A kernel file (cpu/<op>.cpp) looks like this:
+// Compiles a kernel file once per instruction set. A kernel file (cpu/<op>.cpp) has this form:
 //
 //   #ifdef STMAE_ISA              // compiled once for each instruction set, inside its target region
 //   namespace stmae::STMAE_ISA {  // STMAE_ISA is avx512_bf16, avx512, avx2 or portable; STMAE_ISA_LEVEL is 3, 2, 1 or 0

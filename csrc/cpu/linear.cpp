@@ -59,7 +59,7 @@ static void pack_columns(const Packing& p, int64_t begin, int64_t end) {
 
 template <typename E, typename T>
 static void pack_blocks(const Packing& p, int64_t begin, int64_t end) {
-  constexpr int64_t kColumns = 32 * kTileRows;  // whole lines of the source, which may lie pages apart
+  constexpr int64_t kColumns = 32 * kTileRows;  // full lines of the source, which may lie pages apart
   static_assert(kColumns % kLanes == 0);
   alignas(64) float packed_row[kColumns] = {};
   for (int64_t block = begin; block < end; ++block) {

@@ -56,7 +56,7 @@ STMAE_INLINE vec min(vec a, vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 STMAE_INLINE float sum(vec a) { return _mm512_reduce_add_ps(a.v); }
 STMAE_INLINE float max(vec a) { return _mm512_reduce_max_ps(a.v); }
 STMAE_INLINE vec round(vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-STMAE_INLINE vec scale_by_power(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n whole
+STMAE_INLINE vec scale_by_power(vec a, vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n an integer
 STMAE_INLINE vec select_first(int n, vec yes, vec no) { return {_mm512_mask_blend_ps(first(n), no.v, yes.v)}; }  // n lanes of yes
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) {  // per lane: x < 0 ? yes : no
   return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), yes.v)};
@@ -122,17 +122,17 @@ STMAE_INLINE vec fma(vec a, vec b, vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.
 STMAE_INLINE vec max(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 STMAE_INLINE vec min(vec a, vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 STMAE_INLINE vec round(vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n whole; in two steps, so that subnormal results are right
-  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n an integer; in two steps, so that subnormal results are right
+  const __m256i integer = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(integer, 1), bias = _mm256_set1_epi32(127);
   const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(integer, half), bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, first), second)};
 }
 STMAE_INLINE vec select_first(int n, vec yes, vec no) {  // n lanes of yes
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(first(n)))};
 }
 STMAE_INLINE vec select_negative(vec x, vec yes, vec no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }  // x < 0 ? yes : no
-STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n whole and in [-126, 127]
+STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n an integer and in [-126, 127]
   return {_mm256_mul_ps(
       a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23)))};
 }
@@ -194,7 +194,7 @@ STMAE_INLINE vec round(vec a) {  // adding 1.5 * 2^23 drops the fraction; from 2
   const vec::type size = a.v < 0 ? -a.v : a.v;
   return {size < 4194304.f ? (a.v + shift) - shift : a.v};
 }
-STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n whole and in [-126, 127]
+STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n an integer and in [-126, 127]
   typedef uint32_t bits __attribute__((vector_size(16)));
   const vec::type shifted = n.v + 12582912.f;  // n is now in the low bits
   return {a.v * reinterpret_cast<vec::type>((reinterpret_cast<bits>(shifted) + 127u) << 23)};
@@ -205,10 +205,10 @@ STMAE_INLINE void interleave(vec& a, vec& b) {  // a0 b0 a1 b1 ... across both: 
   b.v = vec::type{x[2], y[2], x[3], y[3]};
 }
 constexpr float kLowestExponent = -126.f;
-STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n whole; in two steps, so that subnormal results are right
-  typedef int32_t whole_type __attribute__((vector_size(16)));
-  const whole_type whole = __builtin_convertvector(n.v, whole_type), half = whole >> 1;
-  const whole_type first = (half + 127) << 23, second = (whole - half + 127) << 23;
+STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n an integer; in two steps, so that subnormal results are right
+  typedef int32_t int_type __attribute__((vector_size(16)));
+  const int_type integer = __builtin_convertvector(n.v, int_type), half = integer >> 1;
+  const int_type first = (half + 127) << 23, second = (integer - half + 127) << 23;
   vec::type x, y;
   std::memcpy(&x, &first, sizeof(x));
   std::memcpy(&y, &second, sizeof(y));
@@ -256,14 +256,14 @@ STMAE_INLINE void transpose(vec (&rows)[kLanes]) {
 // so that the rounding of float32 dominates. NaN stays NaN.
 STMAE_INLINE vec exp2(vec x) {
   x = max(set(kLowestExponent), x);  // in this order: of a number and NaN, the second is returned
-  const vec whole = round(x), f = x - whole;
+  const vec integer = round(x), f = x - integer;
   vec p = fma(set(1.5345812e-4f), f, set(1.3399931e-3f));
   p = fma(p, f, set(9.6184890e-3f));
   p = fma(p, f, set(5.5503288e-2f));
   p = fma(p, f, set(2.4022647e-1f));
   p = fma(p, f, set(6.9314721e-1f));
   p = fma(p, f, set(1.f));
-  return times_power_of_two(p, whole);
+  return times_power_of_two(p, integer);
 }
 
 #if STMAE_ISA_LEVEL >= 2

@@ -33,7 +33,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     block succeeds.
 
     The data is on disk before the name changes (fsync, rename, fsync of the folder), so a crash, a full disk
-    or an interruption leaves the previous file whole. On failure the temporary file is removed and nothing
+    or an interruption leaves the previous file complete. On failure the temporary file is removed and nothing
     else.
 
     Raises:

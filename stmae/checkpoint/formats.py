@@ -40,7 +40,7 @@ _EXPECTED = "expected a masked video autoencoder of a plain ViT"
 
 
 class UnknownFormat(ValueError):
-    """Weights that this library does not read; the message names what they look like."""
+    """Weights that this library does not read; the message names what they resemble."""
 
 
 def recognize(weights: dict[str, torch.Tensor], model_type: str | None = None) -> str:
@@ -102,15 +102,15 @@ def build_foreign(
         report: filled in.
         arguments: what the file itself says of how it was trained (the ``args`` of mae_st and VideoMAE).
         hub_config: a Hugging Face ``config.json``.
-        stated: configuration fields that the caller states; those that the weights do not tell are taken as the truth about the
-            file, and the rest is given back.
+        stated: configuration fields that the caller states; those that the weights do not determine describe the file, and the
+            rest is given back.
 
     Returns:
         (model, the fields of ``stated`` that are not about the file but changes to it).
     """
     format = recognize(weights, (hub_config or {}).get("model_type"))
     report.format = format
-    report.examine(weights)
+    report.check_values(weights)
     reader = {
         "huggingface-videomae": _huggingface,
         "videomae": _videomae,
@@ -118,11 +118,11 @@ def build_foreign(
         "mae_st": _mae_st,
         "image-mae": _image_mae,
     }[format]
-    facts = _Facts(report, dict(arguments or {}), dict(stated or {}))
-    return reader(weights, facts, hub_config), facts.remaining
+    inference = _Inference(report, dict(arguments or {}), dict(stated or {}))
+    return reader(weights, inference, hub_config), inference.remaining
 
 
-class _Facts:
+class _Inference:
     """The configuration as it comes together, with the source of each field."""
 
     def __init__(self, report: LoadReport, arguments: dict, stated: dict):
@@ -143,10 +143,10 @@ class _Facts:
             self.values[field] = value
             self.report.inferred[field] = f"{value!r}, {why}"
 
-    def untold(
+    def undetermined(
         self, field: str, default: Any, why: str, argument: str | None = None, convert: Callable[[Any], Any] = lambda value: value
     ) -> Any:
-        """A field that weights cannot tell: stated by the caller, by the file's own arguments, or assumed."""
+        """A field that weights do not determine: stated by the caller, by the file's own arguments, or assumed."""
         if field in self.remaining:
             value = self.remaining.pop(field)
             self.report.inferred[field] = f"{value!r}, as stated"
@@ -154,7 +154,7 @@ class _Facts:
             value = convert(self.arguments[argument])
             self.report.inferred[field] = f"{value!r}, from the file's own args.{argument}"
         elif default is None:
-            raise UnknownFormat(f"cannot tell {field} from these weights ({why}); state it: load(path, {field}=...)")
+            raise UnknownFormat(f"{field} cannot be determined from these weights ({why}); state it: load(path, {field}=...)")
         else:
             value = default
             self.report.assumed[field] = f"{value!r}, {why}"
@@ -166,7 +166,7 @@ class _Facts:
         if "num_heads" not in self.remaining and key in _HEADS:
             self.always(f"as in the only factory with width {key[0]} and depth {key[1]}", num_heads=_HEADS[key])
         else:
-            self.untold("num_heads", None, f"no factory has width {key[0]} and depth {key[1]}")
+            self.undetermined("num_heads", None, f"no factory has width {key[0]} and depth {key[1]}")
 
 
 def _depth(weights: dict, prefix: str) -> int:
@@ -175,136 +175,140 @@ def _depth(weights: dict, prefix: str) -> int:
     return max(found) + 1 if found else 0
 
 
-def _patches(facts: _Facts, weights: dict, name: str) -> None:
+def _patches(inference: _Inference, weights: dict, name: str) -> None:
     shape = weights[name].shape
     width, channels, *patch = shape if len(shape) == 5 else (*shape[:2], None, *shape[2:])
-    facts.seen("width", width, name)
-    facts.seen("in_channels", channels, name)
+    inference.seen("width", width, name)
+    inference.seen("in_channels", channels, name)
     if patch[0] is not None:
-        facts.seen("tubelet_size", patch[0], name)
-    facts.seen("patch_size", (patch[1], patch[2]), name)
+        inference.seen("tubelet_size", patch[0], name)
+    inference.seen("patch_size", (patch[1], patch[2]), name)
 
 
-def _blocks(facts: _Facts, weights: dict, prefix: str, fc1: str) -> None:
-    facts.seen("depth", _depth(weights, prefix), prefix + "*")
+def _blocks(inference: _Inference, weights: dict, prefix: str, fc1: str) -> None:
+    inference.seen("depth", _depth(weights, prefix), prefix + "*")
     name = f"{prefix}0.{fc1}"
     if name not in weights:
         raise UnknownFormat(f"expected {name} among the weights, and it is missing")
-    facts.seen("mlp_ratio", ratio(facts.values["width"], weights[name].shape[0]), name)
+    inference.seen("mlp_ratio", ratio(inference.values["width"], weights[name].shape[0]), name)
 
 
-def _grid_from_positions(facts: _Facts, weights: dict, class_token: bool) -> None:
+def _grid_from_positions(inference: _Inference, weights: dict, class_token: bool) -> None:
     """image_size and num_frames from learned positions, separable or joint."""
-    patch, tubelet = facts.values["patch_size"], facts.values["tubelet_size"]
-    if facts.values["separable_position"]:
+    patch, tubelet = inference.values["patch_size"], inference.values["tubelet_size"]
+    if inference.values["separable_position"]:
         places, where = weights["pos_embed_spatial"].shape[-2], "pos_embed_spatial"
-        facts.seen("num_frames", weights["pos_embed_temporal"].shape[-2] * tubelet, "pos_embed_temporal")
+        inference.seen("num_frames", weights["pos_embed_temporal"].shape[-2] * tubelet, "pos_embed_temporal")
     else:
         tokens = weights["pos_embed"].shape[-2] - class_token
-        frames = facts.untold("num_frames", 16, "the clip length of the published recipes", "num_frames")
+        frames = inference.undetermined("num_frames", 16, "the clip length of the published recipes", "num_frames")
         slices = frames // tubelet
         if not slices or tokens % slices:
             raise UnknownFormat(
                 f"pos_embed has {tokens} tokens, which {frames} frames do not divide; state it: load(path, num_frames=...)"
             )
         places, where = tokens // slices, "pos_embed"
-    _square(facts, places, patch, where)
+    _square(inference, places, patch, where)
 
 
-def _square(facts: _Facts, places: int, patch: tuple[int, int], where: str) -> None:
+def _square(inference: _Inference, places: int, patch: tuple[int, int], where: str) -> None:
     side = math.isqrt(places)
-    if "image_size" in facts.remaining:
-        size = facts.remaining["image_size"]
+    if "image_size" in inference.remaining:
+        size = inference.remaining["image_size"]
         height, width = (size, size) if isinstance(size, int) else size
         if (height // patch[0]) * (width // patch[1]) == places:
-            facts.untold("image_size", None, "")
+            inference.undetermined("image_size", None, "")
             return
     if side * side != places:
         raise UnknownFormat(f"{where} has {places} places, which are no square; state image_size: load(path, image_size=(H, W))")
-    facts.values["image_size"] = (side * patch[0], side * patch[1])
-    facts.report.inferred["image_size"] = f"{facts.values['image_size']}, from {where}, as a square"
+    inference.values["image_size"] = (side * patch[0], side * patch[1])
+    inference.report.inferred["image_size"] = f"{inference.values['image_size']}, from {where}, as a square"
 
 
-def _target(facts: _Facts, names: tuple[str, str], argument: str) -> None:
+def _target(inference: _Inference, names: tuple[str, str], argument: str) -> None:
     plain, normalized = names
-    facts.untold("target", normalized, "the published recipes' choice", argument, lambda value: normalized if value else plain)
+    inference.undetermined(
+        "target", normalized, "the published recipes' choice", argument, lambda value: normalized if value else plain
+    )
 
 
-def _mae_st(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
+def _mae_st(weights: dict, inference: _Inference, _: dict[str, Any] | None) -> VideoModel:
     pretrain = "mask_token" in weights
-    _patches(facts, weights, "patch_embed.proj.weight")
-    _blocks(facts, weights, "blocks.", "mlp.fc1.weight")
-    facts.heads()
-    facts.seen("class_token", "cls_token" in weights, "cls_token")
-    facts.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
-    facts.seen("qkv_bias", "blocks.0.attn.q.bias" in weights, "blocks.0.attn.q.bias")
-    _grid_from_positions(facts, weights, facts.values["class_token"])
+    _patches(inference, weights, "patch_embed.proj.weight")
+    _blocks(inference, weights, "blocks.", "mlp.fc1.weight")
+    inference.heads()
+    inference.seen("class_token", "cls_token" in weights, "cls_token")
+    inference.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
+    inference.seen("qkv_bias", "blocks.0.attn.q.bias" in weights, "blocks.0.attn.q.bias")
+    _grid_from_positions(inference, weights, inference.values["class_token"])
     if not pretrain:
-        facts.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
-        return from_mae_st(weights, VideoClassifierConfig(**facts.values))
-    _decoder(facts, weights, "decoder_embed.weight", "decoder_blocks.")
+        inference.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
+        return from_mae_st(weights, VideoClassifierConfig(**inference.values))
+    _decoder(inference, weights, "decoder_embed.weight", "decoder_blocks.")
     heads = "the default of mae_st's constructor, which all its factories keep"
-    facts.untold("decoder_num_heads", 16, heads, "decoder_num_heads")
-    _predicted_frames(facts, weights["decoder_pred.weight"].shape[0], "decoder_pred.weight")
-    facts.always("as mae_st does", decoder_class_token="own", frame_choice="linspace")
-    _target(facts, ("pixels", "normalized_pixels"), "norm_pix_loss")
-    facts.untold("mask_ratio", 0.9, "the paper's", "mask_ratio")
-    return from_mae_st(weights, MaskedAutoencoderConfig(**facts.values))
+    inference.undetermined("decoder_num_heads", 16, heads, "decoder_num_heads")
+    _predicted_frames(inference, weights["decoder_pred.weight"].shape[0], "decoder_pred.weight")
+    inference.always("as mae_st does", decoder_class_token="own", frame_choice="linspace")
+    _target(inference, ("pixels", "normalized_pixels"), "norm_pix_loss")
+    inference.undetermined("mask_ratio", 0.9, "the paper's", "mask_ratio")
+    return from_mae_st(weights, MaskedAutoencoderConfig(**inference.values))
 
 
-def _slowfast(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
-    _patches(facts, weights, "patch_embed.proj.weight")
-    _blocks(facts, weights, "blocks.", "mlp.fc1.weight")
-    facts.heads()
-    facts.seen("class_token", "cls_token" in weights, "cls_token")
-    facts.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
-    facts.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
-    _grid_from_positions(facts, weights, facts.values["class_token"])
+def _slowfast(weights: dict, inference: _Inference, _: dict[str, Any] | None) -> VideoModel:
+    _patches(inference, weights, "patch_embed.proj.weight")
+    _blocks(inference, weights, "blocks.", "mlp.fc1.weight")
+    inference.heads()
+    inference.seen("class_token", "cls_token" in weights, "cls_token")
+    inference.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
+    inference.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
+    _grid_from_positions(inference, weights, inference.values["class_token"])
     if "mask_token" not in weights:
         name = "head.projection.weight"
-        facts.seen("num_classes", weights[name].shape[0] if name in weights else 0, name)
-        return from_slowfast(weights, VideoClassifierConfig(**facts.values))
-    _decoder(facts, weights, "decoder_embed.weight", "pred_head.transforms.0.", norm_in_list=True)
-    facts.seen("decoder_separable_position", "dec_pos_embed_spatial" in weights, "dec_pos_embed_spatial")
-    facts.untold("decoder_num_heads", max(1, facts.values["decoder_width"] // 64), "width / 64, as SlowFast computes it")
-    _predicted_frames(facts, weights["pred_head.projections.0.weight"].shape[0], "pred_head.projections.0.weight")
-    facts.always("as SlowFast does", decoder_class_token="encoder", frame_choice="stride")
-    _target(facts, ("pixels", "normalized_pixels"), "norm_pix_loss")
-    facts.untold("mask_ratio", 0.9, "the paper's", "mask_ratio")
-    return from_slowfast(weights, MaskedAutoencoderConfig(**facts.values))
+        inference.seen("num_classes", weights[name].shape[0] if name in weights else 0, name)
+        return from_slowfast(weights, VideoClassifierConfig(**inference.values))
+    _decoder(inference, weights, "decoder_embed.weight", "pred_head.transforms.0.", norm_in_list=True)
+    inference.seen("decoder_separable_position", "dec_pos_embed_spatial" in weights, "dec_pos_embed_spatial")
+    inference.undetermined(
+        "decoder_num_heads", max(1, inference.values["decoder_width"] // 64), "width / 64, as SlowFast computes it"
+    )
+    _predicted_frames(inference, weights["pred_head.projections.0.weight"].shape[0], "pred_head.projections.0.weight")
+    inference.always("as SlowFast does", decoder_class_token="encoder", frame_choice="stride")
+    _target(inference, ("pixels", "normalized_pixels"), "norm_pix_loss")
+    inference.undetermined("mask_ratio", 0.9, "the paper's", "mask_ratio")
+    return from_slowfast(weights, MaskedAutoencoderConfig(**inference.values))
 
 
-def _decoder(facts: _Facts, weights: dict, embed: str, blocks: str, norm_in_list: bool = False) -> None:
-    facts.seen("decoder_width", weights[embed].shape[0], embed)
-    facts.seen("decoder_depth", _depth(weights, blocks) - norm_in_list, blocks + "*")
+def _decoder(inference: _Inference, weights: dict, embed: str, blocks: str, norm_in_list: bool = False) -> None:
+    inference.seen("decoder_width", weights[embed].shape[0], embed)
+    inference.seen("decoder_depth", _depth(weights, blocks) - norm_in_list, blocks + "*")
 
 
-def _predicted_frames(facts: _Facts, outputs: int, where: str) -> None:
-    values = facts.values
+def _predicted_frames(inference: _Inference, outputs: int, where: str) -> None:
+    values = inference.values
     per_frame = math.prod(values["patch_size"]) * values["in_channels"]
     slices = values["num_frames"] // values["tubelet_size"]
     if outputs % per_frame:
         raise UnknownFormat(f"{where} has {outputs} rows, no multiple of the {per_frame} values of a patch of one frame")
     frames = outputs // per_frame * slices
     values["predicted_frames"] = None if frames == slices else frames
-    facts.report.inferred["predicted_frames"] = f"{frames}, from {where}"
+    inference.report.inferred["predicted_frames"] = f"{frames}, from {where}"
 
 
-def _videomae(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
+def _videomae(weights: dict, inference: _Inference, _: dict[str, Any] | None) -> VideoModel:
     pretrain = "encoder_to_decoder.weight" in weights
     prefix = "encoder." if pretrain else ""
-    _patches(facts, weights, f"{prefix}patch_embed.proj.weight")
-    _blocks(facts, weights, f"{prefix}blocks.", "mlp.fc1.weight")
-    facts.heads()
+    _patches(inference, weights, f"{prefix}patch_embed.proj.weight")
+    _blocks(inference, weights, f"{prefix}blocks.", "mlp.fc1.weight")
+    inference.heads()
     first = f"{prefix}blocks.0."
-    facts.seen("qkv_bias", f"{first}attn.q_bias" in weights, f"{first}attn.q_bias")
+    inference.seen("qkv_bias", f"{first}attn.q_bias" in weights, f"{first}attn.q_bias")
     learned = f"{prefix}pos_embed" in weights
-    facts.seen(
+    inference.seen(
         "position", "learned" if learned else "sincos", f"{prefix}pos_embed, which is there" if learned else "no pos_embed"
     )
-    facts.seen("layer_scale", 1e-5 if f"{first}gamma_1" in weights else None, f"{first}gamma_1")
-    rgb = facts.values["in_channels"] == len(IMAGENET_MEAN)
-    facts.always(
+    inference.seen("layer_scale", 1e-5 if f"{first}gamma_1" in weights else None, f"{first}gamma_1")
+    rgb = inference.values["in_channels"] == len(IMAGENET_MEAN)
+    inference.always(
         "as VideoMAE does",
         key_bias=False,
         class_token=False,
@@ -313,32 +317,34 @@ def _videomae(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoMo
         std=IMAGENET_STD if rgb else 1.0,
     )
     why = "VideoMAE's positions are not in its files; its published models have this"
-    frames = facts.untold("num_frames", 16, why, "num_frames")
-    facts.untold("image_size", 224, why, "input_size")
+    frames = inference.undetermined("num_frames", 16, why, "num_frames")
+    inference.undetermined("image_size", 224, why, "input_size")
     if learned:
-        _check_tokens(facts, weights[f"{prefix}pos_embed"].shape[-2])
+        _check_tokens(inference, weights[f"{prefix}pos_embed"].shape[-2])
     if not pretrain:
-        facts.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
-        facts.seen("pooling", "mean" if "fc_norm.weight" in weights else "first", "fc_norm.weight")
-        return from_videomae(weights, VideoClassifierConfig(**facts.values))
-    _decoder(facts, weights, "encoder_to_decoder.weight", "decoder.blocks.")
-    facts.seen(
+        inference.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
+        inference.seen("pooling", "mean" if "fc_norm.weight" in weights else "first", "fc_norm.weight")
+        return from_videomae(weights, VideoClassifierConfig(**inference.values))
+    _decoder(inference, weights, "encoder_to_decoder.weight", "decoder.blocks.")
+    inference.seen(
         "decoder_mlp_ratio",
-        ratio(facts.values["decoder_width"], weights["decoder.blocks.0.mlp.fc1.weight"].shape[0]),
+        ratio(inference.values["decoder_width"], weights["decoder.blocks.0.mlp.fc1.weight"].shape[0]),
         "decoder.blocks.0.mlp.fc1.weight",
     )
-    facts.untold(
-        "decoder_num_heads", max(1, facts.values["decoder_width"] // 64), "width / 64, as in all of VideoMAE's factories"
+    inference.undetermined(
+        "decoder_num_heads", max(1, inference.values["decoder_width"] // 64), "width / 64, as in all of VideoMAE's factories"
     )
-    facts.always("as VideoMAE does", target_range="unit", mask_strategy="tube", decoder_embed_bias=False, predicted_frames=frames)
-    facts.untold("decoder_mask_ratio", 0.0, "of VideoMAE; V2 has 0.5", "decoder_mask_ratio")
-    _target(facts, ("pixels", "channel_normalized_pixels"), "normlize_target")
-    facts.untold("mask_ratio", 0.9, "VideoMAE's", "mask_ratio")
-    return from_videomae(weights, MaskedAutoencoderConfig(**facts.values))
+    inference.always(
+        "as VideoMAE does", target_range="unit", mask_strategy="tube", decoder_embed_bias=False, predicted_frames=frames
+    )
+    inference.undetermined("decoder_mask_ratio", 0.0, "of VideoMAE; V2 has 0.5", "decoder_mask_ratio")
+    _target(inference, ("pixels", "channel_normalized_pixels"), "normlize_target")
+    inference.undetermined("mask_ratio", 0.9, "VideoMAE's", "mask_ratio")
+    return from_videomae(weights, MaskedAutoencoderConfig(**inference.values))
 
 
-def _check_tokens(facts: _Facts, tokens: int) -> None:
-    values = facts.values
+def _check_tokens(inference: _Inference, tokens: int) -> None:
+    values = inference.values
     size = values["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     patch = values["patch_size"]
@@ -350,38 +356,40 @@ def _check_tokens(facts: _Facts, tokens: int) -> None:
         )
 
 
-def _huggingface(weights: dict, facts: _Facts, hub_config: dict | None) -> VideoModel:
+def _huggingface(weights: dict, inference: _Inference, hub_config: dict | None) -> VideoModel:
     if hub_config is None:
         raise UnknownFormat("expected config.json beside the weights of Hugging Face's VideoMAE; give the folder")
     config = huggingface_config(weights, hub_config)
-    facts.report.inferred["config"] = "all of it, from config.json"
+    inference.report.inferred["config"] = "all of it, from config.json"
     for field in ("mean", "std"):
-        facts.report.assumed[field] = f"{getattr(config, field)!r}, which the model's loss takes for granted"
+        inference.report.assumed[field] = f"{getattr(config, field)!r}, which the model's loss takes for granted"
     return from_huggingface(weights, config)
 
 
-def _image_mae(weights: dict, facts: _Facts, _: dict[str, Any] | None) -> VideoModel:
-    _patches(facts, weights, "patch_embed.proj.weight")
-    _blocks(facts, weights, "blocks.", "mlp.fc1.weight")
-    facts.heads()
-    facts.seen("class_token", "cls_token" in weights, "cls_token")
-    facts.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
-    facts.always("spatial from the image's, temporal zero", separable_position=True)
-    facts.always("as the image MAE does", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    facts.untold("tubelet_size", 2, "the paper's; the image kernel is divided over its frames")
-    facts.untold("num_frames", 16, "the paper's; an image has none")
+def _image_mae(weights: dict, inference: _Inference, _: dict[str, Any] | None) -> VideoModel:
+    _patches(inference, weights, "patch_embed.proj.weight")
+    _blocks(inference, weights, "blocks.", "mlp.fc1.weight")
+    inference.heads()
+    inference.seen("class_token", "cls_token" in weights, "cls_token")
+    inference.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
+    inference.always("spatial from the image's, temporal zero", separable_position=True)
+    inference.always("as the image MAE does", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    inference.undetermined("tubelet_size", 2, "the paper's; the image kernel is divided over its frames")
+    inference.undetermined("num_frames", 16, "the paper's; an image has none")
     if "pos_embed" not in weights:
         raise UnknownFormat("expected pos_embed among the weights of an image MAE, and it is missing")
-    _square(facts, weights["pos_embed"].shape[-2] - facts.values["class_token"], facts.values["patch_size"], "pos_embed")
+    _square(
+        inference, weights["pos_embed"].shape[-2] - inference.values["class_token"], inference.values["patch_size"], "pos_embed"
+    )
     if "decoder_embed.weight" not in weights:
-        facts.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
+        inference.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
         first = "head.weight" in weights and "fc_norm.weight" not in weights
-        facts.seen("pooling", "first" if first else "mean", "fc_norm.weight")
-        return from_image_mae(weights, VideoClassifierConfig(**facts.values))
-    _decoder(facts, weights, "decoder_embed.weight", "decoder_blocks.")
-    facts.untold("decoder_num_heads", 16, "as in all of the image MAE's factories")
-    facts.always("one for each time slice", predicted_frames=None)
-    facts.always("as the image MAE does", decoder_class_token="encoder")
-    _target(facts, ("pixels", "normalized_pixels"), "norm_pix_loss")
-    facts.untold("mask_ratio", 0.9, "for video; the image MAE has 0.75")
-    return from_image_mae(weights, MaskedAutoencoderConfig(**facts.values))
+        inference.seen("pooling", "first" if first else "mean", "fc_norm.weight")
+        return from_image_mae(weights, VideoClassifierConfig(**inference.values))
+    _decoder(inference, weights, "decoder_embed.weight", "decoder_blocks.")
+    inference.undetermined("decoder_num_heads", 16, "as in all of the image MAE's factories")
+    inference.always("one for each time slice", predicted_frames=None)
+    inference.always("as the image MAE does", decoder_class_token="encoder")
+    _target(inference, ("pixels", "normalized_pixels"), "norm_pix_loss")
+    inference.undetermined("mask_ratio", 0.9, "for video; the image MAE has 0.75")
+    return from_image_mae(weights, MaskedAutoencoderConfig(**inference.values))

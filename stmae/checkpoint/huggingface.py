@@ -73,7 +73,7 @@ def from_huggingface(state_dict: dict, config: dict | EncoderConfig) -> VideoMod
 
 
 def huggingface_config(weights: dict[str, torch.Tensor], config: dict) -> MaskedAutoencoderConfig | VideoClassifierConfig:
-    """Our configuration for ``config.json``'s ``config``; ``weights`` tell which of the three models it is."""
+    """Our configuration for ``config.json``'s ``config``; ``weights`` show which of the three models it is."""
     if config.get("model_type", "videomae") != "videomae":
         raise ValueError(f"from_huggingface: expected model_type videomae, got {config['model_type']!r}")
     their = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}

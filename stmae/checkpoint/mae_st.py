@@ -88,7 +88,7 @@ def from_mae_st(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
         config: the arguments of its constructor by mae_st's names (``img_size``, ``embed_dim``,
             ``t_patch_size``, ...); what is absent has mae_st's default. In addition ``mask_ratio``,
             ``layer_norm_eps`` (1e-6, as in all of mae_st's factories), and ``kind``, ``pretrain`` or
-            ``classify``; without it, the weights tell. Or one of our configuration classes.
+            ``classify``; without it, the weights decide. Or one of our configuration classes.
 
     Returns:
         A ``MaskedAutoencoder`` or ``VideoClassifier`` on the CPU, in evaluation mode.
@@ -152,8 +152,8 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
         theirs = translate(name, table)
         value = value.detach().cpu()
         if ".attn.qkv." in theirs:
-            for letter, part in zip("qkv", value.chunk(3)):
-                result[theirs.replace(".qkv.", f".{letter}.")] = part.clone()
+            for key, part in zip("qkv", value.chunk(3)):
+                result[theirs.replace(".qkv.", f".{key}.")] = part.clone()
         else:
             result[theirs] = (value[None] if has_leading_one(name) else value).clone()
     return result
@@ -172,7 +172,7 @@ def _fuse_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name in weights:
         if ".attn.q." not in name:
             continue
-        names = [name.replace(".attn.q.", f".attn.{letter}.") for letter in "qkv"]
+        names = [name.replace(".attn.q.", f".attn.{key}.") for key in "qkv"]
         absent = [part for part in names if part not in weights]
         if absent:
             raise CheckpointMismatch("the mae_st checkpoint", absent, [], {})

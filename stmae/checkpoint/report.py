@@ -1,4 +1,4 @@
-"""What reading foreign weights found out: said, never guessed in silence."""
+"""What reading foreign weights found out: reported, never guessed silently."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ class LoadReport:
         format: for instance ``mae_st``, ``slowfast``, ``videomae``, ``huggingface-videomae``, ``image-mae``, ``stmae``.
         path: what was read.
         inferred: configuration field -> what in the file says so.
-        assumed: configuration field -> why; weights cannot tell these, so pass them to ``load`` where they differ.
+        assumed: configuration field -> why; weights do not determine these, so pass them to ``load`` where they differ.
         unused: tensors of the file that the model has no use for, each with the reason.
-        notes: what deserves a look, for instance weights that are all zero or not finite.
+        notes: what to check, for instance weights that are all zero or not finite.
     """
 
     format: str
@@ -39,7 +39,7 @@ class LoadReport:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def examine(self, weights: dict[str, torch.Tensor]) -> None:
+    def check_values(self, weights: dict[str, torch.Tensor]) -> None:
         """Adds a note for every tensor that no training leaves behind: all zero, or with values that are not finite."""
         for name, value in weights.items():
             if value.numel() == 0 or value.device.type == "meta":

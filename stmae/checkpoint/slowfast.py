@@ -55,11 +55,11 @@ def from_slowfast(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
 
     Args:
         state_dict: the weights; also nested under ``model_state`` (as published) or ``model``, and with the
-            prefixes ``module.`` and ``_orig_mod.``. They tell whether there are a class token, separable
+            prefixes ``module.`` and ``_orig_mod.``. They show whether there are a class token, separable
             positions and biases of q, k, v.
         config: arguments by mae_st's names. ``embed_dim``, ``depth`` and ``num_heads`` are needed, the others
             default to SlowFast's. ``decoder_num_heads`` defaults to ``decoder_embed_dim / 64``. ``kind`` is
-            ``slowfast_pretrain`` or ``slowfast_classify``; without it, the weights tell. Or one of our configuration classes.
+            ``slowfast_pretrain`` or ``slowfast_classify``; without it, the weights decide. Or one of our configuration classes.
 
     Returns:
         A ``MaskedAutoencoder`` or ``VideoClassifier`` on the CPU, in evaluation mode.

@@ -72,7 +72,7 @@ def from_videomae(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
         config: the arguments of its constructor by its names (``img_size``, ``encoder_embed_dim``, ``num_frames`` or
             ``all_frames``, ...), and ``mask_ratio``, ``normlize_target``, ``decoder_mask`` (V2), ``layer_norm_eps``; what is
             absent has VideoMAE's default. ``kind``, one of ``videomae_pretrain``, ``videomae_classify``,
-            ``videomae_v2_pretrain`` and ``videomae_v2_classify``; without it, the weights tell. Or a
+            ``videomae_v2_pretrain`` and ``videomae_v2_classify``; without it, the weights decide. Or a
             ``MaskedAutoencoderConfig`` or ``VideoClassifierConfig``.
 
     Returns:
@@ -89,7 +89,7 @@ def from_videomae(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
 
 
 def videomae_config(weights: dict[str, torch.Tensor], config: dict) -> MaskedAutoencoderConfig | VideoClassifierConfig:
-    """Our configuration for VideoMAE's arguments ``config``; ``weights`` tell what is visible in them."""
+    """Our configuration for VideoMAE's arguments ``config``; ``weights`` show what is visible in them."""
     pretrain = "encoder_to_decoder.weight" in weights
     kind = config.get("kind", "videomae_pretrain" if pretrain else "videomae_classify")
     if kind not in _KINDS:

@@ -200,10 +200,10 @@ class MaskedAutoencoderConfig(EncoderConfig):
         decoder_embed_bias: whether the projection to the decoder has a bias (VideoMAE's has not).
         decoder_mlp_ratio: None: the encoder's.
         decoder_norm_eps: of the decoder's final LayerNorm; None: ``layer_norm_eps``.
-        mask_ratio: masked share of the tokens, in (0, 1), unless the forward call says otherwise.
+        mask_ratio: masked fraction of the tokens, in (0, 1), unless the forward call says otherwise.
         mask_strategy: which tokens are masked: ``random``; ``tube``: the same places in every time slice; ``frame``: all of some
             time slices; ``block``: boxes in space and time. See ``stmae.masking``.
-        decoder_mask_ratio: share of the masked tokens that the decoder neither sees nor reconstructs, 0, 0.25, 0.5 or
+        decoder_mask_ratio: fraction of the masked tokens that the decoder neither sees nor reconstructs, 0, 0.25, 0.5 or
             0.75: dual masking with running cells (VideoMAE V2); see ``stmae.masking.reconstructed``.
     """
 

@@ -143,11 +143,11 @@ class MaskedAutoencoder(VideoModel):
         Args:
             video: [B, C, T, H, W]; uint8 (0..255, normalised inside the kernels) or floating point, already
                 normalised. Any strides.
-            mask: which tokens are visible and which are reconstructed, from ``sample_mask``, say; default: made of
+            mask: which tokens are visible and which are reconstructed, for instance from ``sample_mask``; default: made of
                 the arguments that follow, which are refused beside it. In a model with a decoder mask, ``masked`` may hold
                 visible tokens, too, as VideoMAE V2's does: they are predicted, and no part of the loss.
-            mask_ratio: masked share of the tokens; default: the configuration's.
-            decoder_mask_ratio: share of the masked tokens that is left out of the decoder; default: the configuration's.
+            mask_ratio: masked fraction of the tokens; default: the configuration's.
+            decoder_mask_ratio: fraction of the masked tokens that is left out of the decoder; default: the configuration's.
             noise: [B, N] float32 whose smallest entries are kept; default: drawn by the configuration's
                 strategy.
             phase: [B] int64 in [0, 4), where the running cells of a decoder mask start (``stmae.masking.sample_phase``);

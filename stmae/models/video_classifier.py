@@ -33,8 +33,8 @@ class VideoClassifier(VideoModel):
         if num_classes == 0:
             self.head = nn.Identity()
             return
-        like = self.encoder.patch_embed.weight
-        head = nn.Linear(self.config.width, num_classes, device=like.device, dtype=like.dtype)
+        weight = self.encoder.patch_embed.weight
+        head = nn.Linear(self.config.width, num_classes, device=weight.device, dtype=weight.dtype)
         nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         self.head = head
@@ -44,7 +44,7 @@ class VideoClassifier(VideoModel):
 
         Args:
             video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides.
-            keep: [B, K] tokens to look at, for masked fine-tuning; default: all.
+            keep: [B, K] the visible tokens, for masked fine-tuning; default: all.
         """
         return self.forward_head(self.forward_features(video, keep=keep))
 

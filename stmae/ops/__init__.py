@@ -1,7 +1,7 @@
 """The ops, forward and backward, in C++ on CPUs and Triton on GPUs. `stmae.reference` defines what they compute.
 
 Each is registered with the dispatcher as `torch.ops.stmae.<name>`: it works under autograd, autocast and torch.compile.
-Letters: B batch; C T H W video; t h w the patch grid; N = t*h*w tokens, token (it*h + ih)*w + iw; K kept (visible) tokens,
+Shapes: B batch; C T H W video; t h w the patch grid; N = t*h*w tokens, token (it*h + ih)*w + iw; K kept (visible) tokens,
 M = N - K masked; D width; P values in a patch, in the order (frame, row, column, channel).
 """
 

@@ -1,4 +1,4 @@
-"""What the ops check before they compute, and what they say when it does not hold."""
+"""What the ops check before they compute, and their error messages."""
 
 import math
 import operator
@@ -25,8 +25,8 @@ def tensor(op, name, x, expected, shape, dtypes=None):
         if fits and x.layout == torch.strided and x.dtype in dtypes:
             return
     kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes) if dtypes else "float32 or bfloat16"
-    wanted = ", ".join("*" if want is None else str(want) for want in shape)
-    raise ValueError(f"{op}: expected {name} {expected} {kinds} (here [{wanted}]), got {describe(x)}")
+    sizes = ", ".join("*" if size is None else str(size) for size in shape)
+    raise ValueError(f"{op}: expected {name} {expected} {kinds} (here [{sizes}]), got {describe(x)}")
 
 
 def floating(x):
@@ -76,14 +76,14 @@ def channels(op, name, value, count):
     return values
 
 
-def whole_numbers(op, name, values, count=None):
+def integers(op, name, values, count=None):
     """A sequence of `count` ints (None: any number), as a list."""
     try:
         result = [operator.index(x) for x in values]
     except TypeError:
         result = None
     if result is None or count not in (None, len(result)):
-        raise ValueError(f"{op}: expected {name} to be {count or ''} whole numbers, got {values!r}".replace("  ", " "))
+        raise ValueError(f"{op}: expected {name} to be {count or ''} integers, got {values!r}".replace("  ", " "))
     return result
 
 
@@ -113,7 +113,7 @@ def ids(op, name, x, batch, limit):
 def autocast_dtype(op, x):
     """The dtype that autocast asks for on x's device; None where autocast is off."""
     device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):  # "meta", say, has none
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):  # "meta", for instance, has none
         return None
     dtype = torch.get_autocast_dtype(device)
     if dtype not in floating(x):
@@ -154,10 +154,12 @@ def matrix(x):
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def wanted(op, flags, possible):
+def output_mask(op, flags, possible):
     """Which gradients a backward op is asked for: one flag per input, and none for an input that is not there."""
     if len(flags) != len(possible) or any(flag and not can for flag, can in zip(flags, possible)):
-        raise ValueError(f"{op}: expected wanted with {len(possible)} flags, true only for what was given, got {list(flags)}")
+        raise ValueError(
+            f"{op}: expected output_mask with {len(possible)} flags, true only for what was given, got {list(flags)}"
+        )
 
 
 def gradient_dtype(op, name, dtype):

@@ -16,18 +16,20 @@ def _linear(x, weight, *_, **__):
     return 2 * x[0] * weight[0] * weight[1]
 
 
-def _linear_backward(grad_out, x, weight, bias, weight_dtype, wanted, **_):
-    return (wanted[0] + wanted[1]) * _linear(x, weight)
+def _linear_backward(grad_out, x, weight, bias, weight_dtype, output_mask, **_):
+    return (output_mask[0] + output_mask[1]) * _linear(x, weight)
 
 
 def _mlp(x, fc1_weight, fc1_bias, fc2_weight, *_, **__):
     return _linear(x, fc1_weight) + _linear(x, fc2_weight)
 
 
-def _mlp_backward(grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted, **_):
-    wants_x, wants_fc1, wants_fc1_bias, wants_fc2, _ = wanted
-    first = (wants_x + wants_fc1) * _linear(x, fc1_weight)
-    return first + ((wants_x or wants_fc1 or wants_fc1_bias) + wants_fc2) * _linear(x, fc2_weight)
+def _mlp_backward(
+    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, output_mask, **_
+):
+    needs_x, needs_fc1, needs_fc1_bias, needs_fc2, _ = output_mask
+    first = (needs_x + needs_fc1) * _linear(x, fc1_weight)
+    return first + ((needs_x or needs_fc1 or needs_fc1_bias) + needs_fc2) * _linear(x, fc2_weight)
 
 
 def _attention(q, k, *_, **__):

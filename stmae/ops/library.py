@@ -42,7 +42,7 @@ def define(name, schema, *, fake, kernels=None, cpu=None):
 def differentiable(op, backward, setup_context, *, public=None):
     """Registers the gradient of ``op`` and returns the function to call it by.
 
-    public: the function of stmae.ops that an internal op belongs to, for what is said in errors.
+    public: the function of stmae.ops that an internal op belongs to, for error messages.
     backward, setup_context: as those of torch.autograd.Function. Under torch.func's grad and vmap the function is an
     autograd.Function, which these see through (an op of the dispatcher they do not); a batch of calls is made one by one.
     """
@@ -78,7 +78,7 @@ def differentiable(op, backward, setup_context, *, public=None):
 
 
 def not_twice_differentiable(backward_op):
-    """Registers a backward op's own gradient as an error that says so, rather than a silent zero; as ``differentiable``."""
+    """Registers a backward op's own gradient as an error, rather than a silent zero; as ``differentiable``."""
     name = _name(backward_op).removesuffix("_backward")
 
     def refuse(ctx, *grads):

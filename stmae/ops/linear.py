@@ -168,31 +168,32 @@ def used(weight, cast):
     return cast if cast.dim() == 2 else weight
 
 
-def _backward_cpu(grad_out, x, weight, bias, weight_dtype, wanted):
+def _backward_cpu(grad_out, x, weight, bias, weight_dtype, output_mask):
     _check("linear_backward", x, weight, bias, grad_out)
     checks.gradient_dtype("linear_backward", "weight_dtype", weight_dtype)
-    checks.wanted("linear_backward", wanted, (True, True, bias is not None))
+    checks.output_mask("linear_backward", output_mask, (True, True, bias is not None))
     return (
-        product(grad_out, weight, transposed=True) if wanted[0] else x.new_empty(0),
-        weight_gradient(grad_out, x).to(weight_dtype) if wanted[1] else x.new_empty(0),
-        column_sum(grad_out).to(bias.dtype) if wanted[2] else x.new_empty(0),
+        product(grad_out, weight, transposed=True) if output_mask[0] else x.new_empty(0),
+        weight_gradient(grad_out, x).to(weight_dtype) if output_mask[1] else x.new_empty(0),
+        column_sum(grad_out).to(bias.dtype) if output_mask[2] else x.new_empty(0),
     )
 
 
-def _backward_fake(grad_out, x, weight, bias, weight_dtype, wanted):
-    return wanted_like((x, weight, bias), wanted, (None, weight_dtype, None))
+def _backward_fake(grad_out, x, weight, bias, weight_dtype, output_mask):
+    return empty_gradients((x, weight, bias), output_mask, (None, weight_dtype, None))
 
 
-def wanted_like(inputs, wanted, dtypes):
-    """What a backward op returns: gradients of the ``inputs`` that are ``wanted``, in these dtypes (None: the input's), and
+def empty_gradients(inputs, output_mask, dtypes):
+    """What a backward op returns: gradients of the ``inputs`` where ``output_mask``, in these dtypes (None: the input's), and
     nothing in place of the others."""
     return tuple(
-        x.new_empty(x.shape, dtype=dtype) if want else inputs[0].new_empty(0) for x, want, dtype in zip(inputs, wanted, dtypes)
+        x.new_empty(x.shape, dtype=dtype) if want else inputs[0].new_empty(0)
+        for x, want, dtype in zip(inputs, output_mask, dtypes)
     )
 
 
-def wanted_only(gradients, wanted):
-    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted))
+def select_gradients(gradients, output_mask):
+    return tuple(gradient if want else None for gradient, want in zip(gradients, output_mask))
 
 
 def _setup_context(ctx, inputs, output):
@@ -206,8 +207,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     if grad_out is None:
         return (None,) * 3
-    wanted = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
-    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, ctx.weight_dtype, wanted), wanted)
+    output_mask = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
+    return select_gradients(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, ctx.weight_dtype, output_mask), output_mask)
 
 
 _op = library.define(
@@ -215,7 +216,7 @@ _op = library.define(
 )
 _backward_op = library.define(
     "linear_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, ScalarType weight_dtype, bool[] wanted)"
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, ScalarType weight_dtype, bool[] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, library
-from .linear import cast_fake, check_matrix, column_sum, product, used, wanted_like, wanted_only, weight_gradient
+from .linear import cast_fake, check_matrix, column_sum, empty_gradients, product, select_gradients, used, weight_gradient
 
 
 def mlp(
@@ -90,44 +90,44 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
 
 
 def _backward_cpu(
-    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted
+    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, output_mask
 ):  # fmt: skip
     _check("mlp_backward", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, hidden, grad_out)
     checks.tensor("mlp_backward", "activation", activation, "[0] (the CPU's backward computes it)", (0,), (x.dtype,))
     checks.gradient_dtype("mlp_backward", "fc1_dtype", fc1_dtype)
     checks.gradient_dtype("mlp_backward", "fc2_dtype", fc2_dtype)
-    checks.wanted("mlp_backward", wanted, (True,) * 5)
+    checks.output_mask("mlp_backward", output_mask, (True,) * 5)
     grad_out, hidden = grad_out.contiguous(), hidden.contiguous()
-    wants_x, wants_fc1, wants_fc1_bias, wants_fc2, wants_fc2_bias = wanted
-    grad_x = x.new_empty(x.shape if wants_x else 0)
+    needs_x, needs_fc1, needs_fc1_bias, needs_fc2, needs_fc2_bias = output_mask
+    grad_x = x.new_empty(x.shape if needs_x else 0)
     fc1 = fc2 = None
     fc1_biases, fc2_biases = [], []
-    for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x if wants_x else x):
-        if wants_fc2_bias:
+    for g, x_rows, hidden_rows, grad_x_rows in pieces(grad_out, x, hidden, grad_x if needs_x else x):
+        if needs_fc2_bias:
             fc2_biases.append(column_sum(g))
         activation, grad_hidden, grad_fc1_bias = _gelu_backward(hidden_rows, product(g, fc2_weight, transposed=True))
         fc1_biases.append(grad_fc1_bias)
-        if wants_fc2:
+        if needs_fc2:
             fc2 = weight_gradient(g, activation, to=fc2)
         del activation
-        if wants_x:
+        if needs_x:
             product(grad_hidden, fc1_weight, transposed=True, out=grad_x_rows)
-        if wants_fc1:
+        if needs_fc1:
             fc1 = weight_gradient(grad_hidden, x_rows, to=fc1)
     return (
         grad_x,
         fc1.to(fc1_dtype) if fc1 is not None else x.new_empty(0),
-        torch.stack(fc1_biases).sum(0).to(fc1_bias.dtype) if wants_fc1_bias else x.new_empty(0),
+        torch.stack(fc1_biases).sum(0).to(fc1_bias.dtype) if needs_fc1_bias else x.new_empty(0),
         fc2.to(fc2_dtype) if fc2 is not None else x.new_empty(0),
-        torch.stack(fc2_biases).sum(0).to(fc2_bias.dtype) if wants_fc2_bias else x.new_empty(0),
+        torch.stack(fc2_biases).sum(0).to(fc2_bias.dtype) if needs_fc2_bias else x.new_empty(0),
     )
 
 
 def _backward_fake(
-    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, wanted
+    grad_out, x, hidden, activation, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_dtype, fc2_dtype, output_mask
 ):  # fmt: skip
     inputs = x, fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    return wanted_like(inputs, wanted, (None, fc1_dtype, None, fc2_dtype, None))
+    return empty_gradients(inputs, output_mask, (None, fc1_dtype, None, fc2_dtype, None))
 
 
 def _setup_context(ctx, inputs, output):
@@ -143,8 +143,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, *_):
     if grad_out is None:  # what is behind it has no gradient
         return (None,) * 5
-    wanted = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
-    return wanted_only(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, *ctx.dtypes, wanted), wanted)
+    output_mask = list(ctx.needs_input_grad)  # nothing is computed for frozen weights
+    return select_gradients(_backward_op(grad_out.contiguous(), *ctx.saved_tensors, *ctx.dtypes, output_mask), output_mask)
 
 
 _op = library.define(
@@ -158,7 +158,8 @@ _op = library.define(
 _backward_op = library.define(
     "mlp_backward",
     "(Tensor grad_out, Tensor x, Tensor hidden, Tensor activation, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,"
-    " Tensor fc2_bias, ScalarType fc1_dtype, ScalarType fc2_dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor fc2_bias, ScalarType fc1_dtype, ScalarType fc2_dtype, bool[] output_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
     kernels="mlp",

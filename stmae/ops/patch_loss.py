@@ -43,8 +43,8 @@ def patch_loss(
     op = "patch_loss"
     checks.video(op, video)
     B, C, T, H, W = video.shape
-    patch_size = checks.whole_numbers(op, "patch_size", patch_size, 3)
-    frames = list(range(T)) if frames is None else checks.whole_numbers(op, "frames", frames)
+    patch_size = checks.integers(op, "patch_size", patch_size, 3)
+    frames = list(range(T)) if frames is None else checks.integers(op, "frames", frames)
     if any(not 0 <= i < T for i in frames):
         raise ValueError(f"{op}: expected frames in [0, {T}), got {frames}")
     N = checks.grid_tokens(op, (len(frames), H, W), patch_size)

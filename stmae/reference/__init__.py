@@ -1,6 +1,6 @@
 """The ops in plain PyTorch: the definition of what is right. Same names and signatures as `stmae.ops`, written to be read.
 
-Letters, here and everywhere: B batch; C T H W video; t h w the patch grid; N = t*h*w tokens, token (it*h + ih)*w + iw;
+Shapes, here and everywhere: B batch; C T H W video; t h w the patch grid; N = t*h*w tokens, token (it*h + ih)*w + iw;
 K kept (visible) tokens, M = N - K masked; D width; P values in a patch, in the order (frame, row, column, channel).
 """
 

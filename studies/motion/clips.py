@@ -1,7 +1,7 @@
-"""A labelled set in which only motion tells the classes apart: a camera over a canvas of real pictures.
+"""A labelled set in which only motion separates the classes: a camera over a canvas of real pictures.
 
 The eight classes are four motions, each forwards and backwards in time, so that a model which does not see the order of the
-frames cannot pass one half, and a single frame says nothing.
+frames cannot pass one half, and a single frame carries no information.
 """
 
 import gzip
@@ -39,7 +39,7 @@ class Clips(NamedTuple):
     clips: torch.Tensor
     labels: torch.Tensor
 
-    def first(self, count):
+    def take(self, count):
         return Clips(self.clips[:count], self.labels[:count])
 
     def video(self, rows=slice(None)):

@@ -1,4 +1,4 @@
-"""The results as a page: tables, pictures, and for each claim whether it is seen at this size."""
+"""The results as a page: tables, pictures, and for each finding whether it is seen at this size."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from stmae.masking import num_keep
 
 from . import clips
-from .pieces import MASKS, STARTS, autoencoder
+from .experiments import MASKS, STARTS, autoencoder
 
 PICTURES = ("motion-set.png", "motion-probes.png", "motion-finetuning.png", "motion-masks.png")
 CONTROLS = ("shuffled frames", "middle frame repeated")
@@ -22,10 +22,11 @@ PAPER = {  # its ablation of masks; 84.4 is random at 90 %
 CHANCE = 1 / len(clips.CLASSES)
 
 
-def write(folder, plan, seeds, pieces, records, *, pictures):
+def write(folder, plan, seeds, experiments, records, *, pictures):
     """results.md, results.json and PICTURES in ``folder``.
 
-    records: of the pieces that are finished, {name: record}; what the others would have shown is left out, and the page says so.
+    records: of the experiments that are finished, {name: record}; what the others would have shown is left out, and the page
+        lists them as not run.
     pictures: the folder of Fashion-MNIST, for examples of the clips.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,18 +37,18 @@ def write(folder, plan, seeds, pieces, records, *, pictures):
         "torch": sorted({record["torch"] for record in records.values()}),
         "precision": sorted({record["precision"] for record in records.values()}),
         "cpu_minutes": sum(record["cpu_seconds"] for record in records.values()) / 60,
-        "wall_minutes_of_all_pieces": sum(record["seconds"] for record in records.values()) / 60,
-        "finished_pieces": len(records),
-        "pieces": len(pieces),
+        "wall_minutes_of_all_experiments": sum(record["seconds"] for record in records.values()) / 60,
+        "finished_experiments": len(records),
+        "experiments": len(experiments),
     }
-    everything = {"plan": plan.to_dict(), "seeds": list(seeds), "run": run, "pieces": found}
+    everything = {"plan": plan.to_dict(), "seeds": list(seeds), "run": run, "experiments": found}
     (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     numbers = Numbers(plan, seeds, found)
     draw_set(folder / PICTURES[0], pictures)
     draw_probes(folder / PICTURES[1], numbers)
     draw_finetuning(folder / PICTURES[2], numbers)
     draw_masks(folder / PICTURES[3], numbers)
-    missing = [piece.name for piece in pieces if piece.name not in records]
+    missing = [experiment.name for experiment in experiments if experiment.name not in records]
     (folder / "results.md").write_text(text(numbers, run, missing))
 
 
@@ -59,7 +60,7 @@ class Numbers:
         self.model = autoencoder(plan, 0)
 
     def of(self, pattern, get):
-        """{seed: number} of the pieces called ``pattern`` with a seed in it."""
+        """{seed: number} of the experiments called ``pattern`` with a seed in it."""
         names = {seed: pattern.format(seed=seed) for seed in self.seeds}
         return {seed: get(self.found[name]) for seed, name in names.items() if name in self.found}
 
@@ -93,7 +94,7 @@ def differences(ours, theirs):
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def verdict(values):
+def agreement(values):
     """Of paired differences, one per seed: whether all agree."""
     if not values:
         return "not run"
@@ -107,17 +108,17 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def claims(numbers):
-    """Rows of (claim, where it is from, its numbers here, verdict)."""
-    plan, most = numbers.plan, max(numbers.plan.labels)
-    first, last = numbers.knn_at(plan.judge_at[0]), numbers.knn_at(plan.judge_at[-1])
+def findings(numbers):
+    """Rows of (finding, where it is from, its numbers here, agreement)."""
+    plan, max_labels = numbers.plan, max(numbers.plan.labels)
+    first, last = numbers.knn_at(plan.evaluate_at[0]), numbers.knn_at(plan.evaluate_at[-1])
     rows = []
 
-    def compare(claim, source, ours, theirs):
+    def compare(finding, source, ours, theirs):
         values = differences(ours, theirs)
         each = ", ".join(f"{100 * value:+.1f}" for value in values)
         margin = f"{100 * sum(values) / len(values):+.1f} ({each})" if values else ""
-        rows.append((claim, source, margin, verdict(values)))
+        rows.append((finding, source, margin, agreement(values)))
 
     goal = "the aim of pre-training"
     for kind, name in (("linear", "linear probe"), ("knn", "nearest neighbours")):
@@ -125,19 +126,19 @@ def claims(numbers):
             for labels in plan.labels:
                 ours, theirs = (numbers.probe(features, kind, labels) for features in (FEATURES[0], other))
                 compare(f"{name}, {labels} labels: pre-trained above {other}", goal, ours, theirs)
-    compare(f"nearest neighbours, {most} labels: better after pre-training than before", goal, last, first)
+    compare(f"nearest neighbours, {max_labels} labels: better after pre-training than before", goal, last, first)
     for labels in plan.finetune_labels:
         ours, theirs = (numbers.finetuned(labels, start) for start in STARTS)
         compare(f"{labels} labels: fine-tuned above from scratch", "paper: fine-tuned is ahead", ours, theirs)
     best = MASKS[0]
     for strategy, ratio in MASKS[1:]:
         source = PAPER.get(strategy, "paper: 90 % is best")
-        claim = f"linear probe: random {best[1]:.0%} above {strategy} {ratio:.0%}"
-        compare(claim, source, numbers.mask(*best, "linear"), numbers.mask(strategy, ratio, "linear"))
+        finding = f"linear probe: random {best[1]:.0%} above {strategy} {ratio:.0%}"
+        compare(finding, source, numbers.mask(*best, "linear"), numbers.mask(strategy, ratio, "linear"))
     # What a mask of whole time slices leaves visible is nearer to this ratio.
-    fairer, frame = numbers.mask("random", 0.75, "linear"), numbers.mask("frame", 0.9, "linear")
-    compare("linear probe: random 75% above frame 90%, with as many tokens visible", PAPER["frame"], fairer, frame)
-    ordered, shuffled = numbers.probe(FEATURES[0], "linear", most), numbers.control("shuffled frames", "linear")
+    equally_visible, frame = numbers.mask("random", 0.75, "linear"), numbers.mask("frame", 0.9, "linear")
+    compare("linear probe: random 75% above frame 90%, with as many tokens visible", PAPER["frame"], equally_visible, frame)
+    ordered, shuffled = numbers.probe(FEATURES[0], "linear", max_labels), numbers.control("shuffled frames", "linear")
     compare("linear probe: frames in order above frames shuffled", "the set's design", ordered, shuffled)
     compare("linear probe: 50 % above frames shuffled", "the set's design", dict.fromkeys(shuffled, 0.5), shuffled)
     return rows
@@ -145,23 +146,23 @@ def claims(numbers):
 
 def text(numbers, run, missing):
     plan, seeds, config = numbers.plan, numbers.seeds, numbers.model.config
-    time, *places = config.grid
-    most = max(plan.labels)
+    t, h, w = config.grid
+    max_labels = max(plan.labels)
     parts = [
         "# Does it learn? A study on clips that differ in motion only",
         "`python -m studies.motion` (from nothing: `make study`) makes the clips, pre-trains, probes, fine-tunes, and "
         "writes this page and its pictures. Every number is in [results.json](results.json).",
-        f"This run: {run['finished_pieces']} of {run['pieces']} pieces, {run['cpu_minutes']:.0f} minutes of CPU time, a thread "
-        f"a process, that is {run['cpu_minutes'] / 2:.0f} minutes on two idle cores. By the clock the pieces took "
-        f"{run['wall_minutes_of_all_pieces']:.0f} minutes together, two at a time, on {run['cores']} cores ({run['machine']}) "
-        f"that may have had other work; torch {', '.join(run['torch'])}, {', '.join(run['precision'])}.",
+        f"This run: {run['finished_experiments']} of {run['experiments']} experiments, {run['cpu_minutes']:.0f} minutes of CPU "
+        f"time, a thread a process, that is {run['cpu_minutes'] / 2:.0f} minutes on two idle cores. By the clock they took "
+        f"{run['wall_minutes_of_all_experiments']:.0f} minutes together, two at a time, on {run['cores']} cores "
+        f"({run['machine']}) that may have had other work; torch {', '.join(run['torch'])}, {', '.join(run['precision'])}.",
         f"Accuracies are in percent: the mean over {len(seeds)} seeds (lowest-highest). A seed draws the clips, the labelled and "
         "the test clips among them, the weights, the order and the masks.",
     ]
     if missing:
         parts.append(f"**Not run**, and so not in the numbers below (the same command goes on with them): {', '.join(missing)}.")
-    told = claims(numbers)
-    unseen = [f"- {claim}: {seen}, {difference}" for claim, _, difference, seen in told if seen not in ("yes", "not run")]
+    compared = findings(numbers)
+    unseen = [f"- {finding}: {seen}, {difference}" for finding, _, difference, seen in compared if seen not in ("yes", "not run")]
     parts += [
         "## In short",
         "\n".join(
@@ -172,7 +173,9 @@ def text(numbers, run, missing):
             "- {} labels: fine-tuned {}, from scratch {}".format(n, *(show(numbers.finetuned(n, start)) for start in STARTS))
             for n in plan.finetune_labels
         ),
-        "What does not reproduce at this size:" if unseen else "Every claim in the last table that was run is seen at this size.",
+        "What does not reproduce at this size:"
+        if unseen
+        else "Every finding in the last table that was run is seen at this size.",
         "\n".join(unseen),
         "## The clips",
         f"![a clip of each class]({PICTURES[0]})",
@@ -180,8 +183,8 @@ def text(numbers, run, missing):
         f"A camera moves over a {clips.SIDE} x {clips.SIDE} canvas of Fashion-MNIST's pictures (Xiao et al., 2017; MIT licence, "
         f"Zalando SE), each in two random colours. A clip has {clips.FRAMES} frames of {clips.SIZE} x {clips.SIZE} pixels. The "
         f"{len(clips.CLASSES)} classes are four motions, forwards and backwards in time, with random speed, drift, shake, place, "
-        "angle and scale. The pose half-way has the same distribution in every class, so that a frame from the middle says next "
-        "to nothing, and who does not see the order of the frames cannot be right more than half of the time. Chance is "
+        "angle and scale. The pose half-way has the same distribution in every class, so that a frame from the middle carries "
+        "next to no information, and without the order of the frames no more than half of the answers are right. Chance is "
         f"{100 * CHANCE:.1f} %. There are {plan.unlabelled} clips for pre-training without labels, {plan.train} labelled ones, "
         f"and {plan.test} for the test, which show pictures that no other clip shows.",
         "## The model",
@@ -191,7 +194,7 @@ def text(numbers, run, missing):
         f"{plan.pretrain_steps} steps of {plan.pretrain_batch} clips at {config.mask_ratio:.0%} random masking; AdamW, "
         f"learning rate {plan.pretrain_lr:g} on a cosine after a tenth of warm-up, weight decay 0.05; no augmentation, since "
         "mirroring swaps classes. The pictures' colours, the positions' start and this learning rate were chosen by short runs "
-        "of seed 0, looking at its test clips; the other seeds had no say in it.",
+        "of seed 0, with its test clips; the other seeds were not used for it.",
         "Features are all the encoder's tokens side by side, as `stmae probe --tokens all` takes them, since their mean "
         "forgets where and when. Nearest neighbours: 20, by cosine. The linear probe's weight decay is chosen on a fifth of "
         "the training labels.",
@@ -204,12 +207,12 @@ def text(numbers, run, missing):
     changed = [[name, *(show(numbers.control(name, kind)) for kind in ("linear", "knn"))] for name in CONTROLS]
     parts += [
         f"Nearest neighbours with {plan.train} labels during pre-training:",
-        table(["step", *plan.judge_at], [["accuracy", *(show(numbers.knn_at(step)) for step in plan.judge_at)]]),
+        table(["step", *plan.evaluate_at], [["accuracy", *(show(numbers.knn_at(step)) for step in plan.evaluate_at)]]),
         "Order controls: the pre-trained features with all labels, where training and test clips are both changed and the probes "
         "trained anew.",
         table(
             ["clips", "linear probe", "nearest neighbours"],
-            [["as they are", *(show(numbers.probe(FEATURES[0], kind, most)) for kind in ("linear", "knn"))], *changed],
+            [["as they are", *(show(numbers.probe(FEATURES[0], kind, max_labels)) for kind in ("linear", "knn"))], *changed],
         ),
         "## Fine-tuning against training from scratch",
         f"![fine-tuned and from scratch]({PICTURES[2]})",
@@ -228,9 +231,9 @@ def text(numbers, run, missing):
         "## Masks",
         f"![masks compared]({PICTURES[3]})",
         f"Runs of their own, {plan.ablation_steps} steps each, the baseline (random 90 %) too; probes with {plan.train} "
-        f"labels. With {time} time slices of {places[0]} x {places[1]} tokens, tube and frame masks come in coarse steps: see "
+        f"labels. With {t} time slices of {h} x {w} tokens, tube and frame masks come in coarse steps: see "
         "what they leave visible. At equal steps, a lower ratio costs more time. The curve above shows how early in learning "
-        "these runs end: they tell how soon a mask teaches, not how far it leads.",
+        "these runs stop: they show how fast features form under a mask, not how good they become.",
         table(
             ["mask", "tokens visible", "linear probe", "nearest neighbours"],
             [
@@ -243,9 +246,9 @@ def text(numbers, run, missing):
             ],
         ),
         "## What is seen at this size, and what is not",
-        "Differences are in percentage points: the mean, and each seed's own. *Yes* and *no* want all seeds to agree. The "
+        "Differences are in percentage points: the mean, and each seed's own. *Yes* and *no* mean that all seeds agree. The "
         "paper's figures are of ViT-L, 800 epochs on Kinetics-400, after fine-tuning: a model four hundred times as large.",
-        table(["claim", "from", "difference", "seen here"], told),
+        table(["finding", "from", "difference", "seen here"], compared),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -278,7 +281,7 @@ def draw_probes(path, numbers):
             line(axis, plan.labels, [numbers.probe(features, kind, n) for n in plan.labels], features)
         axis.set(title=name)
         by_labels(axis, plan.labels)
-    line(axes[2], plan.judge_at, [numbers.knn_at(step) for step in plan.judge_at], None)
+    line(axes[2], plan.evaluate_at, [numbers.knn_at(step) for step in plan.evaluate_at], None)
     axes[2].set(title=f"nearest neighbours, {plan.train} labels", xlabel="pre-training step")
     finish(figure, axes, path)
 
@@ -298,22 +301,22 @@ def draw_masks(path, numbers):
     figure = Figure(figsize=(9, 3.4))
     axes = figure.subplots(1, 2)
     for axis, kind, name in zip(axes, ("linear", "knn"), ("linear probe", "nearest neighbours")):
-        for place, (strategy, ratio) in enumerate(MASKS):
+        for x, (strategy, ratio) in enumerate(MASKS):
             values = [100 * value for value in numbers.mask(strategy, ratio, kind).values()]
             if values:
-                axis.bar(place, sum(values) / len(values), color="C0" if place else "C1", alpha=0.6)
-                axis.plot([place] * len(values), values, "k.", markersize=5)
+                axis.bar(x, sum(values) / len(values), color="C0" if x else "C1", alpha=0.6)
+                axis.plot([x] * len(values), values, "k.", markersize=5)
         axis.set(title=f"{name}, {numbers.plan.train} labels")
         axis.set_xticks(range(len(MASKS)), [f"{strategy}\n{ratio:.0%}" for strategy, ratio in MASKS], fontsize=8)
     finish(figure, axes, path)
 
 
-def line(axis, places, per_place, label):
-    """The mean over seeds, and a band from the lowest to the highest; places with no seed are left out."""
-    points = [(place, [100 * value for value in values.values()]) for place, values in zip(places, per_place) if values]
-    places = [place for place, _ in points]
-    axis.plot(places, [sum(values) / len(values) for _, values in points], "o-", markersize=4, label=label)
-    axis.fill_between(places, [min(values) for _, values in points], [max(values) for _, values in points], alpha=0.2)
+def line(axis, xs, values_at, label):
+    """The mean over seeds, and a band from the lowest to the highest; xs with no seed are left out."""
+    points = [(x, [100 * value for value in values.values()]) for x, values in zip(xs, values_at) if values]
+    xs = [x for x, _ in points]
+    axis.plot(xs, [sum(values) / len(values) for _, values in points], "o-", markersize=4, label=label)
+    axis.fill_between(xs, [min(values) for _, values in points], [max(values) for _, values in points], alpha=0.2)
 
 
 def by_labels(axis, labels):

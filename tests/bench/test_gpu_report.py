@@ -21,17 +21,17 @@ def run(*arguments):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
-    status, said, error = run("--output", str(tmp_path / "results"))
-    assert status != 0 and not said
+def test_without_a_gpu_it_reports_so_in_one_line(tmp_path):
+    status, output, error = run("--output", str(tmp_path / "results"))
+    assert status != 0 and not output
     assert len(error.splitlines()) == 1 and "finds no GPU" in error
     assert not (tmp_path / "results").exists()
 
 
 def test_kernels_and_steps_run_on_a_cpu(tmp_path):
     """The same code at tiny sizes; the page's numbers are those of the files."""
-    status, said, error = run("--device", "cpu", "--output", str(tmp_path), "--parts", "kernels,steps")
-    assert status == 0, said + error + (tmp_path / "log.txt").read_text()
+    status, output, error = run("--device", "cpu", "--output", str(tmp_path), "--parts", "kernels,steps")
+    assert status == 0, output + error + (tmp_path / "log.txt").read_text()
     kernels = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert set(kernels["decoder attention"]["seconds"]) >= {"ours", "flash"}
     assert len(kernels) == 12 and not any("error" in result for result in kernels.values())

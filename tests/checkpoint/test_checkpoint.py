@@ -462,7 +462,7 @@ def test_foreign_weights_that_do_not_fit_are_listed_by_their_names(name, missing
     assert caught.value.shapes.keys() == reshaped.keys()
 
 
-def test_a_projection_without_its_two_companions_is_listed():
+def test_a_projection_without_the_other_two_is_listed():
     weights, config = golden("mae_st_default")
     del weights["blocks.1.attn.k.weight"]
     with pytest.raises(CheckpointMismatch, match="missing: blocks.1.attn.k.weight"):

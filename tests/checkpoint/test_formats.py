@@ -1,4 +1,4 @@
-"""Whose weights a file or folder holds, what is inferred and assumed, and that nothing is loaded in part or in silence."""
+"""Whose weights a file or folder holds, what is inferred and assumed, and that nothing is loaded in part or silently."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from tests.support.golden import GOLDEN, read_golden
 
 FILES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 BRIDGES = {"mae_st": from_mae_st, "slowfast": from_slowfast, "videomae": from_videomae}
-# What these weights cannot tell: their models are smaller than any factory's.
+# What these weights do not determine: their models are smaller than any factory's.
 STATED = {
     "mae_st_default": {"num_heads": 3, "decoder_num_heads": 2},
     "mae_st_head_dim_32_full_prediction": {"num_heads": 2, "decoder_num_heads": 1, "mask_ratio": 0.8},
@@ -132,7 +132,7 @@ def test_the_files_own_arguments_are_used(tmp_path):
 def test_head_counts_are_never_guessed(tmp_path):
     path = tmp_path / "checkpoint.pth"
     torch.save(golden("mae_st_default")[0], path)
-    with pytest.raises(CheckpointError, match=r"cannot tell num_heads .* state it: load\(path, num_heads=...\)"):
+    with pytest.raises(CheckpointError, match=r"num_heads cannot be determined .* state it: load\(path, num_heads=...\)"):
         load(path)
 
 
@@ -179,14 +179,14 @@ def test_a_tensor_missing_renamed_or_transposed_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mae_st_vit_classify", "slowfast_classify", "videomae_v2_classify"])
-def test_a_tensor_of_zeros_is_said(name, tmp_path):
+def test_a_tensor_of_zeros_is_reported(name, tmp_path):
     weights, _ = golden(name)
     path = tmp_path / "checkpoint.pth"
     for key, value in weights.items():
         torch.save({**weights, key: torch.zeros_like(value)}, path)
-        with pytest.warns(UserWarning) as said:
+        with pytest.warns(UserWarning) as caught:
             load(path, **STATED[name])
-        assert any(f"{key} is all zeros" in str(warning.message) for warning in said), key
+        assert any(f"{key} is all zeros" in str(warning.message) for warning in caught), key
 
 
 def test_values_that_are_not_finite_are_said(tmp_path):
@@ -284,7 +284,7 @@ def write_truncated(path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
 @pytest.mark.parametrize(
-    "write, says",
+    "write, message",
     [
         (lambda path: path.write_bytes(b""), "empty"),
         (write_pickle, "needs more than tensors"),
@@ -299,10 +299,10 @@ def write_truncated(path):
     ],
     ids=["empty", "code", "truncated", "plain-pickle", "text", "list", "no-tensors", "nothing", "folder", "missing"],
 )
-def test_what_is_no_checkpoint_is_refused_in_one_line(write, says, suffix, tmp_path, capsys):
+def test_what_is_no_checkpoint_is_refused_in_one_line(write, message, suffix, tmp_path, capsys):
     path = tmp_path / f"model{suffix}"
     write(path)
-    with pytest.raises(CheckpointError, match=says) as refused:
+    with pytest.raises(CheckpointError, match=message) as refused:
         load(path)
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
     assert "must not run" not in capsys.readouterr().out
@@ -347,7 +347,7 @@ def image_weights(model):
     result = {}
     for name, value in weights.items():
         if ".attn.q." in name:
-            parts = [weights[name.replace(".q.", f".{letter}.")] for letter in "qkv"]
+            parts = [weights[name.replace(".q.", f".{key}.")] for key in "qkv"]
             result[name.replace(".q.", ".qkv.")] = torch.cat(parts)
         elif ".attn.k." not in name and ".attn.v." not in name:
             result[name] = value

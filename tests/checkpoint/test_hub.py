@@ -138,7 +138,7 @@ def test_push_to_hub_uploads_what_is_saved(tmp_path, monkeypatch):
     assert calls == {"token": "t", "repo": ("model", True, True), "files": ["README.md", "config.json", "model.safetensors"]}
 
 
-def test_without_huggingface_hub_the_message_says_what_to_install(monkeypatch, tmp_path):
+def test_without_huggingface_hub_the_message_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'stmae\[hub\]'"):
         VideoModel.from_pretrained("someone/model")

@@ -96,7 +96,7 @@ def test_patch_loss(layout):
     _, masked = masks(B, N, N // 10, "cpu")
     M, frames = masked.shape[1], list(range(0, 8, 2))
     pred, grad = random(B, M, 768, dtype=BF16), torch.rand(B, M)
-    pixels = B * 4 * 112 * 112 * 3  # of the frames; the few patches that are not masked share the sectors of the others
+    pixels = B * 4 * 112 * 112 * 3  # of the frames; the few patches that are not masked fraction the sectors of the others
     with interpreted.Traffic() as traffic:
         _, mean, rstd = launch("patch_loss", pred, video, masked, [1, 16, 16], frames, 1, MEAN, STD)
     assert_traffic(traffic, nbytes(pred, masked) + pixels, 3 * nbytes(mean))

@@ -437,7 +437,7 @@ def _powers(x_ptr, out_ptr, EIGHTHS: tl.constexpr):
 
 @pytest.mark.parametrize("eighths", [0, 1, 2, 4])
 def test_exponentials_by_a_polynomial(device, guarded, eighths):
-    """Against float64: the columns that are meant to be approximated are, by no more than is said, and the others are not."""
+    """Against float64: the columns that are meant to be approximated are, within the documented error, and the others are not."""
     x = torch.linspace(-127, 1, 64 * 64, dtype=torch.float64)[torch.randperm(64 * 64)].float().view(64, 64).to(device)
     out = torch.empty_like(x)
     with guarded():

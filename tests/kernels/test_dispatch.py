@@ -241,7 +241,7 @@ def test_a_kernel_that_would_wait_for_the_device_is_not_there():
             assert word not in source, f"{file.name} has {word}"
 
 
-def test_an_internal_op_speaks_of_the_public_one():
+def test_errors_of_an_internal_op_name_the_public_one():
     x, weight = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^add_layer_norm: .*use stmae.reference.add_layer_norm"):
         ops.add_layer_norm(forward_ad.make_dual(x, x), None, weight, weight)

@@ -35,7 +35,7 @@ def gpu(monkeypatch):
         ({"pytorch-triton-rocm": "3.4.0"}, "triton 3.4.0 is too old (pip install 'triton>=3.6')"),
         ({"triton": "3.6.0"}, None),
         ({"pytorch-triton": "3.10.0+git1a2b3c"}, None),
-        ({"a checkout": ""}, None),  # of Triton on the path: only its import can tell
+        ({"a checkout": ""}, None),  # of Triton on the path: only its import can show it
     ],
     ids=str,
 )

@@ -150,7 +150,7 @@ def test_masks_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             model(video, mask=bad)
     tubes = autoencoder(mask_strategy="tube")
-    with pytest.raises(ValueError, match="expected noise that keeps or masks whole tubes"):
+    with pytest.raises(ValueError, match="expected noise that keeps or masks complete tubes"):
         tubes(video, noise=noise)
     assert tubes(video, mask=mask).loss.isfinite()  # a mask that is given is taken as it is
 

@@ -72,13 +72,13 @@ def test_every_place_is_sometimes_masked_and_sometimes_kept(strategy):
     mask = masks(strategy, 400, (4, 5, 6), 0.75)
     assert mask.any(0).all()
     assert (~mask).any(0).all()
-    share = mask.float().mean(0)  # 400 draws: a standard deviation of 0.02
-    assert share.min() > 0.65 and share.max() < 0.85
+    fraction = mask.float().mean(0)  # 400 draws: a standard deviation of 0.02
+    assert fraction.min() > 0.65 and fraction.max() < 0.85
 
 
 def test_blocks_hang_together():
     def neighbours(mask):
-        """Share of masked tokens' neighbours, along all three axes, that are masked, too."""
+        """Fraction of masked tokens' neighbours, along all three axes, that are masked, too."""
         pairs = [(mask[:, 1:], mask[:, :-1]), (mask[:, :, 1:], mask[:, :, :-1]), (mask[..., 1:], mask[..., :-1])]
         return sum((a & b).sum() for a, b in pairs) / sum((a | b).sum() for a, b in pairs)
 
@@ -197,8 +197,8 @@ def test_the_decoder_sees_the_cells_but_for_a_few(strategy, grid, decoder_ratio)
 
 def test_every_place_is_reconstructed_equally_often():
     masked, chosen = decoder_masks("random", 2000, (4, 4, 6), 0.75, 0.5)
-    share = (chosen.float().sum(0) / masked.float().sum(0)).flatten()
-    assert share.min() > 0.44 and share.max() < 0.56  # 1500 draws each: a standard deviation of 0.013
+    fraction = (chosen.float().sum(0) / masked.float().sum(0)).flatten()
+    assert fraction.min() > 0.44 and fraction.max() < 0.56  # 1500 draws each: a standard deviation of 0.013
 
 
 def test_no_decoder_mask_is_all_that_is_masked():

@@ -35,8 +35,8 @@ def assert_gradients_agree(model, expected):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         if name.endswith("qkv.weight"):  # three matrices: each by its own scale
-            for letter, a, b in zip("qkv", got[name].chunk(3), value.chunk(3)):
-                assert error(a, b) < RELATIVE, f"{name} {letter}"
+            for key, a, b in zip("qkv", got[name].chunk(3), value.chunk(3)):
+                assert error(a, b) < RELATIVE, f"{name} {key}"
         else:  # the gradient of the bias of k is zero but for rounding, so qkv.bias goes by the scale of the three
             assert error(got[name], value) < RELATIVE, name
 

@@ -149,7 +149,7 @@ BAD_VALUES = {
     "weight_dtype": [torch.float64, torch.int64],
     "fc1_dtype": [torch.float16, torch.bool],
     "fc2_dtype": [torch.float16, torch.bool],
-    "wanted": [[], [True], [True] * 9],
+    "output_mask": [[], [True], [True] * 9],
 }
 BAD_CALLS = [(name, a, value) for name in sorted(CALLS) for a in CALLS[name]() for value in BAD_VALUES.get(a, [])]
 

@@ -31,12 +31,12 @@ def video(B, C, T, H, W, *, dtype=torch.uint8, layout="planar"):
     return x
 
 
-def tensors(clip, patch_size, frames=None, *, dtype=F32, share=0.6):
+def tensors(clip, patch_size, frames=None, *, dtype=F32, fraction=0.6):
     B, C, T, H, W = clip.shape
     u, p, q = patch_size
     N = (T if frames is None else len(frames)) // u * (H // p) * (W // q)
     generator = torch.Generator().manual_seed(N)
-    masked = torch.rand(B, N, generator=generator).argsort(1)[:, : int(N * share)].sort(1).values
+    masked = torch.rand(B, N, generator=generator).argsort(1)[:, : int(N * fraction)].sort(1).values
     return torch.randn(B, masked.shape[1], u * p * q * C, generator=generator).to(dtype), masked
 
 
@@ -227,7 +227,7 @@ CLIP = torch.zeros(2, 3, 2, 16, 16, dtype=torch.uint8)
         (dict(masked=torch.zeros(2, 3, dtype=torch.int64)), r"patch_loss: expected masked \[B, M\] int64 .*got \[2, 3\]"),
         (dict(masked=torch.zeros(2, 4)), r"patch_loss: expected masked .*int64.*got \[2, 4\] float32"),
         (dict(masked=torch.zeros(2, 9, dtype=torch.int64)), r"patch_loss: expected masked with at most 8 tokens"),
-        (dict(patch_size=(8, 8)), r"patch_loss: expected patch_size to be 3 whole numbers, got \(8, 8\)"),
+        (dict(patch_size=(8, 8)), r"patch_loss: expected patch_size to be 3 integers, got \(8, 8\)"),
         (dict(patch_size=(1, 0, 8)), r"patch_loss: expected .*multiples of the patch"),
         (dict(frames=[0, 2]), r"patch_loss: expected frames in \[0, 2\), got \[0, 2\]"),
         (dict(frames=[-1, 0]), r"patch_loss: expected frames in \[0, 2\), got \[-1, 0\]"),

@@ -131,7 +131,7 @@ def test_second_derivatives_are_refused_by_name():
         grad(lambda x: grad(lambda x: call(ops, x, *inputs[1:]).square().sum())(x).square().sum())(inputs[0])
 
 
-def test_an_op_of_the_dispatcher_says_what_to_call_instead():
+def test_an_op_of_the_dispatcher_names_what_to_call_instead():
     with pytest.raises(RuntimeError, match=r"torch.ops.stmae.gather_tokens: .* call stmae.ops.gather_tokens or stmae.reference"):
         grad(lambda x: torch.ops.stmae.gather_tokens(x, KEEP).sum())(rand(B, 8, D))
 

@@ -1,4 +1,4 @@
-"""The set in which only motion tells the classes apart, and the study made on it: with synthetic pictures, in seconds."""
+"""The set in which only motion separates the classes, and the study made on it: with synthetic pictures, in seconds."""
 
 import gzip
 import json
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from stmae.training.evaluation import probes
-from studies.motion import clips, page, pieces
-from studies.motion.pieces import Piece, Plan, Study
+from studies.motion import clips, experiments, page
+from studies.motion.experiments import Experiment, Plan, Study
 from studies.motion.schedule import load, run
 
 TINY = Plan(
@@ -25,7 +25,7 @@ TINY = Plan(
     decoder_width=16,
     pretrain_steps=4,
     pretrain_batch=16,
-    judge_at=(0, 2, 4),
+    evaluate_at=(0, 2, 4),
     ablation_steps=2,
     labels=(32,),
     finetune_labels=(32,),
@@ -81,7 +81,7 @@ def test_labels_are_balanced_in_every_beginning():
     assert part.clips.shape == (80, 8, 32, 32, 3) and part.clips.dtype == torch.uint8
     assert part.video().shape == (80, 3, 8, 32, 32)
     for count in (8, 40, 80):
-        assert torch.bincount(part.first(count).labels, minlength=8).tolist() == [count // 8] * 8
+        assert torch.bincount(part.take(count).labels, minlength=8).tolist() == [count // 8] * 8
 
 
 def test_a_set_is_a_function_of_its_seed():
@@ -143,16 +143,16 @@ def test_only_motion_tells_the_classes_apart():
         return probes.knn(x, train.labels, test_x, test.labels, 8, 20)
 
     chance = 1 / 8 + 3 * math.sqrt(1 / 8 * 7 / 8 / 400)
-    assert accuracy(pieces.repeat_middle_frame) < chance
+    assert accuracy(experiments.repeat_middle_frame) < chance
     assert accuracy(lambda frames, seed: frames) > chance
 
 
 def test_order_controls():
     frames = torch.arange(6 * 8).view(6, 8, 1, 1, 1).to(torch.uint8)
-    shuffled = pieces.shuffle_frames(frames, 0)
+    shuffled = experiments.shuffle_frames(frames, 0)
     assert torch.equal(shuffled.sort(1).values, frames) and not torch.equal(shuffled, frames)
     assert len({tuple((clip - clip.min()).flatten().tolist()) for clip in shuffled}) > 1  # each in its own order
-    assert torch.equal(pieces.repeat_middle_frame(frames, 0)[:, :, 0, 0, 0], frames[:, 4, 0, 0].expand(6, 8))
+    assert torch.equal(experiments.repeat_middle_frame(frames, 0)[:, :, 0, 0, 0], frames[:, 4, 0, 0].expand(6, 8))
 
 
 @pytest.mark.parametrize("features", [60, 10], ids=["more features than clips", "fewer"])
@@ -164,22 +164,22 @@ def test_linear_probe_is_the_training_package_s(features):
     x, test_x = (means[labels] + noise * torch.randn(len(labels), features, generator=generator) for labels in (y, test_y))
     theirs = probes.linear(x, y, test_x, test_y, 3, 0)
     assert 0.45 < theirs < 0.98  # neither at chance nor saturated, where anything would agree
-    assert abs(pieces.linear(x, y, test_x, test_y, 3, 0) - theirs) <= 2 / 300
+    assert abs(experiments.linear(x, y, test_x, test_y, 3, 0) - theirs) <= 2 / 300
 
 
 def test_positions_start_as_distinct_waves_whatever_the_seed():
-    positions = [pieces.autoencoder(Plan(), seed).encoder.position.of_patches() for seed in (0, 1)]
+    positions = [experiments.autoencoder(Plan(), seed).encoder.position.of_patches() for seed in (0, 1)]
     assert torch.equal(*positions)
     distance = torch.cdist(positions[0], positions[0]) + 10 * torch.eye(64)
     assert distance.min() > 0.5
 
 
-def test_pieces_come_after_what_they_need():
-    planned = pieces.pieces_of(Plan(), [0, 1, 2])
-    names = [piece.name for piece in planned]
+def test_experiments_come_after_what_they_need():
+    planned = experiments.all_experiments(Plan(), [0, 1, 2])
+    names = [experiment.name for experiment in planned]
     assert len(set(names)) == len(names) == 3 + 6 + 18 + 21
-    for place, piece in enumerate(planned):
-        assert set(piece.needs) <= set(names[:place])
+    for index, experiment in enumerate(planned):
+        assert set(experiment.needs) <= set(names[:index])
 
 
 class WithoutTest(Study):
@@ -191,18 +191,18 @@ class WithoutTest(Study):
 
 
 def test_tuning_never_sees_the_test(folder, tmp_path):
-    found = pieces.tune(WithoutTest(str(folder), TINY, str(tmp_path)), {}, labels=32, start="scratch", seed=0)
+    found = experiments.tune(WithoutTest(str(folder), TINY, str(tmp_path)), {}, labels=32, start="scratch", seed=0)
     assert found["held_out"] == 8 and len(found["grid"]) == 4
-    best = max(found["grid"], key=lambda tried: (tried["accuracy"], -tried["loss"]))
+    best = max(found["grid"], key=lambda trial: (trial["accuracy"], -trial["loss"]))
     assert (found["lr"], found["steps"]) == (best["lr"], best["steps"])
 
 
 def test_an_interrupted_study_continues_to_the_same_page(folder, tmp_path):
     study = Study(str(folder), TINY, str(tmp_path / "work"))
-    wanted = ("main", "tune", "finetune", "mask-random-0.95")
-    planned = [piece for piece in pieces.pieces_of(TINY, [0]) if piece.name.startswith(wanted)]
+    prefixes = ("main", "tune", "finetune", "mask-random-0.95")
+    planned = [experiment for experiment in experiments.all_experiments(TINY, [0]) if experiment.name.startswith(prefixes)]
     records = run(study, planned, 1)
-    assert set(records) == {piece.name for piece in planned}
+    assert set(records) == {experiment.name for experiment in planned}
     main = records["main-seed0"]["found"]
     assert set(main["knn_at_step"]) == {"0", "2", "4"} and set(main["probes"]["raw pixels"]) == {"32"}
     assert main["knn_at_step"]["4"] == main["probes"]["pre-trained"]["32"]["knn"]
@@ -219,25 +219,25 @@ def test_an_interrupted_study_continues_to_the_same_page(folder, tmp_path):
     assert kept == set(written) - set(lost) - {"main-seed0.safetensors"}
 
     page.write(tmp_path / "docs", TINY, [0], planned, again, pictures=str(folder))
-    assert json.loads((tmp_path / "docs" / "results.json").read_text())["pieces"]["main-seed0"] == main
+    assert json.loads((tmp_path / "docs" / "results.json").read_text())["experiments"]["main-seed0"] == main
     text = (tmp_path / "docs" / "results.md").read_text()
     assert f"{100 * main['probes']['pre-trained']['32']['linear']:.1f}" in text
     for picture in page.PICTURES:
         assert picture in text and (tmp_path / "docs" / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_piece_of_another_plan_is_not_taken(tmp_path):
-    piece = Piece("mask-random-0.5-seed0", "mask", {"strategy": "random", "ratio": 0.5, "seed": 0})
+def test_an_experiment_of_another_plan_is_not_taken(tmp_path):
+    experiment = Experiment("mask-random-0.5-seed0", "mask", {"strategy": "random", "ratio": 0.5, "seed": 0})
     study = Study("", TINY, str(tmp_path))
-    (tmp_path / f"{piece.name}.json").write_text(json.dumps({"plan": TINY.to_dict(), "arguments": piece.arguments}))
-    assert load(tmp_path, study, piece)
+    (tmp_path / f"{experiment.name}.json").write_text(json.dumps({"plan": TINY.to_dict(), "arguments": experiment.arguments}))
+    assert load(tmp_path, study, experiment)
     for change, still_valid in ({"width": 64}, False), ({"ablation_steps": 3}, False), ({"finetune_lrs": (1e-2,)}, True):
-        assert bool(load(tmp_path, replace(study, plan=replace(TINY, **change)), piece)) == still_valid, change
-    assert load(tmp_path, study, replace(piece, arguments={**piece.arguments, "ratio": 0.6})) is None
+        assert bool(load(tmp_path, replace(study, plan=replace(TINY, **change)), experiment)) == still_valid, change
+    assert load(tmp_path, study, replace(experiment, arguments={**experiment.arguments, "ratio": 0.6})) is None
 
 
 @pytest.mark.parametrize(
-    ("differences", "verdict"),
+    ("differences", "agreement"),
     [
         ([0.1, 0.2, 0.05], "yes"),
         ([-0.1, -0.2, -0.05], "**no**"),
@@ -246,5 +246,5 @@ def test_a_piece_of_another_plan_is_not_taken(tmp_path):
         ([], "not run"),
     ],
 )
-def test_verdicts_want_every_seed(differences, verdict):
-    assert page.verdict(differences) == verdict
+def test_agreement_needs_every_seed(differences, agreement):
+    assert page.agreement(differences) == agreement

@@ -111,8 +111,8 @@ def figures(make, dtype):
         yield name, {side: torch.cat(parts).sort().values for side, parts in sides.items()}
 
 
-def percentile(ordered, share):
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))].item()
+def percentile(ordered, fraction):
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))].item()
 
 
 if __name__ == "__main__":
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     for make in INPUTS:
         for dtype in (torch.float32, torch.bfloat16):
             for name, sides in figures(make, dtype):
-                cells = [[percentile(sides[side], share) for share in (0.99, 1.0)] for side in ("stmae", "torch")]
+                cells = [[percentile(sides[side], fraction) for fraction in (0.99, 1.0)] for side in ("stmae", "torch")]
                 numbers = " | ".join(f"{value:.1e}" for row in cells for value in row)
                 ratio = cells[0][0] / cells[1][0] if cells[1][0] else 1.0 if not cells[0][0] else float("inf")
                 print(f"| `{make.__name__}` | {str(dtype)[6:]} | {name} | {numbers} | {ratio:.2f} |", flush=True)

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300  # seconds; a run takes one or two
+TIMEOUT = 300  # seconds; a run takes one or two
 
 
 class ForkServer:
@@ -56,28 +56,28 @@ class ForkServer:
             os.kill(self.running, signal.SIGKILL)
             self.wait()
         request = {"argv": list(map(str, argv)), "output": str(output), "fault": fault}
-        self._say(json.dumps(request))
+        self._send(json.dumps(request))
         self.running = int(self._answer("started"))
         return self.running
 
     def wait(self):
         """The exit status of the process started last, whose number is not given to another before this."""
-        self._say("wait")
+        self._send("wait")
         status = int(self._answer("ended"))
         self.running = None
         return status
 
     def run(self, argv, output, fault=None):
-        """(exit status, what it said)."""
+        """(exit status, what it printed)."""
         self.start(argv, output, fault)
         return self.wait(), Path(output).read_text()
 
-    def _say(self, line):
+    def _send(self, line):
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
     def _answer(self, expected):
-        late = not select.select([self.process.stdout], [], [], PATIENCE)[0]
+        late = not select.select([self.process.stdout], [], [], TIMEOUT)[0]
         if late and expected == "ended":
             os.kill(self.running, signal.SIGKILL)  # the server lives on, for the next run
             self.running = None
@@ -85,7 +85,7 @@ class ForkServer:
             self.process.kill()
         line = self.process.stdout.readline()
         if late:
-            raise RuntimeError(f"fork server: no {expected!r} in {PATIENCE} s")
+            raise RuntimeError(f"fork server: no {expected!r} in {TIMEOUT} s")
         word, _, value = line.strip().partition(" ")
         if word != expected:
             raise RuntimeError(f"fork server: expected {expected!r}, got {line!r}")
@@ -130,7 +130,7 @@ class Faults:
             try:
                 self(f"half of {Path(file).name[:7]}", half)
             except OSError as error:
-                raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from error  # as it says it
+                raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from error  # its own wording
             save_file(tensors, file, metadata)
 
         def faulty_append(folder, name, line):
@@ -197,7 +197,7 @@ def serve():
                 status = cli.main([command, *argv])
             except BaseException:
                 traceback.print_exc()
-            finally:  # also where the death of a data worker is told in the middle of this
+            finally:  # also where the death of a data worker is reported in the middle of this
                 try:
                     sys.stdout.flush()
                     sys.stderr.flush()

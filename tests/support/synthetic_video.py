@@ -1,4 +1,4 @@
-"""Videos whose every frame says its number, made for the tests: eight blocks, black or white, are the number's bits."""
+"""Videos whose every frame shows its number, made for the tests: eight blocks, black or white, are the number's bits."""
 
 import fractions
 import struct
@@ -99,6 +99,6 @@ def set_display_matrix(path, a, b, c, d):
 
 
 def write_image(path, number, *, size=(64, 96)):
-    """Writes the numbered frame as an image, in the format that the name says."""
+    """Writes the numbered frame as an image, in the format of its extension."""
     Image.fromarray(numbered_frame(number, *size)).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
     return path

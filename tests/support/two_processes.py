@@ -52,20 +52,20 @@ def start(*commands, before_second=None):
 
 
 def finish(processes, status=0):
-    """What they said, together; they must have ended with this ``status``."""
-    said = []
+    """What they printed, together; they must have ended with this ``status``."""
+    printed = []
     try:
         for process in processes:
             try:
-                said.append(process.communicate(timeout=600)[0])
+                printed.append(process.communicate(timeout=600)[0])
             except subprocess.TimeoutExpired:
                 process.kill()
-                said.append(process.communicate()[0])
+                printed.append(process.communicate()[0])
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [status, status], "\n".join(said)
-    return "".join(said)
+    assert [process.returncode for process in processes] == [status, status], "\n".join(printed)
+    return "".join(printed)
 
 
 def free_port():

@@ -115,7 +115,7 @@ def test_every_preset_makes_its_configuration_and_model(name):
 
 
 @pytest.mark.parametrize("name", presets())
-def test_every_setting_of_a_preset_says_where_it_is_from(name):
+def test_every_setting_of_a_preset_names_its_source(name):
     lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
     settings = [line for line in lines if re.match(r" *\w+: \S", line) and line.partition(":")[0] not in preset_files.ABOUT]
     assert settings and [line for line in settings if not re.search(r"  # \w", line)] == []
@@ -172,8 +172,8 @@ def test_the_papers_sizes():
 def test_a_preset_is_refused_by_another_command(capsys):
     with pytest.raises(SystemExit):
         parse_args("--preset", "paper-base-finetune")
-    said = capsys.readouterr().err
-    assert "the preset paper-base-finetune is for 'stmae finetune'; expected one for 'stmae pretrain': cpu-small, " in said
+    printed = capsys.readouterr().err
+    assert "the preset paper-base-finetune is for 'stmae finetune'; expected one for 'stmae pretrain': cpu-small, " in printed
     with pytest.raises(SystemExit):
         parse(FinetuneConfig, ["--preset", "paper-base"], prog="stmae finetune", description="")
     assert "the preset paper-base is for 'stmae pretrain'" in capsys.readouterr().err
@@ -261,16 +261,16 @@ def test_an_unknown_setting_in_a_file_is_named_with_the_file(tmp_path, capsys):
 def test_help_shows_what_would_be_used(capsys):
     with pytest.raises(SystemExit) as exit:
         parse_args("--preset", "demo", "--help")
-    said = capsys.readouterr().out
-    assert exit.value.code == 0 and "--optimizer.base_lr" in said
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and "--optimizer.base_lr" in printed
     batch = from_preset(PretrainConfig, "demo", output="o").optimizer.batch
-    assert f"default: {batch})" in said[said.index("--optimizer.batch BATCH") :].partition("--optimizer.accumulate")[0]
+    assert f"default: {batch})" in printed[printed.index("--optimizer.batch BATCH") :].partition("--optimizer.accumulate")[0]
 
 
 def test_commands_are_listed_and_unknown_ones_refused(capsys):
     assert cli.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in cli.COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
     assert cli.main(["pertrain"]) == 2
     assert "no command 'pertrain'" in capsys.readouterr().err
     assert cli.main(["--version"]) == 0
@@ -280,8 +280,8 @@ def test_commands_are_listed_and_unknown_ones_refused(capsys):
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*command.split(), "--help"])
-    said = capsys.readouterr().out
-    assert exit.value.code == 0 and said.startswith(f"usage: stmae {command}")
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and printed.startswith(f"usage: stmae {command}")
 
 
 # Devices

@@ -41,7 +41,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A backward pass over fewer heads than this divides each by keys. The number of threads has no say in it, so that the
+// A backward pass over fewer heads than this divides each by keys. The number of threads has no influence on it, so that the
 // sums keep their order whatever that is.
 constexpr int64_t kMinItems = 32;
 

@@ -22,8 +22,8 @@ STATED = '["num_heads=2", "decoder_num_heads=2", "num_frames=4", "image_size=32"
 def test_to_a_folder_and_back(tmp_path, capsys):
     path, expected, weights = checkpoint(tmp_path)
     assert main(["convert", str(path), str(tmp_path / "ours"), "--set", STATED]) == 0
-    said = capsys.readouterr().out
-    assert "recognised as videomae" in said and "assumed target" in said
+    printed = capsys.readouterr().out
+    assert "recognised as videomae" in printed and "assumed target" in printed
     model = MaskedAutoencoder.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.state_dict().items())
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back.safetensors"), "--to", "videomae"]) == 0
@@ -46,16 +46,16 @@ def test_to_hugging_face(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, says",
+    "options, message",
     [
         (["--to", "mae_st"], "expected a name in .safetensors or .pth"),
         (["--set", '["num_heads"]'], "expected FIELD=VALUE"),
-        ([], "cannot tell num_heads"),
+        ([], "num_heads cannot be determined"),
         (["--set", '["num_heads=2", "wdith=3"]'], "wdith"),
     ],
 )
-def test_what_cannot_be_converted_is_said_in_one_line(options, says, tmp_path, capsys):
+def test_what_cannot_be_converted_is_reported_in_one_line(options, message, tmp_path, capsys):
     path, _, _ = checkpoint(tmp_path)
     assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 1
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1

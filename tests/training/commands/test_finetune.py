@@ -184,9 +184,9 @@ def test_mixup_mixes_clips_and_targets_alike():
     clips = torch.stack([torch.full((2, 8, 8, 3), value, dtype=torch.uint8) for value in (0, 200)])
     torch.manual_seed(0)
     mixed, targets = mixup.mix(clips, torch.eye(2), 0.8, 0.0)
-    share = mixed[1, 0, 0, 0, 0].item() / 200  # of clip 1 in the second place
-    assert mixed.dtype == torch.uint8 and 0 < share < 1
-    torch.testing.assert_close(targets, torch.tensor([[share, 1 - share], [1 - share, share]]), atol=0.003, rtol=0)
+    fraction = mixed[1, 0, 0, 0, 0].item() / 200  # of clip 1 in the second place
+    assert mixed.dtype == torch.uint8 and 0 < fraction < 1
+    torch.testing.assert_close(targets, torch.tensor([[fraction, 1 - fraction], [1 - fraction, fraction]]), atol=0.003, rtol=0)
 
 
 def test_cutmix_counts_what_was_cut():
@@ -194,8 +194,8 @@ def test_cutmix_counts_what_was_cut():
     for seed in range(20):
         torch.manual_seed(seed)
         mixed, targets = mixup.mix(clips, torch.eye(2), 0.0, 1.0)
-        share = mixed[0].float().mean().item()  # of clip 1 in the first place
-        torch.testing.assert_close(targets[0], torch.tensor([1 - share, share]))
+        fraction = mixed[0].float().mean().item()  # of clip 1 in the first place
+        torch.testing.assert_close(targets[0], torch.tensor([1 - fraction, fraction]))
     assert torch.equal(clips[0], torch.zeros_like(clips[0]))  # the batch itself is untouched
 
 
@@ -256,18 +256,18 @@ def test_views_are_averaged_after_the_softmax(finished, videos, tmp_path):
 def test_top_k_of_averaged_views():
     scores = torch.tensor([[[0.6, 0.4, 0.0], [0.0, 0.5, 0.5]], [[0.1, 0.2, 0.7], [0.1, 0.2, 0.7]]])  # [2, 2, 3]
     labels = torch.tensor([1, 0])
-    assert topk_accuracy(scores, labels, 1) == 0.5  # the views of video 0 together say class 1
+    assert topk_accuracy(scores, labels, 1) == 0.5  # the views of video 0 average to class 1
     assert topk_accuracy(scores, labels, 2) == 0.5 and topk_accuracy(scores, labels, 5) == 1.0
 
 
-def test_a_test_leaves_out_what_it_cannot_read_and_says_so(finished, videos, tmp_path, capsys):
+def test_a_test_leaves_out_what_it_cannot_read_and_reports_it(finished, videos, tmp_path, capsys):
     folder, _ = finished
     lines = [f"{entry.path} {entry.label}" for entry in find_labelled_videos(videos)]
     (tmp_path / "broken.mp4").write_text("no video")
     (tmp_path / "list.txt").write_text("\n".join([*lines, "broken.mp4 0"]))
     assert cli.main(["test", "--checkpoint", str(folder), "--data", str(tmp_path / "list.txt"), "--views.temporal", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "left out of the test" in said and "broken.mp4" in said and "8 videos (1 left out)" in said
+    printed = capsys.readouterr().out
+    assert "left out of the test" in printed and "broken.mp4" in printed and "8 videos (1 left out)" in printed
 
 
 def test_a_test_set_that_lacks_a_class_is_numbered_as_the_training_set(finished, videos, tmp_path):
@@ -436,10 +436,12 @@ def test_data_check_names_what_is_broken_and_sums_up_the_rest(every_frame, video
         data=str(tmp_path / "list.txt"), frames=4, every_frame=every_frame, workers=0, output=str(tmp_path / "good.txt")
     )
     good, errors = data_check.run(config)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert len(good) == 8 and len(errors) == 2
-    assert "10 videos: 8 can be used, 2 cannot" in said and "too short: 5 frames, a clip of 4 at stride 4 needs 13" in said
-    assert "30 to 30, median 30" in said and "25 to 25" in said and "96x64 (8)" in said and "2 classes, 5 to 5" in said
+    assert "10 videos: 8 can be used, 2 cannot" in printed and "too short: 5 frames, a clip of 4 at stride 4 needs 13" in printed
+    assert (
+        "30 to 30, median 30" in printed and "25 to 25" in printed and "96x64 (8)" in printed and "2 classes, 5 to 5" in printed
+    )
     assert find_labelled_videos(tmp_path / "good.txt") == find_labelled_videos(videos)
 
 

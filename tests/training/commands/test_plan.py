@@ -95,8 +95,8 @@ def test_the_papers_plan(capsys):
     assert numbers["steps"] == 93_750 and numbers["steps of warm-up"] == 14_062  # 200 passes over 240,000 videos; 30 of them
     assert numbers["learning rate"] == pytest.approx(1.6e-3) and numbers["clips a step"] == 2048
     assert numbers["clips on a GPU at a time"] * 8 * numbers["parts that a step is computed in"] == 2048
-    said = capsys.readouterr().out
-    assert re.search(r"GPUs +8 +128\n", said) and re.search(r"videos a step +512 +512\n", said)
+    printed = capsys.readouterr().out
+    assert re.search(r"GPUs +8 +128\n", printed) and re.search(r"videos a step +512 +512\n", printed)
     assert numbers["command"].startswith(
         "torchrun --nproc_per_node 8 -m stmae.training pretrain --preset paper-large --data DATA"
     )
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_said(settings, message):
         make(**settings)
 
 
-def test_a_recipe_must_say_its_command(tmp_path, capsys):
+def test_a_recipe_must_name_its_command(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("optimizer: {batch: 4}\n")
     assert cli.main(["plan", "--recipe", str(tmp_path / "mine.yaml"), "--memory", "24"]) == 1
     assert "expected 'preset: NAME', 'command: pretrain' or 'command: finetune' at its top" in capsys.readouterr().err

@@ -124,8 +124,8 @@ def test_a_finished_run_is_continued_for_more_epochs(finished, tmp_path, capsys)
     output = shutil.copytree(finished, tmp_path / "run")
     arguments = ["--config", str(output / "config.yaml"), "--run.extend_epochs", "4"]
     pretrain.run(configure(arguments, output))
-    said = capsys.readouterr().out
-    assert "continuing from step 30" in said and lines(output)[-1]["step"] == 33
+    printed = capsys.readouterr().out
+    assert "continuing from step 30" in printed and lines(output)[-1]["step"] == 33
     state = RunFolder(output, read_only=True).load_state()[1]
     assert (state["step"], state["steps"], state["done"]) == (33, 33, True)
     pretrain.run(configure(arguments, output))
@@ -171,9 +171,9 @@ def test_killed_and_continued_is_bit_for_bit_the_uninterrupted_run(workers, tiny
     for step in (1, 8, 17):
         assert interrupt(arguments, output, step, signal.SIGKILL)[0] == -signal.SIGKILL
     process = command(arguments, output)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "continuing from step" in said
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert "continuing from step" in printed
     assert_same(weights(output), weights(finished))
     assert RunFolder(output, read_only=True).states() == [30, 27]
     steps = [line["step"] for line in lines(output) if "loss" in line]
@@ -181,7 +181,7 @@ def test_killed_and_continued_is_bit_for_bit_the_uninterrupted_run(workers, tiny
 
 
 def interrupt(arguments, output, step, number):
-    """(exit status, what it said) of a run that got the signal once it had saved a state of ``step`` or later."""
+    """(exit status, what it printed) of a run that got the signal once it had saved a state of ``step`` or later."""
     for _ in range(10):
         process = command(arguments, output, start_new_session=True)
         until = time.monotonic() + 100
@@ -192,26 +192,26 @@ def interrupt(arguments, output, step, number):
         if number == signal.SIGKILL:
             process.kill()
             process.wait()
-            said = ""  # data workers, which live a little longer, could still say something
+            printed = ""  # data workers, which live a little longer, could still print something
         else:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)  # as a terminal and a scheduler do: to the workers too
-            said, _ = process.communicate(timeout=120)
+            printed, _ = process.communicate(timeout=120)
         states = RunFolder(output, read_only=True).states()
-        assert states, f"nothing was saved, exit status {process.returncode}: {said}"
+        assert states, f"nothing was saved, exit status {process.returncode}: {printed}"
         if states[0] < 30:
-            return process.returncode, said
+            return process.returncode, printed
         shutil.rmtree(output)  # the signal came late, as it may on a busy machine
-    raise AssertionError(f"no run was caught before its end:\n{said}")
+    raise AssertionError(f"no run was caught before its end:\n{printed}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_leaves_cleanly(number, tiny, tmp_path, finished):
     output = tmp_path / "run"
     arguments = [*tiny, "--run.workers", "2", "--run.save_every", "3"]
-    status, said = interrupt(arguments, output, 3, number)
-    assert status == 0 and "Traceback" not in said
-    stopped = int(re.search(r"stopped after step (\d+) of 30", said)[1])
+    status, printed = interrupt(arguments, output, 3, number)
+    assert status == 0 and "Traceback" not in printed
+    stopped = int(re.search(r"stopped after step (\d+) of 30", printed)[1])
     assert RunFolder(output, read_only=True).states()[0] == stopped
     pretrain.run(configure(arguments, output))
     assert_same(weights(output), weights(finished))
@@ -231,8 +231,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tiny, tmp_path, finished, 
     (output / "model.safetensors").unlink()
     capsys.readouterr()
     pretrain.run(configure(tiny, output))
-    said = capsys.readouterr().out
-    assert "is damaged" in said and f"continuing from step {older}" in said
+    printed = capsys.readouterr().out
+    assert "is damaged" in printed and f"continuing from step {older}" in printed
     assert_same(weights(output), weights(finished))
 
 
@@ -260,16 +260,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, tmp_path, finish
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
     process = command([*tiny, "--run.save_every", "5"], output, preexec_fn=limit)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in said
-    assert re.search(rf"cannot write state-\d+.safetensors: .*the checkpoint of step {step} is complete", said), said
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in printed
+    assert re.search(rf"cannot write state-\d+.safetensors: .*the checkpoint of step {step} is complete", printed), printed
     assert RunFolder(output, read_only=True).states()[0] == step
     assert not [name for name in os.listdir(output) if name.endswith(".tmp")]
     pretrain.run(configure(tiny, output))
     assert_same(weights(output), weights(finished))
 
 
-def test_an_output_that_cannot_be_a_folder_says_so(tiny, tmp_path, capsys):
+def test_an_output_that_cannot_be_a_folder_is_refused(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["pretrain", *tiny, "--output", str(tmp_path / "file" / "run")]) == 1
     error = capsys.readouterr().err
@@ -315,9 +315,9 @@ def test_broken_videos_are_named_once_and_counted(tiny, tmp_path, videos, capsys
     for path in videos.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     pretrain.run(configure(tiny, tmp_path / "run", "--data", str(folder)))
-    said = capsys.readouterr().out
-    assert len(re.findall(r"skipped video .*broken.mp4: cannot be opened", said)) == 1
-    assert "1 videos that could not be used" in said
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"skipped video .*broken.mp4: cannot be opened", printed)) == 1
+    assert "1 videos that could not be used" in printed
     assert [line["skipped_videos"] for line in lines(tmp_path / "run") if "loss" in line][-1] == 1
 
 

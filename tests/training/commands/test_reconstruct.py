@@ -1,4 +1,4 @@
-"""``stmae reconstruct`` and ``stmae demo``: pictures that show what they say."""
+"""``stmae reconstruct`` and ``stmae demo``: pictures that show what they should."""
 
 import os
 import sys
@@ -41,8 +41,8 @@ def pictures(model, video, output, *more):
 
 def test_a_grid_and_an_animation(model, video, tmp_path, capsys):
     assert pictures(model, video, tmp_path / "pictures") == 0
-    said = capsys.readouterr().out
-    assert "mean and contrast of each patch are taken from the original" in said and "a video.png" in said
+    printed = capsys.readouterr().out
+    assert "mean and contrast of each patch are taken from the original" in printed and "a video.png" in printed
     with Image.open(tmp_path / "pictures" / "a video.gif") as gif:
         assert gif.is_animated and gif.n_frames == 2  # one frame for each of the two time slices
     sheet = np.asarray(Image.open(tmp_path / "pictures" / "a video.png"))
@@ -142,11 +142,11 @@ def test_the_demo_learns_and_names_its_pictures(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "from_preset", short)
     assert cli.main(["demo", "--output", str(tmp_path / "demo")]) == 0
-    said = capsys.readouterr().out
-    assert "predicting each patch's mean would give 1.0" in said
-    before, after = (float(word) for word in said.rpartition("went from ")[2].partition(";")[0].split(" to "))
+    printed = capsys.readouterr().out
+    assert "predicting each patch's mean would give 1.0" in printed
+    before, after = (float(word) for word in printed.rpartition("went from ")[2].partition(";")[0].split(" to "))
     assert before > 1.1 and after < 0.97
     for entry in find_videos(from_preset(PretrainConfig, "demo", output="o").held_out):
         name = entry.path.rpartition("/")[2].removesuffix(".mp4")
         assert (tmp_path / "demo" / "pictures" / f"{name}.gif").stat().st_size > 1000
-        assert f"{name}.png" in said
+        assert f"{name}.png" in printed

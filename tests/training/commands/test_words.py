@@ -1,4 +1,4 @@
-"""What a user types wrong is said in a line, whatever the source: a settings file, an option, a command."""
+"""What a user types wrong is reported in one line, whatever the source: a settings file, an option, a command."""
 
 import subprocess
 import sys
@@ -64,8 +64,8 @@ def test_right_values_arrive_as_their_types(tmp_path):
     ],
 )
 def test_what_is_wrong_with_a_file_is_a_line(tmp_path, capsys, text, words):
-    said = refusal(capsys, configured, tmp_path, text)
-    assert words in said and len(said[said.index("error:") :].strip().splitlines()) == 1
+    printed = refusal(capsys, configured, tmp_path, text)
+    assert words in printed and len(printed[printed.index("error:") :].strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_help_into_a_pipe_that_closes_is_no_traceback(arguments):
         [sys.executable, "-m", "stmae.training", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
-    said = process.stderr.read()
-    assert process.wait() != 1 and not said, said
+    printed = process.stderr.read()
+    assert process.wait() != 1 and not printed, printed
 
 
 def test_data_check_exits_as_it_found(tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_a_comment_that_names_a_file_is_a_file(tmp_path):
 @pytest.mark.parametrize("line", ["b.mp4 -1", "b.mp4", "b.mp4 1e9", "b.mp4 \u00b2", "b.mp4 --5", "b.mp4 -5", "b.mp4,1000000"])
 def test_a_label_that_is_none_is_refused_with_its_line(line, tmp_path):
     (tmp_path / "list.txt").write_text(f"a.mp4 1\n\n{line}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"list\.txt, line 3: expected a (label|whole number)"):
+    with pytest.raises(ValueError, match=r"list\.txt, line 3: expected a (label|number)"):
         find_labelled_videos(tmp_path / "list.txt")
 
 
@@ -117,11 +117,11 @@ def test_a_label_that_is_none_is_refused_with_its_line(line, tmp_path):
 )
 def test_lines_that_are_easily_read_wrongly(line, expected, hint, tmp_path):
     (tmp_path / "list.txt").write_text(f"{line}\n")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         (entry,) = find_videos(tmp_path / "list.txt")
     assert entry == Entry(str(tmp_path / expected[0]), *expected[1:])
-    assert [hint in str(warning.message) and "line 1" in str(warning.message) for warning in said] == [True] * bool(hint)
+    assert [hint in str(warning.message) and "line 1" in str(warning.message) for warning in caught] == [True] * bool(hint)
 
 
 @pytest.mark.parametrize("header", ["path,label", "video label", '"Video_Path","Label"', "path\ttotal_frames\tlabel"])
@@ -428,7 +428,7 @@ def test_the_substitute_does_not_depend_on_what_a_worker_has_seen(mixed):
 
 @pytest.fixture
 def half_damaged(tmp_path):
-    """Two videos of which only the first half can be read, one that is whole, one that is empty."""
+    """Two videos of which only the first half can be read, one that is intact, one that is empty."""
     for name in "abc":
         path = write_video(tmp_path / f"{name}.mkv", 60, gop=10)
         if name != "c":  # as a disk that was full, or a download that was given up, leaves it: the right length, zeros at the end

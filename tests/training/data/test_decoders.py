@@ -32,7 +32,7 @@ class FrameBatch:
     duration_seconds: torch.Tensor
 
 
-class StandIn:
+class FakeDecoder:
     """torchcodec.decoders.VideoDecoder, as far as it is used here."""
 
     def __init__(self, source, *, stream_index=None, dimension_order="NCHW", num_ffmpeg_threads=1, seek_mode="exact"):
@@ -67,7 +67,7 @@ def forget():
 INSTALLED, WHY_NOT = decoders._torchcodec()
 
 
-@pytest.fixture(params=[StandIn, INSTALLED] if INSTALLED else [StandIn], ids=lambda decoder: decoder.__name__)
+@pytest.fixture(params=[FakeDecoder, INSTALLED] if INSTALLED else [FakeDecoder], ids=lambda decoder: decoder.__name__)
 def decoder(request, monkeypatch):
     """The class; its calls are counted in ``decoder.asked``."""
     real = request.param
@@ -90,7 +90,7 @@ def both(path, indices):
         return one.frames(indices), other.frames(indices)
 
 
-TRUSTED = {  # of FILES: 8 bits deep, progressive, of even height, with time stamps that can be trusted
+SUPPORTED_BY_BOTH = {  # of FILES: 8 bits deep, progressive, of even height, with reliable time stamps
     *("h264.mp4", "one_key_frame.mp4", "variable_rate.mp4", "variable_rate.mkv", "with_sound.mov", "vp9.webm", "mpeg4.avi"),
     *("grey.mp4", "grey.avi", "full_range.mp4", "odd_width.webm"),
 }
@@ -102,7 +102,7 @@ def test_both_decoders_give_the_same_bytes(name, decoder, tmp_path):
     indices = [50, 3, 27, 3, FRAMES - 1, 0]
     one, other = both(path, indices)
     assert np.array_equal(one, other) and [read_number(frame) for frame in other] == indices
-    if name in TRUSTED:  # the others may be read by either
+    if name in SUPPORTED_BY_BOTH:  # the others may be read by either
         assert decoder.asked == [[0, 3, 27, 50, FRAMES - 1]]  # and it was torchcodec that gave them, each once
 
 
@@ -160,7 +160,7 @@ def test_the_decoder_changes_no_clip(decoder, tmp_path):
 
 @pytest.mark.parametrize("fault", ["other frames", "an exception", "cannot open"])
 def test_what_torchcodec_gets_wrong_pyav_gets_right(fault, monkeypatch, tmp_path):
-    class Faulty(StandIn):
+    class Faulty(FakeDecoder):
         def __init__(self, source, **options):
             super().__init__(source, **options)
             if fault == "cannot open":
@@ -183,7 +183,7 @@ def test_the_stand_in_has_the_interface_of_the_installed_one(tmp_path):
     assert {"source", "stream_index", "dimension_order", "num_ffmpeg_threads", "seek_mode"} <= names.keys()
     path = str(write_video(tmp_path / "a.mp4", 30))
     options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
-    one, other = (make(path, **options).get_frames_at(indices=[3, 9]) for make in (INSTALLED, StandIn))
+    one, other = (make(path, **options).get_frames_at(indices=[3, 9]) for make in (INSTALLED, FakeDecoder))
     assert torch.equal(one.data, other.data) and one.data.dtype == torch.uint8
     torch.testing.assert_close(one.pts_seconds, other.pts_seconds)
 
@@ -201,9 +201,9 @@ def test_a_decoder_that_is_not_there(monkeypatch, tmp_path, capsys):
     assert "torchcodec was requested and cannot be used" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("choice, said", [("pyav", "pyav"), ("auto", "torchcodec"), ("torchcodec", "torchcodec")])
-def test_data_check_says_which_decoder_it_used(choice, said, decoder, tmp_path, capsys):
+@pytest.mark.parametrize("choice, used", [("pyav", "pyav"), ("auto", "torchcodec"), ("torchcodec", "torchcodec")])
+def test_data_check_names_the_decoder_it_used(choice, used, decoder, tmp_path, capsys):
     write_video(tmp_path / "a.mp4", 30)
     assert cli.main(["data", "check", str(tmp_path), "--frames", "4", "--workers", "0", "--decoder", choice]) == 0
-    assert f"1 can be used, 0 cannot (decoder: {said})" in capsys.readouterr().out
-    assert bool(decoder.asked) == (said == "torchcodec")
+    assert f"1 can be used, 0 cannot (decoder: {used})" in capsys.readouterr().out
+    assert bool(decoder.asked) == (used == "torchcodec")

@@ -291,7 +291,7 @@ def test_an_image_is_turned_as_its_exif_says(orientation, tmp_path):
     "name, content",
     [("empty.jpg", b""), ("text.png", b"this is not an image"), ("cut.jpg", None), ("cut.png", None), ("absent.bmp", None)],
 )
-def test_a_broken_image_says_which_and_why(name, content, tmp_path):
+def test_a_broken_image_is_named_with_the_reason(name, content, tmp_path):
     if name.startswith("cut"):
         whole = write_image(tmp_path / f"whole{name[3:]}", 3).read_bytes()
         content = whole[: len(whole) // 2]
@@ -451,11 +451,11 @@ def test_data_check_counts_images_and_frames_and_names_the_decoder(taken_apart, 
     (tmp_path / "broken.jpg").touch()
     (tmp_path / "list.txt").write_text("v.mp4 0\ni.png 1\nphoto.jpg 1\nbroken.jpg 1\njpegs/some video 30 2\n")
     data_check.run(data_check.Config(data=str(tmp_path / "list.txt"), frames=4, workers=0, output=str(tmp_path / "good.txt")))
-    said = capsys.readouterr().out
-    assert "5 videos: 4 can be used, 1 cannot (decoder: pyav)" in said
-    assert "images:  2, each a still clip" in said and "frames:  30 to 30, median 30" in said
-    assert "rate:    25 to 25" in said and "seconds: 1.2 to 1.2" in said
-    assert "96x64 (3), 32x48 (1)" in said and "3 classes, 1 to 3" in said
+    printed = capsys.readouterr().out
+    assert "5 videos: 4 can be used, 1 cannot (decoder: pyav)" in printed
+    assert "images:  2, each a still clip" in printed and "frames:  30 to 30, median 30" in printed
+    assert "rate:    25 to 25" in printed and "seconds: 1.2 to 1.2" in printed
+    assert "96x64 (3), 32x48 (1)" in printed and "3 classes, 1 to 3" in printed
     whole = find_labelled_videos(tmp_path / "list.txt")
     assert find_labelled_videos(tmp_path / "good.txt") == [entry for entry in whole if "broken" not in entry.path]
 
@@ -463,8 +463,8 @@ def test_data_check_counts_images_and_frames_and_names_the_decoder(taken_apart, 
 def test_data_check_of_something_something(tmp_path, capsys):
     source = something(tmp_path)
     assert cli.main(["data", "check", str(source), "--frames", "4", "--workers", "0"]) == 0
-    said = capsys.readouterr()
-    assert "3 videos: 2 can be used, 1 cannot" in said.out and "2 classes, 1 to 2 videos each" in said.out
-    assert f"{tmp_path / '20bn-something-something-v2' / '34.webm'}: cannot be opened" in said.out + said.err
+    printed = capsys.readouterr()
+    assert "3 videos: 2 can be used, 1 cannot" in printed.out and "2 classes, 1 to 2 videos each" in printed.out
+    assert f"{tmp_path / '20bn-something-something-v2' / '34.webm'}: cannot be opened" in printed.out + printed.err
     assert cli.main(["data", "check", str(source), "--data_root", str(tmp_path / "labels")]) == 1
     assert os.linesep not in capsys.readouterr().err.strip()

@@ -1,4 +1,4 @@
-"""Reading videos: every frame asked for is the frame that comes, and what cannot be read says so."""
+"""Reading videos: every frame asked for is the frame that comes, and what cannot be read is an error."""
 
 import contextlib
 import os
@@ -90,7 +90,7 @@ def test_frames_are_those_that_ffmpeg_shows(name, count):
 
 
 def cut(source, path, drop, container=None):
-    """Copies the packets of ``source``, none of them decoded, but for those whose numbers ``drop`` says yes to."""
+    """Copies the packets of ``source``, none of them decoded, but for those whose numbers ``drop`` accepts."""
     with av.open(str(source)) as old, av.open(str(path), "w", format=container) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
@@ -311,7 +311,7 @@ def unusable(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["empty.mp4", "text.mp4", "no_index.mp4", "sound.mp4", "absent.mp4"])
-def test_an_unusable_file_says_which_and_why(name, tmp_path):
+def test_an_unusable_file_is_named_with_the_reason(name, tmp_path):
     expected = unusable(tmp_path)[name]
     with pytest.raises(VideoError) as error:
         Video(tmp_path / name)

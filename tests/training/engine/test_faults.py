@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from stmae.training.data.loader import Batches, LoaderError
 from stmae.training.data.video import Video
 from stmae.training.engine.run_folder import RunFolder, RunFolderError
-from tests.support.fork_server import PATIENCE, ForkServer
+from tests.support.fork_server import TIMEOUT, ForkServer
 from tests.support.synthetic_video import write_audio, write_image, write_video
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes from Linux's /proc")
 KILLS, TERMINATIONS = 20, 6
 POSITIONS = 36  # more than a start and two checkpoints have
 STEPS = 80
@@ -89,11 +89,11 @@ def command(videos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(server, command, tmp_path_factory):
-    """The folder of an uninterrupted run, and what it said."""
+    """The folder of an uninterrupted run, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    status, said = server.run(command(folder / "run"), folder / "said")
-    assert status == 0, said
-    return folder / "run", said
+    status, printed = server.run(command(folder / "run"), folder / "printed")
+    assert status == 0, printed
+    return folder / "run", printed
 
 
 def assert_same_weights(a, b):
@@ -104,7 +104,7 @@ def assert_same_weights(a, b):
 
 
 def newest_step(output):
-    """Of the run's states, of which the newest must be whole; 0 where there is none yet. Not for a run that goes on saving."""
+    """Of the run's states, of which the newest must be complete; 0 where there is none yet. Not for a run that goes on saving."""
     states = RunFolder(output, read_only=True).states() if output.exists() else []
     if not states:
         return 0
@@ -116,7 +116,7 @@ def newest_step(output):
 
 def wait_for_step(output, step, process):
     """Until the run, which goes on, has saved a state of ``step`` or later, or has ended."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while time.monotonic() < until and not has_ended(process):
         if output.exists() and max(RunFolder(output, read_only=True).states(), default=0) >= step:
             return
@@ -144,8 +144,8 @@ def children_of(process):
 
 def finish(server, command, output, finished):
     """To the end, in one go; then the weights and the log are those of the uninterrupted run."""
-    status, said = server.run(command(output), output.with_suffix(".said"))
-    assert status == 0, said
+    status, printed = server.run(command(output), output.with_suffix(".log"))
+    assert status == 0, printed
     assert_same_weights(output, finished[0])
     states = RunFolder(output, read_only=True).states()
     assert states[0] == STEPS and len(states) in (2, 3)  # 3: killed between the last one and the removal of the oldest
@@ -171,9 +171,9 @@ def lines(path):
 
 def test_killed_at_random_moments_again_and_again(server, command, tmp_path, finished):
     """From the start-up to the end, by SIGKILL and SIGTERM, with and without data workers."""
-    output, said = tmp_path / "run", tmp_path / "said"
+    output, printed = tmp_path / "run", tmp_path / "printed"
     started = time.monotonic()
-    server.run(command(finished[0]), said)  # complete already: all of a start but the first step
+    server.run(command(finished[0]), printed)  # complete already: all of a start but the first step
     start = time.monotonic() - started
     steps = sum(3 / line["clips_per_second"] for line in lines(finished[0] / "log.jsonl") if "loss" in line)
 
@@ -185,7 +185,7 @@ def test_killed_at_random_moments_again_and_again(server, command, tmp_path, fin
         attempts += 1
         before = newest_step(output)
         workers = ("--run.workers", "1") if attempts % 5 == 0 else ()
-        process = server.start(command(output, *workers), said)
+        process = server.start(command(output, *workers), printed)
         if attempts % 2:  # progress, however slow the machine has become
             wait_for_step(output, min(before + draw.randrange(1, 12), STEPS), process)
         time.sleep(draw.uniform(0, start + steps / 4))
@@ -196,13 +196,13 @@ def test_killed_at_random_moments_again_and_again(server, command, tmp_path, fin
         if after == STEPS:  # done, or all but: another run then
             finish(server, command, output, finished)
             shutil.rmtree(output)
-        if status == 0 and "stopped after step" not in said.read_text():
+        if status == 0 and "stopped after step" not in printed.read_text():
             continue  # it had ended when the signal came
         number = left.pop()
         if number == signal.SIGTERM and status == 0:
-            assert after == int(re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS} and saved", said.read_text())[1])
+            assert after == int(re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS} and saved", printed.read_text())[1])
         else:
-            assert status == -number, said.read_text()
+            assert status == -number, printed.read_text()
         landed.append(after)
         saved += any(name.endswith(".tmp") for name in os.listdir(output)) if output.exists() else 0
     assert not left
@@ -223,10 +223,10 @@ def sweep(server, command, output, kind, required):
         if number >= 10 + POSITIONS and required <= {what for what, *_ in results}:
             break
         before = newest_step(output)
-        status, said = server.run(command(output, "--run.save_every", 1), output.with_suffix(".said"), [kind, position])
-        fault = re.findall(r"^FAULT (.*)$", said, re.MULTILINE)
-        assert fault, f"position {position}: the run came to its end with status {status}:\n{said}"
-        results.append((fault[0], status, re.sub(r"^FAULT .*\n", "", said, flags=re.MULTILINE), before, newest_step(output)))
+        status, printed = server.run(command(output, "--run.save_every", 1), output.with_suffix(".log"), [kind, position])
+        fault = re.findall(r"^FAULT (.*)$", printed, re.MULTILINE)
+        assert fault, f"position {position}: the run came to its end with status {status}:\n{printed}"
+        results.append((fault[0], status, re.sub(r"^FAULT .*\n", "", printed, flags=re.MULTILINE), before, newest_step(output)))
     return results
 
 
@@ -242,7 +242,7 @@ def test_a_kill_in_the_last_save_does_not_leave_older_weights(server, command, t
     RunFolder(output, read_only=True).state_path(STEPS).unlink()
     RunFolder(output, read_only=True).model_path.write_bytes(b"of an older step")
     for position in range(18, 60):  # from the first step on
-        status, said = server.run(command(output), tmp_path / "said", ["kill", position])
+        status, printed = server.run(command(output), tmp_path / "printed", ["kill", position])
         if status == 0:
             break
         if RunFolder(output, read_only=True).states()[0] == STEPS:
@@ -264,13 +264,13 @@ def test_killed_at_every_position_of_writing(server, command, tmp_path, finished
 
 
 def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, finished):
-    """As the kernel does when memory runs out; torch's word of it comes wherever the process is, in a step as in a save."""
-    output, said = tmp_path / "run", tmp_path / "said"
+    """As the kernel does when memory runs out; torch reports it wherever the process is, in a step as in a save."""
+    output, printed = tmp_path / "run", tmp_path / "printed"
     draw = random.Random(2)
     kills = 0
     for _ in range(60):
         before = newest_step(output)
-        process = server.start(command(output, "--run.workers", 2), said)
+        process = server.start(command(output, "--run.workers", 2), printed)
         wait_for_step(output, min(before + 4, STEPS), process)
         time.sleep(draw.uniform(0, 0.1))
         with suppress(ValueError, ProcessLookupError):  # it ended meanwhile
@@ -279,12 +279,12 @@ def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, fin
         after = newest_step(output)
         assert after >= before
         if status == 0:  # the run had ended, or had all its batches already
-            assert after == STEPS, said.read_text()
+            assert after == STEPS, printed.read_text()
             shutil.rmtree(output)
             continue
-        assert status == 1, said.read_text()
-        last = said.read_text().splitlines()[-1]
-        assert last.startswith("stmae pretrain: no more data: ") and "run.workers" in last, said.read_text()
+        assert status == 1, printed.read_text()
+        last = printed.read_text().splitlines()[-1]
+        assert last.startswith("stmae pretrain: no more data: ") and "run.workers" in last, printed.read_text()
         assert f"the checkpoint of step {after} is complete" in last
         kills += 1
         if kills == 5:
@@ -293,7 +293,7 @@ def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, fin
     finish(server, command, output, finished)
 
 
-def test_a_killed_worker_is_heard_of_where_a_batch_is_asked_for(tmp_path):
+def test_a_killed_worker_is_reported_where_a_batch_is_requested(tmp_path):
     for workers, killed in ((1, 0), (2, 1)):
         with Batches(DataLoader(range(100), num_workers=workers)) as batches:
             assert next(batches) == 0
@@ -301,13 +301,13 @@ def test_a_killed_worker_is_heard_of_where_a_batch_is_asked_for(tmp_path):
             os.kill(pid, signal.SIGKILL)
             while not has_ended(pid):
                 time.sleep(0.01)
-            for _ in range(1000):  # torch's word would come in one of these lines
+            for _ in range(1000):  # torch's report would come in one of these lines
                 time.sleep(0.0001)
             with pytest.raises(LoaderError, match=f"no more data: DataLoader worker .pid {pid}. is killed by signal: Killed"):
                 next(batches)
 
 
-def test_batches_where_nobody_listens_for_children(tmp_path):
+def test_batches_without_a_handler_of_children(tmp_path):
     """torch installs its handler once in a process; another part of the program may have taken it away since."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
@@ -325,13 +325,13 @@ def test_batches_where_nobody_listens_for_children(tmp_path):
 
 
 def test_broken_videos_are_named_once_and_the_others_used(finished):
-    folder, said = finished
+    folder, printed = finished
     events = [line for line in lines(folder / "log.jsonl") if "path" in line]
     assert sorted(event["path"].rpartition("/")[2] for event in events) == sorted(BROKEN)
     for event in events:
         assert BROKEN[event["path"].rpartition("/")[2]] in event["reason"]
-        assert said.count(f"skipped video {event['path']}: {event['reason']}") == 1
-    assert "skipped: 6 videos that could not be used, 0 steps without a finite gradient" in said
+        assert printed.count(f"skipped video {event['path']}: {event['reason']}") == 1
+    assert "skipped: 6 videos that could not be used, 0 steps without a finite gradient" in printed
 
 
 # Full disks
@@ -341,9 +341,9 @@ def test_a_disk_that_fills_at_every_position_of_writing(server, command, tmp_pat
     output = tmp_path / "run"
     results = sweep(server, command, output, "full", WRITES)
     assert {what for what, *_ in results} >= WRITES
-    for what, status, said, before, after in results:
-        assert status == 1 and "Traceback" not in said, (what, said)
-        last = said.splitlines()[-1]
+    for what, status, printed, before, after in results:
+        assert status == 1 and "Traceback" not in printed, (what, printed)
+        last = printed.splitlines()[-1]
         assert re.search(r"^stmae pretrain: .*cannot write .*No space left on device", last), (what, last)
         assert after >= before
         if after:  # what there is to continue from
@@ -353,7 +353,7 @@ def test_a_disk_that_fills_at_every_position_of_writing(server, command, tmp_pat
 
 
 def test_a_small_disk_that_fills(server, command, tmp_path, finished):
-    """A real one, with room for two states and a half; then it is made larger."""
+    """A real one, with space for two states and a half; then it is made larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
     first = RunFolder(finished[0], read_only=True)
@@ -369,11 +369,11 @@ def test_a_small_disk_that_fills(server, command, tmp_path, finished):
     if mounted.returncode:
         pytest.skip(f"only where file systems may be mounted: {mounted.stderr.strip()}")
     try:
-        status, said = server.run(command(disk / "run"), tmp_path / "said")
-        assert status == 1 and "Traceback" not in said, said
+        status, printed = server.run(command(disk / "run"), tmp_path / "printed")
+        assert status == 1 and "Traceback" not in printed, printed
         step = newest_step(disk / "run")
         assert 0 < step < STEPS
-        last = said.splitlines()[-1]
+        last = printed.splitlines()[-1]
         assert "No space left on device" in last and f"the checkpoint of step {step} is complete" in last
         assert mount(64 << 20, "remount").returncode == 0
         shutil.copytree(disk / "run", tmp_path / "run")
@@ -410,18 +410,18 @@ def test_a_checkpoint_cut_short_at_any_length_is_passed_over_and_kept(finished, 
 
 def test_a_run_goes_on_from_the_state_before_the_damaged_one(server, command, tmp_path, finished):
     output = tmp_path / "run"
-    process = server.start(command(output), tmp_path / "said")
+    process = server.start(command(output), tmp_path / "printed")
     wait_for_step(output, 10, process)
     os.kill(process, signal.SIGKILL)
     server.wait()
     file = RunFolder(output, read_only=True).state_path(RunFolder(output, read_only=True).states()[0])
     file.write_bytes(file.read_bytes()[:-1])
     finish(server, command, output, finished)
-    assert f"checkpoint {file.name} is damaged" in output.with_suffix(".said").read_text()
+    assert f"checkpoint {file.name} is damaged" in output.with_suffix(".log").read_text()
 
 
 def test_no_new_state_is_removed_for_the_sake_of_damaged_ones(tmp_path):
-    """Two damaged states of later steps, as when a disk went bad: what is written now is the only whole state there is."""
+    """Two damaged states of later steps, as when a disk went bad: what is written now is the only complete state there is."""
     folder = RunFolder(tmp_path / "run")
     for step in (8, 10):
         folder.state_path(step).write_bytes(b"damaged")

@@ -111,7 +111,7 @@ def runs(tmp_path_factory):
     for begun, output in (("one", "two-from-file"), ("one-shards", "two-from-shards")):
         shutil.copytree(runs.folder / begun, runs.folder / output)
         drop_newest(runs.folder / output)
-    runs.said = two_processes.finish(
+    runs.printed = two_processes.finish(
         two_processes.start(
             runs.pretrain("two", *FSDP, "--run.checkpoint_activations", "true"),
             runs.pretrain("two-from-file", *FSDP),
@@ -150,7 +150,7 @@ def test_a_classifier_and_its_averaged_weights_too(runs):
 
 @pytest.mark.parametrize("begun", ["file", "shards"])
 def test_two_processes_continue_what_one_began(begun, runs):
-    assert runs.said.count("continuing from step 4") == 2
+    assert runs.printed.count("continuing from step 4") == 2
     continued = losses(runs.folder / f"two-from-{begun}")
     assert continued == {step: pytest.approx(pair, rel=1e-4) for step, pair in losses(runs.folder / "one").items()}
     assert RunFolder(runs.folder / f"two-from-{begun}").states() == [6, 4]
@@ -185,14 +185,14 @@ def test_two_killed_processes_continue_bit_for_bit(runs):
             time.sleep(0.005)
         for process in processes:
             process.kill()
-        said = [process.communicate()[0] for process in processes]
+        printed = [process.communicate()[0] for process in processes]
         states = RunFolder(output, read_only=True).states()
-        assert states, "".join(said)
+        assert states, "".join(printed)
         if states[0] < 6:
             break
         shutil.rmtree(output)  # the kill came late, as it may on a busy machine
-    said = two_processes.finish(two_processes.start(command))
-    assert "continuing from step" in said
+    printed = two_processes.finish(two_processes.start(command))
+    assert "continuing from step" in printed
     a, b = weights(output), weights(runs.folder / "two")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not list(output.glob(".*"))
@@ -234,16 +234,16 @@ def test_computing_activations_again_saves_memory_and_changes_no_gradient(kind, 
     assert torch.equal(loss, loss_again) and all(map(torch.equal, grads, grads_again))
 
 
-def test_a_process_that_cannot_write_its_share_ends_all_with_what_is_whole(runs):
+def test_a_process_that_cannot_write_its_shard_ends_all_with_a_complete_checkpoint(runs):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     output = runs.folder / "full"
     shutil.copytree(runs.folder / "two", output)
     drop_newest(output)
-    said = two_processes.finish(two_processes.start(runs.pretrain("full", *FSDP), before_second=limit), status=1)
-    assert said.count("cannot write state-00000006: ") == 2 and "Traceback" not in said
-    assert said.count("the checkpoint of step 4 is complete: the same command continues from it") == 2
+    printed = two_processes.finish(two_processes.start(runs.pretrain("full", *FSDP), before_second=limit), status=1)
+    assert printed.count("cannot write state-00000006: ") == 2 and "Traceback" not in printed
+    assert printed.count("the checkpoint of step 4 is complete: the same command continues from it") == 2
     assert RunFolder(output, read_only=True).states() == [4] and not list(output.glob(".*"))
 
 
@@ -264,20 +264,20 @@ def cut(path):
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(lambda state: cut(next(state.glob("*.distcp"))), id="a share cut short"),
-        pytest.param(lambda state: next(state.glob("*.distcp")).unlink(), id="a share missing"),
+        pytest.param(lambda state: cut(next(state.glob("*.distcp"))), id="a shard cut short"),
+        pytest.param(lambda state: next(state.glob("*.distcp")).unlink(), id="a shard missing"),
         pytest.param(lambda state: cut(state / ".metadata"), id="the index cut short"),
         pytest.param(lambda state: (state / ".metadata").unlink(), id="no index"),
     ],
 )
 def test_a_damaged_state_is_passed_over_kept_and_then_replaced(damage, copy, runs):
     damage(copy.state_path(6, shards=True))
-    said = []
-    tensors, counters = copy.load_state(said.append)
-    assert counters["step"] == 4 and "checkpoint state-00000006 is damaged" in said[0]
+    reports = []
+    tensors, counters = copy.load_state(reports.append)
+    assert counters["step"] == 4 and "checkpoint state-00000006 is damaged" in reports[0]
     assert copy.states() == [6, 4]
     copy.save_shards(6, tensors, {**counters, "step": 6}, SINGLE_PROCESS)
-    assert copy.load_state(said.append)[1]["step"] == 6 and len(said) == 1
+    assert copy.load_state(reports.append)[1]["step"] == 6 and len(reports) == 1
     assert copy.states() == [6, 4] and not list(copy.path.glob(".*"))
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs: utilisation, memory, a probe, pictures and curves; none of it can end the run."""
+"""What a run reports while it runs: utilisation, memory, a probe, pictures and curves; none of it can end the run."""
 
 import gc
 import json
@@ -144,7 +144,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("trust"))
+    return Run(tmp_path_factory.mktemp("monitoring"))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
 
-    def first_touched(how, **more):
+    def page_faults(how, **more):
         arguments = {"capture_output": True, "text": True, "check": True, "env": environment | more}
         return int(subprocess.run([sys.executable, "-c", code, how], **arguments).stdout)
 
@@ -182,10 +182,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     if subprocess.run([sys.executable, "-c", accepts]).returncode:
         pytest.skip("this version of glibc keeps blocks up to 32 MB only")
     pages = sum(range(9, 17)) * 2**22 // os.sysconf("SC_PAGE_SIZE")
-    if first_touched("freed") < 0.9 * pages:
+    if page_faults("freed") < 0.9 * pages:
         pytest.skip("this system does not count the pages that are touched for the first time")
-    assert first_touched("kept") < 0.5 * pages
-    assert first_touched("kept", MALLOC_MMAP_THRESHOLD_="1000000") > 0.9 * pages  # what the user set stays
+    assert page_faults("kept") < 0.5 * pages
+    assert page_faults("kept", MALLOC_MMAP_THRESHOLD_="1000000") > 0.9 * pages  # what the user set stays
 
 
 def test_the_log_has_utilisation_and_memory(finished):
@@ -225,13 +225,13 @@ def test_nothing_of_a_run_outlives_it(run, monkeypatch):
     """Workers ignore the signal that Python ends them with; and a gloo thread that meets a live model at exit aborts."""
     built = []
 
-    class Watched(MaskedAutoencoder):
+    class Recording(MaskedAutoencoder):
         def __init__(self, config):
             super().__init__(config)
             built.append(weakref.ref(self))
 
-    monkeypatch.setattr(pretraining, "MaskedAutoencoder", Watched)
-    monkeypatch.setattr(files, "_KINDS", {**files._KINDS, "Watched": files._KINDS["MaskedAutoencoder"]})
+    monkeypatch.setattr(pretraining, "MaskedAutoencoder", Recording)
+    monkeypatch.setattr(files, "_KINDS", {**files._KINDS, "Recording": files._KINDS["MaskedAutoencoder"]})
     gc.disable()
     try:
         run("workers", "--run.workers", "1", "--run.tensorboard", "false")
@@ -281,9 +281,9 @@ def test_pictures_that_cannot_be_written_are_reported_and_the_run_goes_on(run, c
     (output / "plots.png").mkdir(parents=True)
     (output / "pictures").write_text("a file where the folder should be")
     run("unwritable")
-    said = capsys.readouterr().out
-    assert "could not write the picture of 0-a, training goes on" in said
-    assert "could not write plots.png, training goes on" in said
+    printed = capsys.readouterr().out
+    assert "could not write the picture of 0-a, training goes on" in printed
+    assert "could not write plots.png, training goes on" in printed
     events = [line["event"] for line in lines(output) if "event" in line]
     assert sum("training goes on" in event for event in events) == 10  # three pictures three times, the curves once
     assert RunFolder(output, read_only=True).states() == [8, 4] and lines(output)[-1]["step"] == 8

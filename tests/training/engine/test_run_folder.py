@@ -135,9 +135,9 @@ def test_a_hostile_index_runs_nothing_and_is_damaged(tmp_path, function):
     made = tmp_path / "made"
     arguments = {os.mkdir: (str(made),), exec: (f"import os; os.mkdir({str(made)!r})",)}.get(function, (str(made),))
     (state / ".metadata").write_bytes(pickle.dumps(Call(function, *arguments)))
-    said = []
-    _, info = folder.load_state(said.append)
-    assert info["step"] == 2 and "which has no place in one: nothing of it was run" in said[0]
+    reports = []
+    _, info = folder.load_state(reports.append)
+    assert info["step"] == 2 and "which has no place in one: nothing of it was run" in reports[0]
     assert not made.exists()
     folder.close()
 
@@ -197,8 +197,8 @@ def test_a_flipped_bit_of_a_shard_is_noticed(tmp_path):
     data = bytearray((state / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (state / "__0_0.distcp").write_bytes(data)
-    said = []
-    assert folder.load_state(said.append)[1]["step"] == 2 and "checksum" in said[0]
+    reports = []
+    assert folder.load_state(reports.append)[1]["step"] == 2 and "checksum" in reports[0]
     folder.close()
 
 
@@ -275,11 +275,11 @@ def test_a_state_that_cannot_be_continued_is_passed_over(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (2, 4):
         folder.save_state(step, {"a": torch.ones(2)}, {"step": step})
-    said = []
-    _, info = folder.load_state(said.append, problem=lambda tensors, info: "it is odd" if info["step"] == 4 else None)
-    assert info["step"] == 2 and "state-00000004.safetensors is damaged (it is odd)" in said[0]
+    reports = []
+    _, info = folder.load_state(reports.append, problem=lambda tensors, info: "it is odd" if info["step"] == 4 else None)
+    assert info["step"] == 2 and "state-00000004.safetensors is damaged (it is odd)" in reports[0]
     folder.state_path(2).rename(folder.state_path(6))
-    assert folder.load_state(said.append)[1]["step"] == 4 and "it holds step 2" in said[-1]
+    assert folder.load_state(reports.append)[1]["step"] == 4 and "it holds step 2" in reports[-1]
     folder.close()
 
 

@@ -99,7 +99,7 @@ def test_a_run_leaves_the_process_as_it_was(name, config_class, run, tmp_path):
 
 
 def test_a_run_in_another_thread(tmp_path):
-    """Where no signal can be heard."""
+    """Where no signal can be handled."""
     from concurrent.futures import ThreadPoolExecutor
 
     config = continued("pretrain", PretrainConfig, tmp_path)

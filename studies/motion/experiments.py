@@ -1,7 +1,7 @@
-"""What the study computes: one function for each kind of piece, which gives plain numbers.
+"""What the study computes: one function for each kind of experiment, which gives plain numbers.
 
-A piece is a pure function of the pictures, the plan and its own arguments. Pieces that need pre-trained weights read those that
-an earlier piece wrote.
+An experiment is a pure function of the pictures, the plan and its own arguments. Experiments that need pre-trained weights read
+those that an earlier one wrote.
 """
 
 import math
@@ -38,7 +38,7 @@ class Plan:
     pretrain_steps: int = 3000
     pretrain_batch: int = 64
     pretrain_lr: float = 3e-3
-    judge_at: tuple[int, ...] = (0, 250, 500, 1000, 1500, 2000, 2500, 3000)
+    evaluate_at: tuple[int, ...] = (0, 250, 500, 1000, 1500, 2000, 2500, 3000)
     ablation_steps: int = 600
     labels: tuple[int, ...] = (80, 160, 400, 1000)
     finetune_labels: tuple[int, ...] = (80, 400, 1000)
@@ -50,14 +50,14 @@ class Plan:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def read_by(self, function):
-        """The part of ``to_dict`` that pieces of a function depend on: the others stay valid when it changes."""
+        """The part of ``to_dict`` that experiments of a function depend on: the others stay valid when it changes."""
         return {key: value for key, value in self.to_dict().items() if function in READERS.get(key, (function,))}
 
 
 # Functions that depend on a field, where it is not all of them.
 READERS = {
     "pretrain_steps": ("main", "tune", "finetune"),
-    "judge_at": ("main",),
+    "evaluate_at": ("main",),
     "labels": ("main",),
     "ablation_steps": ("mask",),
     "finetune_labels": (),
@@ -66,8 +66,8 @@ READERS = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A function of this module by name, its arguments, and the names of pieces whose numbers or weights it needs."""
+class Experiment:
+    """A function of this module by name, its arguments, and the names of experiments whose numbers or weights it needs."""
 
     name: str
     function: str
@@ -79,28 +79,28 @@ STARTS = ("pretrained", "scratch")
 MASKS = (("random", 0.9), ("tube", 0.9), ("frame", 0.9), ("block", 0.9), ("random", 0.5), ("random", 0.75), ("random", 0.95))
 
 
-def pieces_of(plan, seeds):
-    """All pieces, the most important first, and each after those that it needs."""
-    pieces = [Piece(f"main-seed{seed}", "main", {"seed": seed}) for seed in seeds]
+def all_experiments(plan, seeds):
+    """All experiments, the most important first, and each after those that it needs."""
+    experiments = [Experiment(f"main-seed{seed}", "main", {"seed": seed}) for seed in seeds]
     for labels in plan.finetune_labels:
         for start in STARTS:
             arguments = {"labels": labels, "start": start, "seed": seeds[0]}
-            pieces.append(Piece(f"tune-{labels}-{start}", "tune", arguments, (f"main-seed{seeds[0]}",)))
+            experiments.append(Experiment(f"tune-{labels}-{start}", "tune", arguments, (f"main-seed{seeds[0]}",)))
     for seed in seeds:
         for labels in plan.finetune_labels:
             for start in STARTS:
                 arguments = {"labels": labels, "start": start, "seed": seed}
                 needs = (f"main-seed{seed}", f"tune-{labels}-{start}")
-                pieces.append(Piece(f"finetune-{labels}-{start}-seed{seed}", "finetune", arguments, needs))
+                experiments.append(Experiment(f"finetune-{labels}-{start}-seed{seed}", "finetune", arguments, needs))
         for strategy, ratio in MASKS:
             arguments = {"strategy": strategy, "ratio": ratio, "seed": seed}
-            pieces.append(Piece(f"mask-{strategy}-{ratio:g}-seed{seed}", "mask", arguments))
-    return pieces
+            experiments.append(Experiment(f"mask-{strategy}-{ratio:g}-seed{seed}", "mask", arguments))
+    return experiments
 
 
 @dataclass(frozen=True)
 class Study:
-    """What every piece is given besides its arguments: the pictures' folder, the plan, and a folder for weights."""
+    """What every experiment is given besides its arguments: the pictures' folder, the plan, and a folder for weights."""
 
     pictures: str
     plan: Plan
@@ -129,24 +129,24 @@ def main(study, results, seed):
     plan, train, test = study.plan, study.part("train", seed), study.part("test", seed)
     curve = {}
 
-    def judge(step, model):
-        if step in plan.judge_at:
+    def evaluate(step, model):
+        if step in plan.evaluate_at:
             features = encode(model, train), encode(model, test)
             curve[step] = probes.knn(features[0], train.labels, features[1], test.labels, len(clips.CLASSES), NEIGHBOURS)
 
     random_model = autoencoder(plan, seed)
     random = encode(random_model, train), encode(random_model, test)
-    model, losses = pretrain(study, seed, plan.pretrain_steps, judge=judge)
+    model, losses = pretrain(study, seed, plan.pretrain_steps, evaluate=evaluate)
     checkpoint.save(model, study.weights(seed))
     learned = encode(model, train), encode(model, test)
     pixels = train.clips.flatten(1).float(), test.clips.flatten(1).float()
     controls = {}
     for name, change in (("shuffled frames", shuffle_frames), ("middle frame repeated", repeat_middle_frame)):
         changed = tuple(part._replace(clips=change(part.clips, seed)) for part in (train, test))
-        controls[name] = judge_both(*(encode(model, part) for part in changed), train.labels, test.labels, seed)
+        controls[name] = probe_accuracies(*(encode(model, part) for part in changed), train.labels, test.labels, seed)
     probed = {}
     for name, (x, test_x) in (("pre-trained", learned), ("random weights", random), ("raw pixels", pixels)):
-        probed[name] = {n: judge_both(x[:n], test_x, train.labels[:n], test.labels, seed) for n in plan.labels}
+        probed[name] = {n: probe_accuracies(x[:n], test_x, train.labels[:n], test.labels, seed) for n in plan.labels}
     return {"probes": probed, "controls": controls, "knn_at_step": curve, "loss": losses}
 
 
@@ -154,30 +154,30 @@ def mask(study, results, strategy, ratio, seed):
     """A shorter pre-training under another mask, and the probes at all labels."""
     model, losses = pretrain(study, seed, study.plan.ablation_steps, mask_strategy=strategy, mask_ratio=ratio)
     train, test = study.part("train", seed), study.part("test", seed)
-    numbers = judge_both(encode(model, train), encode(model, test), train.labels, test.labels, seed)
+    numbers = probe_accuracies(encode(model, train), encode(model, test), train.labels, test.labels, seed)
     keep, masked = model.sample_mask(1)
     return {**numbers, "loss": losses, "visible": keep.shape[1], "tokens": keep.shape[1] + masked.shape[1]}
 
 
 def tune(study, results, labels, start, seed):
     """The grid of learning rates and lengths on a quarter of the training labels, which the other three quarters predict."""
-    train = study.part("train", seed).first(labels)
-    held = math.ceil(labels / 4 / len(clips.CLASSES)) * len(clips.CLASSES)  # balanced, as labels go round
-    fit = train.first(labels - held)
-    held_out = clips.Clips(train.clips[labels - held :], train.labels[labels - held :])
+    train = study.part("train", seed).take(labels)
+    num_held_out = math.ceil(labels / 4 / len(clips.CLASSES)) * len(clips.CLASSES)  # balanced, as labels go round
+    fit = train.take(labels - num_held_out)
+    held_out = clips.Clips(train.clips[labels - num_held_out :], train.labels[labels - num_held_out :])
     grid = []
     for steps in study.plan.finetune_steps:
         for lr in study.plan.finetune_lrs:
             accuracy, loss = train_classifier(study, start, seed, fit, held_out, lr=lr, steps=steps)
             grid.append({"lr": lr, "steps": steps, "accuracy": accuracy, "loss": loss})
-    best = max(grid, key=lambda tried: (tried["accuracy"], -tried["loss"]))
-    return {"held_out": held, "grid": grid, "lr": best["lr"], "steps": best["steps"]}
+    best = max(grid, key=lambda trial: (trial["accuracy"], -trial["loss"]))
+    return {"held_out": num_held_out, "grid": grid, "lr": best["lr"], "steps": best["steps"]}
 
 
 def finetune(study, results, labels, start, seed):
     """A classifier trained on all the labels as the tuning found best, on the test clips."""
     chosen = results[f"tune-{labels}-{start}"]
-    train = study.part("train", seed).first(labels)
+    train = study.part("train", seed).take(labels)
     accuracy, loss = train_classifier(study, start, seed, train, study.part("test", seed), lr=chosen["lr"], steps=chosen["steps"])
     return {"accuracy": accuracy, "loss": loss}
 
@@ -201,12 +201,12 @@ def autoencoder(plan, seed, **changes):
     )
     model = MaskedAutoencoder(config.replace(**changes))
     for position in (model.encoder.position, model.decoder.position):
-        start_as_waves(position)
+        initialize_sincos(position)
     return model
 
 
 @torch.no_grad()
-def start_as_waves(position):
+def initialize_sincos(position):
     """Positions start as sines and cosines, a quarter of the channels each for time, row and column, and are learned from there.
 
     Small random ones are learned from more slowly, which counts in a run as short as this: after 1000 steps, nearest neighbours
@@ -215,16 +215,16 @@ def start_as_waves(position):
     time, rows, columns = position.grid
     quarter = position.spatial.shape[1] // 4
 
-    def waves(count):
+    def sincos(count):
         rates = 1.5 * 10 ** -torch.linspace(0, 1, quarter // 2 + 1)[:-1]
         angles = torch.arange(count)[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
     position.temporal.zero_()
     position.spatial.zero_()
-    position.temporal[:, : 2 * (quarter // 2)] = waves(time)
-    position.spatial[:, quarter : quarter + 2 * (quarter // 2)] = waves(rows).repeat_interleave(columns, dim=0)
-    position.spatial[:, 2 * quarter : 2 * quarter + 2 * (quarter // 2)] = waves(columns).repeat(rows, 1)
+    position.temporal[:, : 2 * (quarter // 2)] = sincos(time)
+    position.spatial[:, quarter : quarter + 2 * (quarter // 2)] = sincos(rows).repeat_interleave(columns, dim=0)
+    position.spatial[:, 2 * quarter : 2 * quarter + 2 * (quarter // 2)] = sincos(columns).repeat(rows, 1)
 
 
 def autocast():
@@ -232,7 +232,7 @@ def autocast():
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
-def optimize(parameter_groups, *, steps, batch, count, lr, betas, loss_of, seed, judge=lambda step: None):
+def optimize(parameter_groups, *, steps, batch, count, lr, betas, loss_of, seed, evaluate=lambda step: None):
     """``steps`` steps of AdamW over ``count`` clips in a random order, all of them before any comes again. Returns the mean loss
     of the last tenth."""
     settings = OptimizerConfig(batch=batch, base_batch=batch, epochs=steps, warmup_epochs=steps / 10, base_lr=lr, betas=betas)
@@ -241,7 +241,7 @@ def optimize(parameter_groups, *, steps, batch, count, lr, betas, loss_of, seed,
     order = torch.empty(0, dtype=torch.long)
     last = []
     for step in range(steps):
-        judge(step)
+        evaluate(step)
         while len(order) < batch:
             order = torch.cat([order, torch.randperm(count, generator=generator)])
         rows, order = order[:batch], order[batch:]
@@ -254,12 +254,12 @@ def optimize(parameter_groups, *, steps, batch, count, lr, betas, loss_of, seed,
         optimizer.zero_grad(set_to_none=True)
         if step >= steps - max(1, steps // 10):
             last.append(loss.item())
-    judge(steps)
+    evaluate(steps)
     return sum(last) / len(last)
 
 
-def pretrain(study, seed, steps, *, judge=lambda step, model: None, **changes):
-    """(autoencoder, its loss at the end); ``judge(step, model)`` before every step and at the end."""
+def pretrain(study, seed, steps, *, evaluate=lambda step, model: None, **changes):
+    """(autoencoder, its loss at the end); ``evaluate(step, model)`` before every step and at the end."""
     plan, unlabelled = study.plan, study.part("unlabelled", seed)
     model = autoencoder(plan, seed, **changes)
     loss = optimize(
@@ -271,7 +271,7 @@ def pretrain(study, seed, steps, *, judge=lambda step, model: None, **changes):
         betas=(0.9, 0.95),
         loss_of=lambda rows, generator: model(unlabelled.video(rows), generator=generator).loss,
         seed=seed,
-        judge=lambda step: judge(step, model),
+        evaluate=lambda step: evaluate(step, model),
     )
     return model, loss
 
@@ -314,7 +314,7 @@ def encode(model, part):
     return in_batches(lambda video: classifier.features(video, pooled=False).flatten(1), part)
 
 
-def judge_both(x, test_x, y, test_y, seed):
+def probe_accuracies(x, test_x, y, test_y, seed):
     return {
         "knn": probes.knn(x, y, test_x, test_y, len(clips.CLASSES), NEIGHBOURS),
         "linear": linear(x, y, test_x, test_y, len(clips.CLASSES), seed),
@@ -332,15 +332,15 @@ def linear(x, y, test_x, test_y, classes, seed):
         basis = torch.linalg.qr(x.T).Q
         x, test_x = x @ basis, test_x @ basis
     shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    held, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
+    validation, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
 
-    def right(weight, features, labels):
+    def accuracy(weight, features, labels):
         return (features @ weight[:-1] + weight[-1]).argmax(1).eq(labels).float().mean().item()
 
-    def on_held_out(penalty):
-        return right(probes.logistic_regression(x[rest], y[rest], classes, penalty), x[held], y[held])
+    def held_out_accuracy(penalty):
+        return accuracy(probes.logistic_regression(x[rest], y[rest], classes, penalty), x[validation], y[validation])
 
-    return right(probes.logistic_regression(x, y, classes, max(probes.PENALTIES, key=on_held_out)), test_x, test_y)
+    return accuracy(probes.logistic_regression(x, y, classes, max(probes.PENALTIES, key=held_out_accuracy)), test_x, test_y)
 
 
 def shuffle_frames(frames, seed):
