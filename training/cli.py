@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module with Config and run, what it does)
     "plan": ("plan", "batch, learning rate, steps, memory and command of a recipe on the GPUs that there are"),
     "reconstruct": ("reconstruct", "pictures of what a pre-trained model makes of a video"),
     "data check": ("data_check", "list the videos that cannot be used and why, and summarise the others"),
-    "convert": ("convert", "convert weights between code bases, and say what was recognised and assumed"),
+    "convert": ("convert", "convert weights between code bases, and report what was recognised and assumed"),
     "demo": ("demo", "pre-train a small model on clips that ship with the package, and show what it learnt"),
 }
 
@@ -33,10 +33,10 @@ def main(argv=None):
 
         print(f"stmae {__version__}")
         return 0
-    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
-    command, words_of, argv = " ".join(argv[:words]), argv, argv[words:]
+    count = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    command, arguments, argv = " ".join(argv[:count]), argv, argv[count:]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1) or difflib.get_close_matches(" ".join(words_of[:2]), COMMANDS, 1)
+        near = difflib.get_close_matches(command, COMMANDS, 1) or difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"stmae: there is no command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2

@@ -56,7 +56,7 @@ CALLS = {
     "linear": lambda: {"x": floats(5, 6), "weight": floats(4, 6), "bias": floats(4)},
     "linear_backward": lambda: {
         "grad_out": floats(5, 4), "x": floats(5, 6), "weight": floats(4, 6), "bias": floats(4),
-        "weight_dtype": torch.float32, "wanted": [True] * 3,
+        "weight_dtype": torch.float32, "output_mask": [True] * 3,
     },
     "linear_product": lambda: {
         "out": torch.zeros(5, 4), "x": floats(5, 6), "weight": floats(4, 6), "bias": floats(4), "transposed": False,
@@ -76,7 +76,7 @@ CALLS = {
     "mlp_backward": lambda: {
         "grad_out": floats(5, 6), "x": floats(5, 6), "hidden": floats(5, 9), "activation": torch.empty(0),
         "fc1_weight": floats(9, 6), "fc1_bias": floats(9), "fc2_weight": floats(6, 9), "fc2_bias": floats(6),
-        "fc1_dtype": torch.float32, "fc2_dtype": torch.float32, "wanted": [True] * 5,
+        "fc1_dtype": torch.float32, "fc2_dtype": torch.float32, "output_mask": [True] * 5,
     },
     "packed_attention": lambda: {"qkv": floats(2, 5, 3, 2, 16), "scale": 0.25},
     "packed_attention_backward": packed_saved,

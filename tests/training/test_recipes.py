@@ -1,4 +1,4 @@
-"""The numbers of a recipe: learning rate, schedule, parameter groups, presets, number formats."""
+"""The numbers of a recipe: learning rate, schedule, parameter groups, presets, precision."""
 
 import dataclasses
 import math
@@ -65,8 +65,8 @@ def test_no_warm_up():
 
 
 def names_of(model, group):
-    wanted = {id(p) for p in group["params"]}
-    return {name for name, p in model.named_parameters() if id(p) in wanted}
+    ids = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
 
 
 def test_biases_and_norms_are_never_decayed_tokens_and_positions_in_pretraining_only():
@@ -106,7 +106,7 @@ def test_every_preset_is_of_one_command():
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_makes_its_configuration_and_model(name):
     made = config_of(name)
-    source = made if name in PRETRAINING else config_of(config.about_preset(name)["pretrained"])
+    source = made if name in PRETRAINING else config_of(config.preset_header(name)["pretrained"])
     with torch.device("meta"):
         assert sum(p.numel() for p in MaskedAutoencoder(source.model).parameters()) > 1e5
     # What a classifier sees must be what its weights were trained on; it would load without a word.
@@ -117,7 +117,7 @@ def test_every_preset_makes_its_configuration_and_model(name):
 @pytest.mark.parametrize("name", presets())
 def test_every_setting_of_a_preset_names_its_source(name):
     lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
-    settings = [line for line in lines if re.match(r" *\w+: \S", line) and line.partition(":")[0] not in preset_files.ABOUT]
+    settings = [line for line in lines if re.match(r" *\w+: \S", line) and line.partition(":")[0] not in preset_files.HEADER]
     assert settings and [line for line in settings if not re.search(r"  # \w", line)] == []
 
 

@@ -1,4 +1,4 @@
-"""``stmae convert``: weights of another code base as this library's, and back; says what was recognised and assumed."""
+"""``stmae convert``: weights of another code base as this library's, and back; reports what was recognised and assumed."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Config:
     ema: bool = False
     """take the running average of the weights, where the file has one"""
     set: list[str] | None = None
-    """FIELD=VALUE of the model's configuration: what the weights cannot tell, or a change (num_heads=16, num_frames=32)"""
+    """FIELD=VALUE of the model's configuration: what the weights do not determine, or a change (num_heads=16, num_frames=32)"""
     license: str | None = None
     """license of the weights, for the model card"""
 

@@ -48,29 +48,29 @@ def run(config):
     entries = find_videos(config.data, config.data_root, config.data_labels)
     decoder = choose_decoder(config.decoder)
     loader = DataLoader(VideoCheck(entries, config), batch_size=None, num_workers=config.workers, collate_fn=identity)
-    good, errors, facts = [], [], []
+    good, errors, infos = [], [], []
     for entry, result in zip(entries, tqdm(loader, total=len(entries), unit="video", disable=None)):
         if isinstance(result, VideoError):
             errors.append(result)
             tqdm.write(str(result))
         else:
             good.append(entry)
-            facts.append(result)
+            infos.append(result)
     print(f"{len(entries)} videos: {len(good)} can be used, {len(errors)} cannot (decoder: {decoder})")
-    if facts:
-        moving = [fact for fact in facts if not fact.still]
-        timed = [fact for fact in moving if fact.rate > 0]  # a folder of images does not say how fast
-        if len(moving) < len(facts):
-            print(f"  images:  {len(facts) - len(moving)}, each a still clip")
+    if infos:
+        moving = [info for info in infos if not info.still]
+        timed = [info for info in moving if info.rate > 0]  # a folder of images has no rate
+        if len(moving) < len(infos):
+            print(f"  images:  {len(infos) - len(moving)}, each a still clip")
         if moving:
-            print(f"  frames:  {value_range([fact.frames for fact in moving], '.0f')}")
+            print(f"  frames:  {value_range([info.frames for info in moving], '.0f')}")
         if timed:
-            seconds = [fact.frames / fact.rate for fact in timed]
+            seconds = [info.frames / info.rate for info in timed]
             print(f"  seconds: {value_range(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
-            print(f"  rate:    {value_range([fact.rate for fact in timed], '.4g')} frames a second")
-        sizes = [fact.size for fact in facts]
-        commonest = Counter(sizes).most_common(5)
-        shown = ", ".join(f"{w}x{h} ({n})" for (h, w), n in commonest)
+            print(f"  rate:    {value_range([info.rate for info in timed], '.4g')} frames a second")
+        sizes = [info.size for info in infos]
+        most_common = Counter(sizes).most_common(5)
+        shown = ", ".join(f"{w}x{h} ({n})" for (h, w), n in most_common)
         print(f"  size:    {shown}" + (f" and {len(set(sizes)) - 5} others" if len(set(sizes)) > 5 else ""))
     labels = Counter(entry.label for entry in entries if entry.label >= 0)
     if labels:
@@ -88,7 +88,7 @@ def exit_status(config, result):
     return int(not good or (config.strict and bool(errors)))
 
 
-class VideoFacts(NamedTuple):
+class VideoInfo(NamedTuple):
     """Of one video: its frames, frames a second (NaN: unknown), (height, width), and whether it is an image."""
 
     frames: int
@@ -98,7 +98,7 @@ class VideoFacts(NamedTuple):
 
 
 class VideoCheck(Dataset):
-    """Item i: the VideoFacts of video i, or the VideoError that it raises."""
+    """Item i: the VideoInfo of video i, or the VideoError that it raises."""
 
     def __init__(self, entries, config):
         self.entries, self.config = entries, config
@@ -112,13 +112,13 @@ class VideoCheck(Dataset):
             with open_entry(self.entries[number], config.decoder) as video:
                 count = length_of(video, config.frames, ClipConfig(stride=config.stride))
                 if config.every_frame:
-                    most = max(1, min(64, MAX_CLIP_PIXELS // (video.size[0] * video.size[1])))
-                    for start in range(0, count, most):
-                        video.frames(clip_indices(start, min(most, count - start), 1))
+                    chunk = max(1, min(64, MAX_CLIP_PIXELS // (video.size[0] * video.size[1])))
+                    for start in range(0, count, chunk):
+                        video.frames(clip_indices(start, min(chunk, count - start), 1))
                 else:
                     for clip in spaced_clips(3, count, config.frames, config.stride):
                         video.frames(clip)
-                return VideoFacts(len(video), video.rate, tuple(video.size), video.still)
+                return VideoInfo(len(video), video.rate, tuple(video.size), video.still)
         except VideoError as error:
             return error
 

@@ -9,7 +9,7 @@ from typing import Literal
 from stmae import checkpoint
 from stmae.models import EncoderConfig, VideoClassifierConfig
 
-from ..config import FinetuneConfig, PretrainConfig, about_preset, parse, presets, read_settings
+from ..config import FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
 from ..data.video_list import find_videos
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
@@ -54,8 +54,8 @@ def run(config):
     for name in ("videos", "batch"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}: expected 1 or more, got {getattr(config, name)}")
-    command, recipe, about = read_recipe(config.recipe)
-    model = recipe.model if command == "pretrain" else classifier_config(config, recipe, about)
+    command, recipe, header = read_recipe(config.recipe)
+    model = recipe.model if command == "pretrain" else classifier_config(config, recipe, header)
     videos = config.videos or (len(find_videos(config.data)) if config.data else KINETICS_400)
     batch = config.batch or recipe.optimizer.batch
     if batch % config.gpus:
@@ -64,7 +64,7 @@ def run(config):
             f"a batch of {batch} videos does not divide into {config.gpus} GPUs: "
             f"try --batch {lower or config.gpus}{f' or {lower + config.gpus}' if lower else ''}"
         )
-    parts, memory = fit(config, model, batch // config.gpus, recipe.clips.repeats)
+    micro_batches, memory = fit(config, model, batch // config.gpus, recipe.clips.repeats)
 
     def numbers(videos, batch, gpus):
         settings, repeats = dataclasses.replace(recipe.optimizer, batch=batch), recipe.clips.repeats
@@ -83,17 +83,17 @@ def run(config):
             "steps of warm-up": round(steps * settings.warmup_epochs / settings.epochs),
         }
 
-    clips = batch // config.gpus // parts * recipe.clips.repeats
+    clips = batch // config.gpus // micro_batches * recipe.clips.repeats
     plan = numbers(videos, batch, config.gpus)
     plan |= {
-        "parts that a step is computed in": parts,
+        "micro-batches a step": micro_batches,
         "clips on a GPU at a time": clips,
         "GB of a GPU: weights, gradients, AdamW": memory.state / GB,
         "GB of a GPU: activations": memory.clip * clips / GB,
         "GB of a GPU: in all, expected": memory.total(clips) / GB,
     }
-    source = numbers(KINETICS_400, recipe.optimizer.batch, about["gpus"] or "-")
-    words = command_line(config, command, batch, parts, recipe)
+    source = numbers(KINETICS_400, recipe.optimizer.batch, header["gpus"] or "-")
+    words = command_line(config, command, batch, micro_batches, recipe)
     print(table(plan, source, config.recipe))
     counted = "clips (repeats are counted)" if command == "finetune" else "videos (repeats are not counted)"
     print(f"\nThe learning rate is base_lr * {counted} / base_batch. The memory is an estimate: see planning/memory.py.")
@@ -102,27 +102,27 @@ def run(config):
 
 
 def read_recipe(name):
-    """(command, configuration, about) of a preset or a file; ``about`` as of ``about_preset``."""
+    """(command, configuration, header) of a preset or a file; ``header`` as of ``preset_header``."""
     file = Path(name)
     if name in presets():
-        about, argument = about_preset(name), f"--preset={name}"
+        header, argument = preset_header(name), f"--preset={name}"
     elif file.suffix in (".yaml", ".yml", ".json"):
         own, _ = read_settings(file)
-        base = about_preset(own["preset"]) if own.get("preset") in presets() else {}
-        about, argument = {"command": None, "pretrained": None, "gpus": None, **base, **own}, f"--config={name}"
+        base = preset_header(own["preset"]) if own.get("preset") in presets() else {}
+        header, argument = {"command": None, "pretrained": None, "gpus": None, **base, **own}, f"--config={name}"
     else:
         raise ValueError(f"recipe: expected a file of settings or one of the presets {', '.join(presets())}, got {name!r}")
     classes = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-    if about["command"] not in classes:
+    if header["command"] not in classes:
         raise ValueError(f"{name}: expected 'preset: NAME', 'command: pretrain' or 'command: finetune' at its top")
-    needed = ["--data=videos", "--output=run", *["--checkpoint=weights"] * (about["command"] == "finetune")]
-    made = parse(classes[about["command"]], [*needed, argument], prog="stmae plan", description="")
-    return about["command"], made, about
+    needed = ["--data=videos", "--output=run", *["--checkpoint=weights"] * (header["command"] == "finetune")]
+    made = parse(classes[header["command"]], [*needed, argument], prog="stmae plan", description="")
+    return header["command"], made, header
 
 
-def classifier_config(config, recipe, about):
+def classifier_config(config, recipe, header):
     """What fine-tuning will train: the encoder's shape from a pre-training preset or from weights, the rest from the recipe."""
-    source = config.encoder or about["pretrained"]
+    source = config.encoder or header["pretrained"]
     if source is None:
         raise ValueError("encoder: expected a pre-training preset or weights, for the recipe does not name one")
     if source in presets("pretrain"):
@@ -137,14 +137,14 @@ def classifier_config(config, recipe, about):
 
 
 def fit(config, model, videos, repeats):
-    """(parts, Memory): in how few parts the ``videos`` of a GPU's part of a step fit into its memory.
+    """(micro_batches, Memory): in how few micro-batches the ``videos`` of a GPU in a step fit into its memory.
 
     Raises ValueError that says how much one video needs, and what would help.
     """
     memory = estimate(model, config)
-    for parts in range(1, videos + 1):
-        if videos % parts == 0 and memory.total(videos // parts * repeats) <= config.memory * GB:
-            return parts, memory
+    for micro_batches in range(1, videos + 1):
+        if videos % micro_batches == 0 and memory.total(videos // micro_batches * repeats) <= config.memory * GB:
+            return micro_batches, memory
     advice = []
     for words, change in (
         ("--checkpoint_activations true", {"checkpoint_activations": True}),
@@ -163,7 +163,7 @@ def fit(config, model, videos, repeats):
     )
 
 
-def command_line(config, command, batch, parts, recipe):
+def command_line(config, command, batch, micro_batches, recipe):
     """What to type."""
     machines = math.ceil(config.gpus / config.gpus_per_machine)
     if config.gpus % machines:
@@ -176,7 +176,7 @@ def command_line(config, command, batch, parts, recipe):
     words += [f"--data {config.data or 'DATA'}", *["--checkpoint WEIGHTS"] * (command == "finetune"), "--output RUN"]
     for name, value, usual in (
         ("optimizer.batch", batch, recipe.optimizer.batch),
-        ("optimizer.accumulate", parts, recipe.optimizer.accumulate),
+        ("optimizer.accumulate", micro_batches, recipe.optimizer.accumulate),
         ("run.parallel", config.parallel, recipe.run.parallel),
         ("run.checkpoint_activations", config.checkpoint_activations, recipe.run.checkpoint_activations),
         ("run.precision", config.precision, "bf16"),

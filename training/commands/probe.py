@@ -83,7 +83,7 @@ def run(config):
     print(
         f"{results['videos']} videos, tested on {results['test_videos']}: "
         + "".join(f"{named.get(kind, kind)} {results[kind]:.1%}, " for kind in kinds)
-        + f"always the commonest class {results['chance']:.1%}"
+        + f"always the most common class {results['chance']:.1%}"
     )
     if config.output:
         Path(config.output).write_text(json.dumps(results, indent=1) + "\n")

@@ -80,7 +80,7 @@ def run(config):
 
 def labelled_videos(config, file, num_classes):
     """The entries of ``config.data``, labelled as the classifier was trained. Raises ValueError for a label that it lacks,
-    and for class folders whose numbers cannot be told."""
+    and for class folders whose numbers are unknown."""
     labels, beside = config.data_labels, Path(file).parent / "classes.json"
     if labels is None and beside.is_file() and Path(config.data).is_dir():
         labels = beside

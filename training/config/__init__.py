@@ -2,7 +2,7 @@
 
 from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneClipConfig, ViewConfig
 from .parser import from_preset, parse
-from .preset_files import about_preset, load_yaml, preset_path, presets, read_settings
+from .preset_files import load_yaml, preset_header, preset_path, presets, read_settings
 from .training import (
     ClassifierConfig,
     EncodingConfig,
@@ -31,7 +31,7 @@ __all__ = [
     "PretrainRunConfig",
     "RunConfig",
     "ViewConfig",
-    "about_preset",
+    "preset_header",
     "defaults",
     "from_preset",
     "load_yaml",

@@ -94,9 +94,9 @@ def _set_defaults(parser, config_class, file, command):
     checker = jsonargparse.ArgumentParser(exit_on_error=False)
     checker.add_class_arguments(config_class, None)
     required = [f"--{f.name}=x" for f in dataclasses.fields(config_class) if _is_required(f)]
-    for source, about, settings in with_bases(file):
-        if about.get("command", command) != command:
-            raise ValueError(f"{source}: its settings are for 'stmae {about['command']}', not for '{parser.prog}'")
+    for source, header, settings in with_bases(file):
+        if header.get("command", command) != command:
+            raise ValueError(f"{source}: its settings are for 'stmae {header['command']}', not for '{parser.prog}'")
         for name, value in settings.items():
             if name not in names:
                 raise ValueError(f"{source}: there is no setting {name!r}{nearest(name, names)}")

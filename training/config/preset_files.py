@@ -12,7 +12,7 @@ import yaml
 from .checks import nearest
 
 PRESETS = Path(__file__).parents[1] / "presets"
-ABOUT = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
+HEADER = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
 PATH_FIELDS = (  # in a file, relative to it
     "data",
     "data_root",
@@ -54,7 +54,7 @@ def _preset_names():
 
 def presets(command=None):
     """Names of the presets, of one command or of all."""
-    return [name for name in _preset_names() if command in (None, about_preset(name)["command"])]
+    return [name for name in _preset_names() if command in (None, preset_header(name)["command"])]
 
 
 def preset_path(name, command=None):
@@ -63,30 +63,30 @@ def preset_path(name, command=None):
         raise ValueError(
             f"expected --preset to be one of {', '.join(presets(command))}, got {name!r}{nearest(name, presets(command))}"
         )
-    meant_for = about_preset(name)["command"]
-    if command not in (None, meant_for):
+    own_command = preset_header(name)["command"]
+    if command not in (None, own_command):
         raise ValueError(
-            f"the preset {name} is for 'stmae {meant_for}'; expected one for 'stmae {command}': {', '.join(presets(command))}"
+            f"the preset {name} is for 'stmae {own_command}'; expected one for 'stmae {command}': {', '.join(presets(command))}"
         )
     return PRESETS / f"{name}.yaml"
 
 
-def about_preset(name):
+def preset_header(name):
     """{"command": ..., "pretrained": ..., "gpus": ...} of a preset, its own or its base's; None where neither has it."""
-    about = {"command": None, "pretrained": None, "gpus": None}
+    header = {"command": None, "pretrained": None, "gpus": None}
     for _, own, _ in with_bases(PRESETS / f"{name}.yaml"):
-        about.update({key: value for key, value in own.items() if key in about})
-    return about
+        header.update({key: value for key, value in own.items() if key in header})
+    return header
 
 
 def read_settings(file):
-    """(about, settings) of a YAML or JSON file: ``about`` has what it says under ABOUT, ``settings`` is {"section.field": value},
-    its relative paths made absolute."""
+    """(header, settings) of a YAML or JSON file: ``header`` is {name: value} of the names in HEADER, ``settings`` is
+    {"section.field": value}, its relative paths made absolute."""
     try:
         tree = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # among them UnicodeDecodeError
         raise ValueError(f"cannot read the settings in {file}: {error}") from error
-    about = {name: tree.pop(name) for name in ABOUT if name in tree}
+    header = {name: tree.pop(name) for name in HEADER if name in tree}
     settings = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -95,19 +95,19 @@ def read_settings(file):
             settings[name] = value
     named = {name: value for name, value in settings.items() if isinstance(value, str)}
     paths = {name: str(file.parent.joinpath(named[name]).resolve()) for name in PATH_FIELDS if named.get(name)}
-    return about, {**settings, **paths}
+    return header, {**settings, **paths}
 
 
 def with_bases(file):
-    """[(file, about, settings)] of the presets that ``file`` starts from, the first base first, and of the file itself."""
+    """[(file, header, settings)] of the presets that ``file`` starts from, the first base first, and of the file itself."""
     chain, seen = [], set()
     while file is not None:
         if file in seen:
             raise ValueError(f"{file}: the presets that it starts from lead back to it")
         seen.add(file)
-        about, settings = read_settings(file)
-        chain.insert(0, (file, about, settings))
-        base = about.get("preset")
+        header, settings = read_settings(file)
+        chain.insert(0, (file, header, settings))
+        base = header.get("preset")
         if base is not None and base not in _preset_names():
             raise ValueError(f"{file}: expected preset to be the name of one, got {base!r}{nearest(str(base), _preset_names())}")
         file = None if base is None else PRESETS / f"{base}.yaml"

@@ -14,9 +14,9 @@ class OptimizerConfig:
     """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
 
     batch: int = 512
-    """videos a step, over all processes and accumulated parts; repeats are not counted"""
+    """videos a step, over all processes and micro-batches; repeats are not counted"""
     accumulate: int = 1
-    """parts that a step's batch is computed in, to save memory; the result is the same"""
+    """micro-batches that a step's batch is computed in, to save memory; the result is the same"""
     epochs: float = 800
     """effective epochs: passes over the videos times repeats"""
     warmup_epochs: float = 120
@@ -45,7 +45,7 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
 
     batch: int = 256
-    """videos a step, over all processes and accumulated parts"""
+    """videos a step, over all processes and micro-batches"""
     epochs: float = 150
     """effective epochs: passes over the videos times repeats"""
     warmup_epochs: float = 10
@@ -60,7 +60,7 @@ class FinetuneOptimizerConfig(OptimizerConfig):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Running: nothing here changes what is computed, but for the number format."""
+    """Running: nothing here changes what is computed, but for the precision."""
 
     device: str = "auto"
     """'auto': cuda where there is one, else cpu"""
@@ -103,7 +103,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class PretrainRunConfig(RunConfig):
-    """Running: nothing here changes what is computed, but for the number format."""
+    """Running: nothing here changes what is computed, but for the precision."""
 
     reconstruct_every: int = 0
     """steps between pictures of what the model makes of three held-out videos (else of data); 0: only at the start and
@@ -116,7 +116,7 @@ class PretrainRunConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class OnlineProbeConfig:
-    """Nearest neighbours on the encoder's features while it trains: whether it learns anything that labels want."""
+    """Nearest neighbours on the encoder's features while it trains: how well they predict labels."""
 
     data: str | None = None
     """labelled videos whose features are the neighbours, as for stmae probe; null: no probe"""

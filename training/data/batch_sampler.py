@@ -2,7 +2,7 @@
 
 Sample number p of a run is video ``permutation(seed, p // n)[p % n]`` in epoch ``p // n``: an endless stream in which a batch may
 cross from one epoch to the next, so nothing is dropped and a data set may be smaller than a batch. The ranks of a distributed run
-take consecutive parts of each batch, so the data do not depend on how many there are.
+take consecutive micro-batches of each batch, so the data do not depend on how many there are.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ class ResumableBatchSampler:
     """
 
     def __init__(self, num_videos, batch, *, seed, num_steps, first_step=0, accumulate=1, rank=0, world_size=1):
-        parts = accumulate * world_size
-        if num_videos < 1 or batch < 1 or batch % parts:
+        micro_batches = accumulate * world_size
+        if num_videos < 1 or batch < 1 or batch % micro_batches:
             raise ValueError(
-                f"a batch of {batch} videos does not divide into {accumulate} accumulated part(s) on {world_size} process(es)"
+                f"a batch of {batch} videos does not divide into {accumulate} micro-batch(es) on {world_size} process(es)"
             )
         self.num_videos, self.batch, self.seed = num_videos, batch, seed
         self.num_steps, self.first_step = num_steps, first_step

@@ -192,7 +192,7 @@ def as_video(clips):
 
 
 def require_readable(entries, frames, clips):
-    """Look for one video that can give a clip, so that a data set with none is an error before training starts.
+    """Find one video that can give a clip, so that a data set with none is an error before training starts.
 
     Returns the list of VideoError passed over on the way to it. Raises ValueError when there is none.
     """

@@ -18,7 +18,7 @@ DECODERS = ("pyav", "torchcodec", "auto")
 # What both FFmpegs turn into RGB in the same way, compared bit for bit: progressive frames with an even height in these formats.
 # Elsewhere (10-bit, NV12, odd heights) their roundings differ by a few levels, and PyAV decodes.
 SAME_IN_BOTH = frozenset(["yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray"])
-PROGRESSIVE = (0, 1)  # FFmpeg's AVFieldOrder: unknown, or said to be
+PROGRESSIVE = (0, 1)  # FFmpeg's AVFieldOrder: unknown, or marked progressive
 
 
 def open_entry(entry, decoder="pyav"):

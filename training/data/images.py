@@ -143,11 +143,11 @@ class FrameFolder:
         return np.stack([match_size(found[int(index)], first) for index in indices])
 
 
-def read_image(path, most=MAX_CLIP_PIXELS):
+def read_image(path, max_pixels=MAX_CLIP_PIXELS):
     """The image as uint8 [H, W, 3], RGB; grey, palette and 16-bit ones too, transparency left out. Raises VideoError; of more
-    than ``most`` pixels, before it is decoded."""
+    than ``max_pixels`` pixels, before it is decoded."""
     with _opened(path) as image:
-        if image.width * image.height > most:
+        if image.width * image.height > max_pixels:
             raise VideoError(path, f"the frames asked for together are over the limit of {MAX_CLIP_PIXELS:,} pixels")
         return _rgb(image)
 
@@ -175,7 +175,7 @@ def _formats():
 def _rgb(image):
     upright = ImageOps.exif_transpose(image)  # as a telephone was held
     if upright.mode == "F" or (upright.mode == "I" and image.format == "TIFF"):
-        raise ValueError(f"its pixels are {'floats' if upright.mode == 'F' else '32-bit integers'}, which say not what white is")
+        raise ValueError(f"its pixels are {'floats' if upright.mode == 'F' else '32-bit integers'}, which do not define white")
     if upright.mode.startswith("I"):  # 16 bits, which convert() would clip to 255 instead of scaling
         grey = (np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)

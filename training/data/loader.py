@@ -48,7 +48,7 @@ class Batches:
     def __init__(self, loader):
         self.loader = loader
         self.waiting = False
-        self.main_thread = threading.current_thread() is threading.main_thread()  # the one that hears signals
+        self.main_thread = threading.current_thread() is threading.main_thread()  # the one that handles signals
 
     def __enter__(self):
         self.before, self.installed = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL, signal_handling._SIGCHLD_handler_set
@@ -80,7 +80,7 @@ class Batches:
             self.waiting = True
             try:
                 if self.loader.num_workers and self.main_thread:
-                    self._child_ended(signal.SIGCHLD, None)  # for what was not heard since the last batch
+                    self._child_ended(signal.SIGCHLD, None)  # for what ended since the last batch
                 batch = next(self.iterator)
             finally:
                 self.waiting = False

@@ -51,7 +51,7 @@ class VideoError(RuntimeError):
         return type(self), (self.path, self.reason)
 
 
-class _Disorder(Exception):
+class _UnorderedTimestamps(Exception):
     """Decoded frames whose time stamps do not grow."""
 
 
@@ -133,7 +133,7 @@ class Video:
             self._key_stamps = sorted(key_stamps)
             self._seconds = float(base)
             if first is None or first > self._stamps[0]:
-                self._leave_out_what_cannot_be_decoded_first()
+                self._drop_undecodable_start()
         if self._stamps is not None:
             self.times = np.array(self._stamps, dtype=np.float64) * self._seconds
         else:
@@ -142,14 +142,14 @@ class Video:
         span = self.times[-1] - self.times[0]
         self.rate = (len(self) - 1) / span if span > 0 else self._average_rate
 
-    def _leave_out_what_cannot_be_decoded_first(self):
+    def _drop_undecodable_start(self):
         """Of a file that does not begin with a key frame (a recording that was joined), or shows frames before its first (cut at
         an open group of pictures), the frames before the first that comes out of the decoder are none: they refer to pictures
-        that the file does not hold. Decodes up to that frame, at most to the file's first whole group of pictures."""
+        that the file does not hold. Decodes up to that frame, at most to the file's first complete group of pictures."""
         self._open()
         try:
             shown = next(self._decode(), None)
-        except _Disorder:
+        except _UnorderedTimestamps:
             self._stamps = None
             return
         if shown is None:
@@ -208,7 +208,7 @@ class Video:
         wanted = sorted(set(indices))
         try:
             found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
-        except _Disorder:
+        except _UnorderedTimestamps:
             self._count()
             found = self._by_count(wanted)
         first = found[wanted[0]]
@@ -229,7 +229,7 @@ class Video:
                 found[index] = self._pixels(current)
             elif previous is not None and (current is not None or index > 0 and previous.pts >= self._stamps[index - 1]):
                 # A hole, or the last frame: a player goes on showing the one before. Where several are missing at the end, the
-                # file is said to be damaged instead: nothing tells how long a still picture would be shown.
+                # file is reported as damaged instead: nothing defines how long a still picture would be shown.
                 found[index] = self._pixels(previous)
             elif current is not None:
                 found[index] = self._pixels(current)  # a key frame at the very start that is damaged
@@ -300,7 +300,7 @@ class Video:
             for frame in frames:
                 if self._stamps is not None:
                     if frame.pts is None or (last is not None and frame.pts <= last):
-                        raise _Disorder  # the packets' time stamps are not those of the frames
+                        raise _UnorderedTimestamps  # the packets' time stamps are not those of the frames
                     last = frame.pts
                 yield frame
 

@@ -246,20 +246,20 @@ def _entry(line, folder):
     hint = None
     path, label = _split(line)
     if not _is_integer(label) or not path:
-        # No label: the whole line is the path. A file name with an extension cannot be mistaken for a label.
+        # No label: the line is the path. A file name with an extension cannot be mistaken for a label.
         if not _is_file_name(line):
             if _is_file_name(path):
-                raise ValueError(f"expected a whole number from 0 to {MAX_LABEL} as label, {label!r} is none")
+                raise ValueError(f"expected an integer from 0 to {MAX_LABEL} as label, {label!r} is none")
             raise ValueError("expected 'path label', 'path,label', a path or 'folder frames label'")
         path, label = line, "-1"
     label, frames = int(label), 0
     if not -1 <= label <= MAX_LABEL:
-        raise ValueError(f"expected a whole number from 0 to {MAX_LABEL} as label")
+        raise ValueError(f"expected an integer from 0 to {MAX_LABEL} as label")
     if not _is_file_name(path):  # a folder of frames, where a number stands before the label; else a video with no extension
         before, count = _split(path)
         if before and _is_integer(count):
             if label == -1 and int(count) == 0:
-                path, hint = before, "'path 0 -1', as VideoMAE V2 writes it to pre-train, is read as the path of a whole video"
+                path, hint = before, "'path 0 -1', as VideoMAE V2 writes it to pre-train, is read as the path of a video"
             elif _is_file_name(before) and not os.path.isdir(os.path.join(folder, _unquoted(before))):
                 path, hint = before, "'video frames label' is read as 'video label': a video's own frames are counted"
             elif int(count) > 0:

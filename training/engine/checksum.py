@@ -16,9 +16,9 @@ class ChecksumError(RuntimeError):
     """The content is not what was written."""
 
 
-def of_tensors(tensors, about=""):
-    """The checksum of ``tensors`` by name (on any device, in any order) and of the text ``about``, as hex digits."""
-    digest = hashlib.sha256(about.encode())
+def of_tensors(tensors, text=""):
+    """The checksum of ``tensors`` by name (on any device, in any order) and of ``text``, as hex digits."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
@@ -35,17 +35,17 @@ def of_file(path):
     return digest.hexdigest()
 
 
-def verify(tensors, metadata, about=""):
+def verify(tensors, metadata, text=""):
     """Raises ChecksumError unless ``tensors`` have the checksum that ``metadata`` names. An older version wrote none: then they
     pass."""
     expected = metadata.get(KEY)
-    if expected is not None and of_tensors(tensors, about) != expected:
+    if expected is not None and of_tensors(tensors, text) != expected:
         raise ChecksumError("its content does not have the checksum that was written with it")
 
 
 def verify_weights(path):
     """Raises ChecksumError where the safetensors file ``path`` is not what a run wrote. A file without a checksum, and what is no
-    safetensors file, passes: whoever loads it says what is wrong."""
+    safetensors file, passes: whoever loads it reports what is wrong."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""A whole training step as one CUDA graph: gradients of all micro-batches, clipping, the decision to skip, and the update.
+"""A training step as one CUDA graph: gradients of all micro-batches, clipping, the decision to skip, and the update.
 
 A graph replays the launches of one step with no work on the host in between, on the same memory each time. So a step's shapes
 must not change, nothing in it may wait for the device, and what differs between steps has a fixed place: batches are copied into

@@ -1,4 +1,4 @@
-"""Which device and which number format a run uses, and how many decoding processes."""
+"""Which device and which precision a run uses, and how many decoding processes."""
 
 import ctypes
 import os

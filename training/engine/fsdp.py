@@ -116,12 +116,12 @@ def read_shards(folder, owner, processes):
     owners = {name: owner(name) for name in described}
     together = any(isinstance(own, DTensor) for own in owners.values())
     tensors = {}
-    for name, about in described.items():
-        own, dtype = owners[name], about.properties.dtype
-        if isinstance(own, DTensor) and own.shape == about.size:
+    for name, info in described.items():
+        own, dtype = owners[name], info.properties.dtype
+        if isinstance(own, DTensor) and own.shape == info.size:
             tensors[name] = torch.empty_like(own, dtype=dtype)
         else:
-            tensors[name] = torch.empty(about.size, dtype=dtype)
+            tensors[name] = torch.empty(info.size, dtype=dtype)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=SINGLE_PROCESS_WARNING)

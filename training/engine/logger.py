@@ -54,10 +54,10 @@ class Logger:
             remaining = (self.last_line - self.started) / (step - self.first_step) * (self.steps - step)
             print(f"step {step} of {self.steps}, {text}, {tqdm.format_interval(remaining)} left", flush=True)
 
-    def event(self, step, message, **facts):
+    def event(self, step, message, **fields):
         """A line that is printed and logged."""
         self.info(message)
-        self.folder.log({"step": step, "event": message, **facts})
+        self.folder.log({"step": step, "event": message, **fields})
 
     def image(self, step, name, make):
         """Show what ``make()`` returns, a PIL image: pictures/NAME-step-STEP.png in the folder, and TensorBoard."""
@@ -93,7 +93,7 @@ class Logger:
             return
         try:
             write(self.writer)
-        except Exception as error:  # its writing thread hands on whatever befell it
+        except Exception as error:  # any error of its writing thread
             self.writer = None
             self._warn(step, f"TensorBoard stops here, training goes on: {error}")
 
@@ -119,13 +119,13 @@ class Logger:
 
 
 class NullLogger:
-    """The logger of every process but the main one: prints only the events that carry facts, such as a broken video."""
+    """The logger of every process but the main one: prints only the events that carry fields, such as a broken video."""
 
     def __init__(self, folder, **options):
         pass
 
-    def event(self, step, message, **facts):
-        if facts:
+    def event(self, step, message, **fields):
+        if fields:
             print(message, flush=True)
 
     def info(self, message):

@@ -116,8 +116,8 @@ def train(task, config, processes, device, folder):
                 except CaptureError as error:
                     raise TrainingError(f"{error}{folder.resume_hint()}") from error
                 # Every process must come to the same decisions: to update, to skip, to stop.
-                loss, norm, stop_asked = processes.mean(loss, norm, float(bool(stop)), device=device)
-                stopping = stop_asked > 0
+                loss, norm, stop_requested = processes.mean(loss, norm, float(bool(stop)), device=device)
+                stopping = stop_requested > 0
                 state.step += 1
                 update_or_skip(training, state, loss, norm, meter, logger, folder)
 
@@ -265,7 +265,7 @@ class Training:
         self.print(f"{size:.1f} M parameters on {where}, {self.precision}, {self.workers} data workers")
         self.print(
             f"{self.steps} steps of {settings.batch} videos x {self.task.repeats} clips = {settings.epochs:g} effective epochs; "
-            f"learning rate {self.task.peak_lr:.3g} at its highest"
+            f"peak learning rate {self.task.peak_lr:.3g}"
         )
         if settings.batch > len(self.task.dataset):
             self.print(
@@ -299,10 +299,14 @@ class Training:
         if before is None:
             return
         run = self.config.run
-        here = {"device": where, "precision": self.precision, "backend": run.backend, "compile": run.compile}
-        here |= {"threads": torch.get_num_threads(), **folder.versions()}
-        there = {**before, **(before.get("versions") or {})}
-        differing = [f"{name} {there[name]} -> {value}" for name, value in here.items() if name in there and there[name] != value]
+        current = {"device": where, "precision": self.precision, "backend": run.backend, "compile": run.compile}
+        current |= {"threads": torch.get_num_threads(), **folder.versions()}
+        previous = {**before, **(before.get("versions") or {})}
+        differing = [
+            f"{name} {previous[name]} -> {value}"
+            for name, value in current.items()
+            if name in previous and previous[name] != value
+        ]
         if differing:
             self.print(
                 f"note: other than at the last start: {', '.join(differing)}. From here on the numbers are not, bit for bit, "

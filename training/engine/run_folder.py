@@ -67,7 +67,7 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.path)  # before anything is removed: a file that looks stale may be the other run's
+            self._lock = RunLock(self.path)  # before anything is removed: a file that seems stale may be the other run's
             for stale in self.path.glob(".*.tmp"):  # left by a run that was killed while writing; nobody else's file
                 if re.fullmatch(r"\.(model|state-\d+|config|classes|log|plots|writable)\.\w+\.[0-9a-z_]{8}\.tmp", stale.name):
                     stale.unlink()
@@ -89,7 +89,7 @@ class RunFolder:
             raise RunFolderError(f"cannot write to the output folder {self.path}: {error.strerror or error}{hint}") from error
 
     def close(self):
-        """Gives the lock back; nothing may be written from here on."""
+        """Releases the lock; nothing may be written from here on."""
         if self._lock is not None:
             self._lock.release()
 
@@ -113,8 +113,8 @@ class RunFolder:
     def save_state(self, step, tensors, info):
         """Write state ``step``: tensors by name, and ``info``, plain values. Raises RunFolderError; older states are
         then untouched."""
-        about = json.dumps(info)
-        metadata = {"stmae_state": about, checksum.KEY: checksum.of_tensors(tensors, about)}
+        text = json.dumps(info)
+        metadata = {"stmae_state": text, checksum.KEY: checksum.of_tensors(tensors, text)}
         self._write(self.state_path(step), lambda file: save_file(tensors, file, metadata))
         self._remove_old_states(step, self.state_path(step))
 
@@ -158,7 +158,7 @@ class RunFolder:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
             return
-        renamed = self.path / f".{path.name}.old.tmp"  # in one stroke, so that what bears a state's name is never half a state
+        renamed = self.path / f".{path.name}.old.tmp"  # by one rename, so that what bears a state's name is never half a state
         os.replace(path, renamed)
         shutil.rmtree(renamed, ignore_errors=True)
 
@@ -191,7 +191,7 @@ class RunFolder:
                 fsdp.raise_in_all(_info_problem(step, info) or problem(tensors, info), processes)
                 return tensors, info
             except fsdp.ShardError as error:
-                report(f"checkpoint {path.name} is damaged ({error}); looking for an older one")
+                report(f"checkpoint {path.name} is damaged ({error}); trying the one before it")
         if self.states():
             raise RunFolderError(f"every checkpoint in {self.path} is damaged; move them away to start over")
         return None
@@ -224,17 +224,19 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
-            there = _flat(defaults) | _flat(self._read_config(file))
-            here = _flat(settings)
+            stored = _flat(defaults) | _flat(self._read_config(file))
+            given = _flat(settings)
             kinds = {True: "a fine-tuning", False: "a pre-training"}
-            if ("checkpoint" in there) != ("checkpoint" in here):
+            if ("checkpoint" in stored) != ("checkpoint" in given):
                 raise RunFolderError(
-                    f"{self.path} holds {kinds['checkpoint' in there]} run, and this is {kinds['checkpoint' in here]} run: "
+                    f"{self.path} holds {kinds['checkpoint' in stored]} run, and this is {kinds['checkpoint' in given]} run: "
                     "choose another --output"
                 )
-            there, here = ({name: _as_path(name, value) for name, value in flat.items()} for flat in (there, here))
-            names = sorted(name for name in {*there, *here} if not name.startswith(("run.", "probe.")) and name != "output")
-            differing = [f"{name} {there.get(name)} -> {here.get(name)}" for name in names if there.get(name) != here.get(name)]
+            stored, given = ({name: _as_path(name, value) for name, value in flat.items()} for flat in (stored, given))
+            names = sorted(name for name in {*stored, *given} if not name.startswith(("run.", "probe.")) and name != "output")
+            differing = [
+                f"{name} {stored.get(name)} -> {given.get(name)}" for name in names if stored.get(name) != given.get(name)
+            ]
             if differing:
                 raise RunFolderError(
                     f"{self.path} holds a run with other settings ({'; '.join(differing)}): choose another --output, "
@@ -254,7 +256,7 @@ class RunFolder:
         text = json.dumps(numbers, indent=1) + "\n"
         self._write(self.path / "classes.json", lambda path: path.write_text(text, encoding="utf-8"))
 
-    def record_start(self, **facts):
+    def record_start(self, **fields):
         """Add a line to run.jsonl: when, which command, what it ran on."""
         line = {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -265,7 +267,7 @@ class RunFolder:
             "python": platform.python_version(),
             "versions": self.versions(),
             "threads": torch.get_num_threads(),
-            **facts,
+            **fields,
         }
         self._append("run.jsonl", line)
 

@@ -63,7 +63,7 @@ class RunLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
-    def _forget(self):
+    def _close_in_child(self):
         """In a forked child, such as a data worker: the lock is the parent's, and must not outlive it."""
         if self._finalizer.detach():
             os.close(self.descriptor)
@@ -89,23 +89,23 @@ def _release(path, descriptor, pid):
 
 def _same_file(descriptor, path):
     try:
-        there, here = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
+        stored, opened = os.stat(path, follow_symlinks=False), os.fstat(descriptor)
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+    return (stored.st_dev, stored.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def _holder(descriptor):
     try:
-        about = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {int(about['pid'])} on {str(about['host'])[:100]!r}"
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:100]!r}"
     except (OSError, ValueError, TypeError, KeyError):
         return "it has not written its name yet"
 
 
-def _forget_in_child():
+def _close_in_children():
     for lock in list(_held):
-        lock._forget()
+        lock._close_in_child()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_close_in_children)

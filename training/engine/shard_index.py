@@ -25,7 +25,7 @@ _CLASSES = {
     **{(metadata.__name__, name): getattr(metadata, name) for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")},
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # looks a name up
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # finds a layout by its name
     ("collections", "OrderedDict"): collections.OrderedDict,
     # The folder's name; Python 3.13 keeps these classes elsewhere.
     **{(module, name): pathlib.PurePath for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
@@ -67,10 +67,10 @@ def _check(index, stored):
     if not isinstance(index, metadata.Metadata) or not isinstance(index.state_dict_metadata, dict):
         raise ValueError(f"its index holds {type(index).__name__}, not the description of a state")
     described = 0
-    for name, about in index.state_dict_metadata.items():
-        if not isinstance(name, str) or not isinstance(about, metadata.TensorStorageMetadata):
-            raise ValueError(f"expected tensors in its index, got {type(about).__name__} for {name!r}")
-        size, dtype = about.size, getattr(about.properties, "dtype", None)
+    for name, info in index.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(info, metadata.TensorStorageMetadata):
+            raise ValueError(f"expected tensors in its index, got {type(info).__name__} for {name!r}")
+        size, dtype = info.size, getattr(info.properties, "dtype", None)
         if not isinstance(dtype, torch.dtype) or not isinstance(size, torch.Size):
             raise ValueError(f"its index does not say what {name} is")
         if any(length < 0 for length in size):

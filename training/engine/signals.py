@@ -1,16 +1,16 @@
-"""SIGTERM and SIGINT ask a run to finish its step, save and leave; a second one ends it at once."""
+"""SIGTERM and SIGINT request that a run finish its step, save and leave; a second one ends it at once."""
 
 import signal
 import threading
 
 
 class StopRequest:
-    """Context manager; true once a stop was asked for. Only the main thread hears signals: in another it stays false."""
+    """Context manager; true once a stop was requested. Only the main thread handles signals: in another it stays false."""
 
     def __enter__(self):
         self.signal = None
-        heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-        self._before = {number: signal.signal(number, self._ask) for number in heard}
+        handled = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._request_stop) for number in handled}
         return self
 
     def __exit__(self, *exception):
@@ -20,7 +20,7 @@ class StopRequest:
     def __bool__(self):
         return self.signal is not None
 
-    def _ask(self, number, frame):
+    def _request_stop(self, number, frame):
         self.signal = signal.Signals(number).name
         for again, handler in self._before.items():
             signal.signal(again, handler)

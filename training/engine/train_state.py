@@ -18,7 +18,7 @@ class TrainState:
     videos: int = 0
     """in the data set"""
     steps: int = 0
-    """of the run; 0: an older version did not say"""
+    """of the run; 0: unknown, of an older version"""
     skipped_steps: int = 0
     """steps without a finite loss and gradient"""
     skips_in_a_row: int = 0
@@ -102,7 +102,7 @@ def load_state_tensors(tensors, model, optimizer, average):
     def placed(name, value):
         own = owner(name)
         if own is None:
-            return value  # load_state_dict says what is wrong with it
+            return value  # load_state_dict reports what is wrong with it
         return fsdp.distribute_as(value, own) if own.shape == value.shape else value.to(own.device)
 
     tensors = {name: placed(name, value) for name, value in tensors.items()}

@@ -53,7 +53,7 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
         raise ValueError(f"output: expected a folder, got the file {output}")
     output.mkdir(parents=True, exist_ok=True)
 
-    stems = collections.Counter(printable(Path(entry.path).stem) for entry in entries)
+    names = collections.Counter(printable(Path(entry.path).stem) for entry in entries)
     written, explained = [], False
     for number, entry in enumerate(entries):
         try:
@@ -80,7 +80,7 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
         rows = [to_uint8(getattr(pictures, name)[0]) for name in ROWS]
         labels = ("original", f"{ratio:.0%} masked", f"reconstruction ({note})")
         name = printable(Path(entry.path).stem)
-        if stems[name] > 1:  # videos of one name in several folders
+        if names[name] > 1:  # videos of one name in several folders
             name = f"{name}-{number}"
         png, gif = output / f"{name}.png", output / f"{name}.gif"
         grid(rows, labels).save(png)
@@ -108,7 +108,7 @@ def to_uint8(frames):
 
 
 def enlarge(frames):
-    """Whole-number enlargement of [F, H, W, C] frames to at least 96 pixels, so that small models can be looked at."""
+    """Frames [F, H, W, C] enlarged by an integer factor to at least 96 pixels, so that those of small models can be seen."""
     factor = max(1, -(-96 // min(frames.shape[1:3])))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 

@@ -30,14 +30,19 @@ def linear(x, y, test_x, test_y, classes, seed):
     mean, std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
     x, test_x = (x - mean) / std, (test_x - mean) / std
     shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    held, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
+    validation, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
 
     def accuracy_of(weight, features, labels):
         return (features @ weight[:-1] + weight[-1]).argmax(1).eq(labels).float().mean().item()
 
     penalty = PENALTIES[len(PENALTIES) // 2]
-    if len(held) >= 2:
-        penalty = max(PENALTIES, key=lambda p: accuracy_of(logistic_regression(x[rest], y[rest], classes, p), x[held], y[held]))
+    if len(validation) >= 2:
+
+        def validated(penalty):
+            weight = logistic_regression(x[rest], y[rest], classes, penalty)
+            return accuracy_of(weight, x[validation], y[validation])
+
+        penalty = max(PENALTIES, key=validated)
     return accuracy_of(logistic_regression(x, y, classes, penalty), test_x, test_y)
 
 
@@ -74,8 +79,8 @@ class AttentiveClassifier(nn.Module):
 
     def forward(self, tokens):  # [B, N, D] -> [B, classes]
         heads, dim = self.query.shape
-        asked = torch.einsum("hd,hdw->hw", self.query, self.key.weight.unflatten(0, (heads, dim))) * dim**-0.5
-        weights = (tokens @ asked.T).softmax(dim=1)  # [B, N, heads]
+        query_weight = torch.einsum("hd,hdw->hw", self.query, self.key.weight.unflatten(0, (heads, dim))) * dim**-0.5
+        weights = (tokens @ query_weight.T).softmax(dim=1)  # [B, N, heads]
         means = weights.transpose(1, 2) @ tokens  # [B, heads, D]
         values = torch.einsum("bhw,hdw->bhd", means, self.value.weight.unflatten(0, (heads, dim))).flatten(1) + self.value.bias
         return self.head(self.norm(values))
@@ -91,7 +96,7 @@ def attentive(tokens, y, test_tokens, test_y, classes, seed, device):
     variance = sum((video.float() - mean).square().mean(0) for video in tokens) / len(tokens)
     scale = (mean.to(device), variance.sqrt().clamp(min=1e-6).to(device))
     shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    held, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
+    validation, rest = shuffled[: len(y) // 5], shuffled[len(y) // 5 :]
 
     def trained(rate, numbers):
         return train_attentive(tokens, y, numbers, classes, rate, scale, seed, device)
@@ -102,8 +107,8 @@ def attentive(tokens, y, test_tokens, test_y, classes, seed, device):
         return (predicted == labels).float().mean().item()
 
     rate = RATES[len(RATES) // 2]
-    if len(held) >= 2:
-        rate = max(RATES, key=lambda rate: accuracy_of(trained(rate, rest), tokens[held], y[held]))
+    if len(validation) >= 2:
+        rate = max(RATES, key=lambda rate: accuracy_of(trained(rate, rest), tokens[validation], y[validation]))
     return accuracy_of(trained(rate, torch.arange(len(y))), test_tokens, test_y)
 
 

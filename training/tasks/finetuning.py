@@ -106,7 +106,7 @@ def kept_tokens(config, model_config, epoch):
 
 
 def classification_loss(config, model_config, forward, batch, epoch):
-    """Cross entropy [] with mixed, smoothed targets; clips masked while config.mask_ratio says so."""
+    """Cross entropy [] with mixed, smoothed targets; clips masked by config.mask_ratio."""
     augmentation = config.augmentation
     targets = smooth_targets(batch["label"], model_config.num_classes, augmentation.label_smoothing)
     clips, targets = mix(batch["clips"], targets, augmentation.mixup, augmentation.cutmix)

@@ -376,7 +376,7 @@ def test_probes_are_chosen_by_name(pretrained, videos, tmp_path, capsys):
     assert cli.main([*common, "--kinds", "attentive,linear", "--output", str(output)]) == 0
     results = json.loads(output.read_text())
     assert results["attentive"] == results["linear"] == 1.0 and "knn" not in results
-    assert "attentive 100.0%, linear 100.0%, always the commonest class 50.0%" in capsys.readouterr().out
+    assert "attentive 100.0%, linear 100.0%, always the most common class 50.0%" in capsys.readouterr().out
     assert cli.main([*common, "--kinds", "knn,quadratic"]) == 1
     assert "kinds: expected some of knn, linear, attentive, separated by commas, got 'knn,quadratic'" in capsys.readouterr().err
 

@@ -94,7 +94,7 @@ def test_the_papers_plan(capsys):
     numbers = make()
     assert numbers["steps"] == 93_750 and numbers["steps of warm-up"] == 14_062  # 200 passes over 240,000 videos; 30 of them
     assert numbers["learning rate"] == pytest.approx(1.6e-3) and numbers["clips a step"] == 2048
-    assert numbers["clips on a GPU at a time"] * 8 * numbers["parts that a step is computed in"] == 2048
+    assert numbers["clips on a GPU at a time"] * 8 * numbers["micro-batches a step"] == 2048
     printed = capsys.readouterr().out
     assert re.search(r"GPUs +8 +128\n", printed) and re.search(r"videos a step +512 +512\n", printed)
     assert numbers["command"].startswith(
@@ -118,7 +118,7 @@ def test_repeats_count_in_finetunings_rate():
 @pytest.mark.parametrize("memory", [16, 80])
 def test_what_is_planned_fits_and_fewer_parts_would_not(memory):
     numbers = make(memory=memory, gpus=4)
-    parts = numbers["parts that a step is computed in"]
+    parts = numbers["micro-batches a step"]
     estimate = estimates.estimate(plan.read_recipe("paper-large")[1].model, plan.Config(recipe="", memory=memory, gpus=4))
     assert numbers["GB of a GPU: in all, expected"] <= memory
     assert parts == 1 or estimate.total(128 // (parts // 2) * 4) > memory * 1e9
@@ -129,7 +129,7 @@ def test_the_planned_command_is_understood(name):
     numbers = make(recipe=name, gpus=4, memory=80, parallel="fsdp", checkpoint_activations=True)
     command, *options = numbers["command"].partition("stmae.training ")[2].split()
     made = parse(PretrainConfig if command == "pretrain" else FinetuneConfig, options, prog="stmae", description="")
-    assert made.optimizer.accumulate == numbers["parts that a step is computed in"]
+    assert made.optimizer.accumulate == numbers["micro-batches a step"]
     assert made.run.parallel == "fsdp" and made.run.checkpoint_activations
 
 

@@ -100,7 +100,7 @@ def test_a_comment_that_names_a_file_is_a_file(tmp_path):
 @pytest.mark.parametrize("line", ["b.mp4 -1", "b.mp4", "b.mp4 1e9", "b.mp4 \u00b2", "b.mp4 --5", "b.mp4 -5", "b.mp4,1000000"])
 def test_a_label_that_is_none_is_refused_with_its_line(line, tmp_path):
     (tmp_path / "list.txt").write_text(f"a.mp4 1\n\n{line}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"list\.txt, line 3: expected a (label|number)"):
+    with pytest.raises(ValueError, match=r"list\.txt, line 3: expected an? (label|integer)"):
         find_labelled_videos(tmp_path / "list.txt")
 
 

@@ -54,7 +54,7 @@ def test_a_second_process_refuses_names_the_first_and_touches_nothing(tmp_path, 
     RunFolder(tmp_path / "run", read_only=True).states()
 
 
-def test_a_kill_gives_the_lock_back_though_a_data_worker_lives_on(tmp_path, holder):
+def test_a_kill_releases_the_lock_though_a_data_worker_lives_on(tmp_path, holder):
     process, _ = holder
     process.kill()
     process.wait()
