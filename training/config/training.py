@@ -68,6 +68,9 @@ class RunConfig:
     """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
     workers: int | None = None
     """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+    data_patience: float = 60.0
+    """seconds to wait, with growing pauses, for data that are away (a network's disk that restarts); then the run saves and ends
+    with status 75"""
     save_every: int = 500
     """steps between checkpoints"""
     log_every: int = 10
@@ -93,7 +96,7 @@ class RunConfig:
 
     def __post_init__(self):
         require_positive(self, "save_every", "log_every")
-        require_not_negative(self, "evaluate_every", "workers", "extend_epochs")
+        require_not_negative(self, "evaluate_every", "workers", "extend_epochs", "data_patience")
         if self.cuda_graph and self.checkpoint_activations:
             raise ValueError(
                 "run.cuda_graph: expected false with run.checkpoint_activations, which saves the random state on the host: a "

@@ -1,9 +1,12 @@
-"""Videos as clips: uint8 all the way, R clips from one opened file, broken files replaced.
+"""Videos as clips: uint8 all the way, R clips from one opened file, broken files replaced, absent ones waited for.
 
 What a sample holds is a pure function of (seed, epoch, video number, repeat): frame choice, crop, flip and masking noise all come
 from a generator seeded with these, never from a worker's own random state, nor from what it found broken before. So the number of
 workers changes nothing, and a run resumes in mid-epoch exactly, with files that are damaged in part too.
 """
+
+import functools
+import re
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from stmae.masking import sample_phase
 
 from .clip_sampling import clip_span, random_clip, spaced_clips
 from .decoders import open_entry
+from .outage import PATIENCE, PatientReader, was_read
 from .randaugment import rand_augment
 from .transforms import random_clip_view, random_erasing, resized_crop, view_box
 from .video import VideoError
@@ -26,11 +30,12 @@ class RandomClips(Dataset):
     An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``extras`` adds for each clip, and ``skipped``, a list of
     (path, reason) of the broken videos that were passed over to find it.
 
-    clips: a ClipConfig; frames, size: of a clip, T and (H, W).
+    clips: a ClipConfig; frames, size: of a clip, T and (H, W). patience: seconds to wait for data that are away.
     """
 
-    def __init__(self, entries, clips, *, frames, size, seed):
+    def __init__(self, entries, clips, *, frames, size, seed, patience=PATIENCE):
         self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
+        self.patient = PatientReader(patience)
 
     def extras(self, rng, entry):
         """{name: tensor [1, ...]} that goes with a clip."""
@@ -45,17 +50,24 @@ class RandomClips(Dataset):
         return len(self.entries)
 
     def __getitem__(self, key):
+        return self.patient(functools.partial(self._sample, key))
+
+    def _sample(self, key):
         epoch, number = key
-        skipped = []
+        errors = []
         for attempt in range(SUBSTITUTES + 1):
             if attempt:  # another video instead, drawn by the same key so that every run draws the same
                 number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
             try:
-                return {**self._read(epoch, number), "skipped": skipped}
+                item = self._read(epoch, number)
             except VideoError as error:  # not remembered: another clip of the same video may be readable, or it may come back
-                skipped.append((error.path, error.reason))
-        last = ": ".join(skipped[-1])
-        raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {last}; see 'stmae data check'")
+                self.patient.raise_if_away(error)
+                errors.append(error)
+            else:
+                was_read(self.entries[number])
+                return {**item, "skipped": [(error.path, error.reason) for error in errors]}
+        self.patient.raise_if_all_away(errors)
+        raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {errors[-1]}; see 'stmae data check'")
 
     def _read(self, epoch, number):
         entry = self.entries[number]
@@ -79,8 +91,8 @@ class PretrainClips(RandomClips):
     sample_noise: called with generator=..., gives the noise [1, N] of one clip.
     """
 
-    def __init__(self, entries, clips, *, frames, size, seed, sample_noise):
-        super().__init__(entries, clips, frames=frames, size=size, seed=seed)
+    def __init__(self, entries, clips, *, frames, size, seed, sample_noise, patience=PATIENCE):
+        super().__init__(entries, clips, frames=frames, size=size, seed=seed, patience=patience)
         self.sample_noise = sample_noise
 
     def extras(self, rng, entry):
@@ -94,8 +106,8 @@ class LabelledClips(RandomClips):
     augmentation: an AugmentationConfig.
     """
 
-    def __init__(self, entries, clips, *, frames, size, seed, augmentation):
-        super().__init__(entries, clips, frames=frames, size=size, seed=seed)
+    def __init__(self, entries, clips, *, frames, size, seed, augmentation, patience=PATIENCE):
+        super().__init__(entries, clips, frames=frames, size=size, seed=seed, patience=patience)
         self.augmentation = augmentation
 
     def view(self, rng, frames):
@@ -112,12 +124,13 @@ class ViewClips(Dataset):
     A single clip lies at ``start``, from 0 (the video's start) to 1 (its end).
 
     Item i is a dict: ``clips`` uint8 [temporal * spatial, T, H, W, C] (temporal outermost), ``label`` int, ``number`` i.
-    A video that
-    cannot be read raises VideoError: an evaluation never puts another in its place.
+    A video that cannot be read raises VideoError: an evaluation never puts another in its place. Data that are away are waited
+    for, ``patience`` seconds at the longest; then it raises DataAwayError.
     """
 
-    def __init__(self, entries, clips, *, frames, size, temporal=1, spatial=1, start=0.5):
+    def __init__(self, entries, clips, *, frames, size, temporal=1, spatial=1, start=0.5, patience=PATIENCE):
         self.entries, self.clips, self.frames, self.size = entries, clips, frames, tuple(size)
+        self.patient = PatientReader(patience)
         self.temporal, self.spatial, self.start = temporal, spatial, start
 
     def __len__(self):
@@ -125,6 +138,9 @@ class ViewClips(Dataset):
 
     def __getitem__(self, number):
         entry = self.entries[number]
+        return self.patient.read(entry, functools.partial(self._read, number, entry))
+
+    def _read(self, number, entry):
         with open_entry(entry, self.clips.decoder) as video:
             length = length_of(video, self.frames, self.clips)
             wanted = spaced_clips(self.temporal, length, self.frames, self.clips.stride, self.clips.spacing, self.start)
@@ -182,8 +198,8 @@ def collate(items):
 
 
 def worker_died(error):
-    """Whether this RuntimeError is torch's message that a data worker was killed. It comes from a signal handler, so anywhere."""
-    return "DataLoader worker" in str(error)
+    """Whether this error is torch's message that a data worker was killed. It comes from a signal handler, so anywhere."""
+    return re.search(r"DataLoader worker \(pid", str(error)) is not None
 
 
 def as_video(clips):

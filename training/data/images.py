@@ -13,7 +13,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-from .video import MAX_CLIP_PIXELS, VideoError, file_size, match_size, reason_of, require_pixels
+from .video import MAX_CLIP_PIXELS, VideoError, file_size, match_size, reason_of, require_pixels, system_errno
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
 IMAGE_EXTENSIONS = frozenset((*_JPEG, ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
@@ -107,7 +107,7 @@ class FrameFolder:
         try:
             names = os.listdir(self.path)
         except OSError as error:
-            raise VideoError(self.path, f"cannot be opened ({error.strerror})") from error
+            raise VideoError(self.path, f"cannot be opened ({error.strerror})", error.errno) from error
         series = {}
         for name in names:
             stem, suffix = os.path.splitext(name)
@@ -163,7 +163,7 @@ def _opened(path):
     except VideoError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over, SyntaxError too
-        raise VideoError(path, f"cannot be read as an image ({reason_of(error)})") from error
+        raise VideoError(path, f"cannot be read as an image ({reason_of(error)})", system_errno(error, path)) from error
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """Batches from data workers: how many decode, and what happens when one of them dies."""
 
+import re
 import signal
 import threading
 
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from .dataset import collate
+from .dataset import collate, worker_died
 
 
 class LoaderError(RuntimeError):
@@ -75,7 +76,8 @@ class Batches:
             self.child_ended(number, frame)
 
     def __next__(self):
-        """The next batch. Raises LoaderError where there is none: a data worker died, or hundreds of videos are broken."""
+        """The next batch. Raises LoaderError where there is none: a data worker died, the data are away, or hundreds of videos
+        are broken."""
         try:
             self.waiting = True
             try:
@@ -84,9 +86,13 @@ class Batches:
                 batch = next(self.iterator)
             finally:
                 self.waiting = False
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise LoaderError(
-                f"no more data: {reason[0]}; where a data worker was killed, there may be too little memory for run.workers"
-            ) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            reason = re.sub(r"^[\w.]*Error: ", "", reason)  # of a worker's traceback
+            hint = (
+                "; a data worker that is killed may have had too little memory: try fewer run.workers"
+                if worker_died(error)
+                else ""
+            )
+            raise LoaderError(f"no more data: {reason}{hint}") from error
         return batch

@@ -41,14 +41,19 @@ BACK_OFF_SECONDS = (0.0, 1.0, 4.0, 16.0)  # how far before the target a repeated
 
 
 class VideoError(RuntimeError):
-    """A video that cannot give the frames asked of it. ``path`` names the file and ``reason`` says why, in one line."""
+    """A video that cannot give the frames asked of it. ``path`` names the file and ``reason`` says why, in one line.
 
-    def __init__(self, path, reason):
+    file: the path itself, where ``path`` has escapes for what cannot be printed.
+    errno: of the operating system's error, where it was one and not the file's contents; else None.
+    """
+
+    def __init__(self, path, reason, errno=None):
+        self.file, self.errno = os.fspath(path), errno
         self.path, self.reason = printable(path), printable(reason)
         super().__init__(f"{self.path}: {self.reason}")
 
     def __reduce__(self):  # crosses from a data worker to the loop
-        return type(self), (self.path, self.reason)
+        return type(self), (self.file, self.reason, self.errno)
 
 
 class _UnorderedTimestamps(Exception):
@@ -86,7 +91,7 @@ class Video:
             # "file:" so that a name with a colon is a name and no protocol.
             self._container = av.open(f"file:{self.path}", metadata_errors="replace", options=options)
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(self.path, f"cannot be opened ({reason_of(error)})") from error
+            raise VideoError(self.path, f"cannot be opened ({reason_of(error)})", system_errno(error, self.path)) from error
         self._stream = _best_stream(self._container)
         if self._stream is None:
             kinds = sorted({s.type for s in self._container.streams}) or ["nothing"]
@@ -116,8 +121,8 @@ class Video:
                 stamps.append(packet.pts)
                 if packet.is_keyframe:
                     key_stamps.append(packet.pts)
-        except av.error.FFmpegError:
-            pass  # a damaged tail: what came before it counts
+        except av.error.FFmpegError as error:
+            self._require_bytes(error)  # else a damaged tail: what came before it counts
         if packets == 0:
             raise VideoError(self.path, "its video stream has no frames")
         context = self._stream.codec_context
@@ -286,13 +291,22 @@ class Video:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
 
+    def _require_bytes(self, error):
+        """Raises VideoError where ``error`` is not for what the file holds, but since the disk did not give it."""
+        number = system_errno(error, self.path)
+        if number is not None:
+            raise VideoError(self.path, f"cannot be read ({os.strerror(number)})", number) from error
+
     def _decode(self):
         packets, last = self._container.demux(self._stream), None
         while True:
             try:
                 packet = next(packets)
-            except (StopIteration, av.error.FFmpegError):
-                return  # the end, or a damaged tail
+            except StopIteration:
+                return
+            except av.error.FFmpegError as error:
+                self._require_bytes(error)
+                return  # a damaged tail
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
@@ -364,6 +378,22 @@ def _best_stream(container):
 
 def _is_cover_picture(stream):
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def system_errno(error, path):
+    """The number of the operating system's error that ``error`` is; None where it is about what the file holds. FFmpeg has the
+    system's words for both ("Input/output error" for a file that was cut off), so the file is read once more to tell."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if isinstance(error, av.error.FFmpegError):
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while file.read(2**20):
+                    pass
+        except OSError as failure:
+            return failure.errno
+        return None
+    return error.errno
 
 
 def reason_of(error):

@@ -100,6 +100,19 @@ class Processes:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_results(self, work):
+        """What ``work()`` gives in every process, by rank; an OSError that it raises in one is raised in all."""
+        result, error = None, None
+        try:
+            result = work()
+        except OSError as failure:
+            error = failure
+        gathered = self.gather((result, error))
+        for _, error in gathered:
+            if error is not None:
+                raise error
+        return [result for result, _ in gathered]
+
     def run_on_main(self, work):
         """Rank 0 calls ``work``, the others wait for it; what it raises is raised in all of them."""
         error = None

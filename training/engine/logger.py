@@ -35,7 +35,10 @@ class Logger:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
 
-            self.writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)
+            try:
+                self.writer = SummaryWriter(str(folder.subfolder("tensorboard")), purge_step=step)
+            except OSError as error:
+                self._warn(step, f"TensorBoard's files are not written, training goes on: {error}")
 
     def advance(self, step):
         self.bar.update(step - self.bar.n)
@@ -64,8 +67,7 @@ class Logger:
 
         def write():
             image = make()
-            folder = self.folder.path / "pictures"
-            folder.mkdir(exist_ok=True)
+            folder = self.folder.subfolder("pictures")
             with checkpoint.atomic_write(folder / f"{name}-step-{step:08d}.png") as temporary, open(temporary, "wb") as file:
                 image.save(file, "png")
             self._tensorboard(step, lambda writer: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from ..data.batch_sampler import ResumableBatchSampler
 from ..data.dataset import worker_died
 from ..data.loader import Batches, LoaderError, training_loader
+from ..data.outage import DataAwayError
 from ..planning.flops import measured_peak_flops
 from . import fsdp
 from .cuda_graph import CaptureError, GraphedStep, capture_problem, make_capturable
@@ -101,22 +102,22 @@ def train(task, config, processes, device, folder):
 
         with closing(logger), StopRequest() as stop, Batches(loader) as batches:
             if state.before is None:
-                state.before = training.evaluate(task.hooks, logger, state.step)
+                state.before = evaluate(training, task.hooks, state, folder, logger)
             task.model.train()
             meter, stopping = StepMeter(task.tokens, training.peak_flops, device), False
-            while state.step < training.steps and not stopping:
+            parts, no_data = next_parts(training, batches, state.step, meter, logger, broken)
+            (lacking,) = processes.mean(float(no_data is not None), device=device)
+            while state.step < training.steps and not stopping and not lacking:
                 lr = training.set_learning_rate(state.step)
                 try:
-                    loss, norm = train_step(training, batches, state.step, meter, logger, broken)
-                except (LoaderError, OSError) as error:
-                    if processes.world_size == 1 or (processes.is_main and config.run.parallel == "ddp"):
-                        save(training, state, folder, logger)  # without the others, who wait for this process in the step
-                    kind = TrainingError if worker_died(error) else DataUnavailableError
-                    raise kind(f"{error}{folder.resume_hint()}") from error
+                    loss, norm = train_step(training, parts, state.step, meter)
                 except CaptureError as error:
                     raise TrainingError(f"{error}{folder.resume_hint()}") from error
-                # Every process must come to the same decisions: to update, to skip, to stop.
-                loss, norm, stop_requested = processes.mean(loss, norm, float(bool(stop)), device=device)
+                # While a GPU computes this step.
+                parts, no_data = next_parts(training, batches, state.step + 1, meter, logger, broken)
+                # Every process must come to the same decisions: to update, to skip, to stop, to save for lack of data.
+                flags = float(bool(stop)), float(no_data is not None)
+                loss, norm, stop_requested, lacking = processes.mean(loss, norm, *flags, device=device)
                 stopping = stop_requested > 0
                 state.step += 1
                 update_or_skip(training, state, loss, norm, meter, logger, folder)
@@ -125,17 +126,19 @@ def train(task, config, processes, device, folder):
                 if state.step % config.run.log_every == 0 or state.step == training.steps:
                     broken = processes.gather_dict(broken)
                     logger.metrics(state.step, **meter.summary(), lr=lr, **training.progress(state, broken))
-                if state.step < training.steps and not stopping:
+                if state.step < training.steps and not stopping and not lacking:
                     with meter.paused():
                         due = [hook for hook in task.hooks if hook.every and state.step % hook.every == 0]
-                        training.evaluate(due, logger, state.step)
+                        evaluate(training, due, state, folder, logger)
                         if state.step % config.run.save_every == 0:
                             save(training, state, folder, logger)
 
             if state.step == training.steps:
-                state.after = training.evaluate(task.hooks, logger, state.step)
+                state.after = evaluate(training, task.hooks, state, folder, logger)
                 state.done = True
             save(training, state, folder, logger)
+            if not state.done and not stopping:
+                raise_for_lack_of_data(no_data, processes, folder)
             if not state.done:
                 cause = stop.signal or "a signal to another process"
                 logger.info(f"{cause}: stopped after step {state.step} of {training.steps} and saved; the same command continues")
@@ -149,30 +152,46 @@ def train(task, config, processes, device, folder):
     return state
 
 
-def train_step(training, batches, step, meter, logger, broken):
-    """The gradients of step ``step``, accumulated over its micro-batches and clipped; with run.cuda_graph also its update.
-    Returns (loss, gradient norm), tensors []."""
-    config, processes, device, task = training.config, training.processes, training.device, training.task
-
-    def next_batch():
+def next_parts(training, batches, step, meter, logger, broken):
+    """(the micro-batches of step ``step``, None), or (None, why there are none); (None, None) after the last step."""
+    if step >= training.steps:
+        return None, None
+    try:
         with meter.waiting_for_data():
-            batch = next(batches)
-        meter.add_clips(len(batch["clips"]) * processes.world_size, task.flops(epoch))
-        for path, reason in batch.pop("skipped"):
+            parts = [next(batches) for _ in range(training.config.optimizer.accumulate)]
+    except (LoaderError, OSError) as error:
+        return None, error
+    for part in parts:
+        for path, reason in part.pop("skipped"):
             if path not in broken:
                 broken[path] = reason
                 logger.event(step, f"skipped video {path}: {reason}", path=path, reason=reason)
-        return batch
+    return parts, None
 
+
+def raise_for_lack_of_data(error, processes, folder):
+    """In all processes the same, where one has an ``error``: that a data worker died, or that the data cannot be read."""
+    found = processes.gather(None if error is None else (str(error), worker_died(error)))
+    words, died = next(words for words in found if words is not None)
+    kind = TrainingError if died else DataUnavailableError
+    raise kind(f"{words}{folder.resume_hint()}") from error
+
+
+def train_step(training, parts, step, meter):
+    """The gradients of step ``step``, accumulated over the micro-batches ``parts`` and clipped; with run.cuda_graph also its
+    update. Returns (loss, gradient norm), tensors []."""
+    config, processes, device, task = training.config, training.processes, training.device, training.task
     # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
     torch.manual_seed(step_seed(config.seed, step, processes.rank))
     epoch, accumulate = step / training.steps * config.optimizer.epochs, config.optimizer.accumulate
+    for part in parts:
+        meter.add_clips(len(part["clips"]) * processes.world_size, task.flops(epoch))
     if training.graphed_step is not None:
-        return training.graphed_step([next_batch() for _ in range(accumulate)])
+        return training.graphed_step(parts)
     loss = 0.0
-    for part in range(accumulate):
-        batch = {name: value.to(device, non_blocking=True) for name, value in next_batch().items()}
-        with processes.no_sync(training.wrapped, last=part == accumulate - 1):
+    for number, part in enumerate(parts):
+        batch = {name: value.to(device, non_blocking=True) for name, value in part.items()}
+        with processes.no_sync(training.wrapped, last=number == accumulate - 1):
             with training.autocast():
                 part_loss = task.loss(training.forward, batch, epoch) / accumulate
             part_loss.backward()
@@ -389,6 +408,15 @@ def resume(training, folder):
             state.done = False
     state.steps = training.steps
     return state
+
+
+def evaluate(training, hooks, state, folder, logger):
+    """{name: number} of all ``hooks``, logged. Where their data are away, saves and raises DataUnavailableError."""
+    try:
+        return training.evaluate(hooks, logger, state.step)
+    except DataAwayError as error:  # raised in all processes
+        save(training, state, folder, logger)
+        raise DataUnavailableError(f"{error}{folder.resume_hint()}") from error
 
 
 def save(training, state, folder, logger):

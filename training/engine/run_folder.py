@@ -19,6 +19,7 @@ continues from either kind of state, on any number of processes, sharded or not.
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
@@ -96,6 +97,15 @@ class RunFolder:
     @property
     def model_path(self):
         return self.path / "model.safetensors"
+
+    def subfolder(self, name):
+        """The folder ``name`` in this one, made where it is missing. Raises OSError for a symbolic link to one: what is written
+        there would lie in somebody's folder."""
+        folder = self.path / name
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "is a symbolic link", str(folder))
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def states(self):
         """Steps of the states in the folder, newest first."""

@@ -1,5 +1,7 @@
 """A classifier's scores and accuracy on videos, each seen in several views."""
 
+import functools
+
 import torch
 
 from ..data.dataset import ViewClips, as_video
@@ -43,8 +45,8 @@ def topk_accuracy(scores, labels, k):
 def accuracy(entries, config, processes, device, model, autocast, logger, step):
     """{"top1", "top5"} on all of ``entries``, each process classifying a shard of them. An EvaluationHook's ``evaluate``, once
     the first four are given."""
-    own = predict(model, processes.shard(entries), config.clips, config.views, device, autocast)
-    scores, labels, skipped = zip(*processes.gather(own))
+    own = functools.partial(predict, model, processes.shard(entries), config.clips, config.views, device, autocast)
+    scores, labels, skipped = zip(*processes.gather_results(own))
     for error in sum(skipped, []):
         logger.info(f"left out of the test: {error}")
     scores, labels = torch.cat(scores), torch.cat(labels)

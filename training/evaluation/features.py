@@ -11,6 +11,7 @@ from tqdm import tqdm
 from stmae import checkpoint
 
 from ..data.dataset import ReadableViews, ViewClips, as_video
+from ..data.outage import was_read
 from ..engine.device import choose_device, choose_precision, choose_workers
 from ..engine.run_folder import clips_of, weights_file
 
@@ -60,6 +61,7 @@ def _encode(path, entries, config, model, collect):
         if "error" in item:
             errors.append(item["error"])
             continue
+        was_read(entries[item["number"]])  # what a worker learnt ends with it
         with autocast():
             tokens = model.features(as_video(item["clips"].to(device)), pooled=False)
             values = model.pool(tokens) if config.tokens == "mean" else tokens.flatten(1)

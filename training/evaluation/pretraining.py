@@ -28,15 +28,19 @@ def held_out_loss(entries, config, processes, device, model, autocast, logger, s
     views = ViewClips(entries, config.clips, frames=config.model.num_frames, size=config.model.image_size, temporal=3)
     losses, left_out = {}, {}
     model.eval()
-    for number in processes.shard(range(len(views))):
-        try:
-            clips = views[number]["clips"]
-        except VideoError as error:
-            left_out[number] = f"left out of the held-out loss: {error}"
-            continue
-        noise = fixed_noise(config.model, len(clips), number)
-        with autocast():
-            losses[number] = model(as_video(clips.to(device)), noise=noise.to(device)).loss.item()
+
+    def own_losses():
+        for number in processes.shard(range(len(views))):
+            try:
+                clips = views[number]["clips"]
+            except VideoError as error:
+                left_out[number] = f"left out of the held-out loss: {error}"
+                continue
+            noise = fixed_noise(config.model, len(clips), number)
+            with autocast():
+                losses[number] = model(as_video(clips.to(device)), noise=noise.to(device)).loss.item()
+
+    processes.gather_results(own_losses)
     losses, left_out = processes.gather_dict(losses), processes.gather_dict(left_out)
     for number in sorted(left_out):
         logger.info(left_out[number])
@@ -55,7 +59,8 @@ def knn_accuracy(train, test, config, processes, device, model, autocast, logger
         """(features, labels) in the order of ``entries``, whatever the number of processes."""
         rows = {}
         mine = processes.shard(range(len(entries)))
-        x, y, paths, left_out = encode(config.output, [entries[number] for number in mine], settings, model=encoder)
+        own = functools.partial(encode, config.output, [entries[number] for number in mine], settings, model=encoder)
+        x, y, paths, left_out = processes.gather_results(own)[processes.rank]
         numbers = iter(mine)
         for row, label, path in zip(x, y, paths):
             number = next(number for number in numbers if entries[number].path == path)

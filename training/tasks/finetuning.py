@@ -69,7 +69,13 @@ def finetuning_task(config, entries, classes, device, hooks=()):
     model.backend = config.run.backend
     shape = model.config
     dataset = LabelledClips(
-        entries, config.clips, frames=shape.num_frames, size=shape.image_size, seed=config.seed, augmentation=config.augmentation
+        entries,
+        config.clips,
+        frames=shape.num_frames,
+        size=shape.image_size,
+        seed=config.seed,
+        augmentation=config.augmentation,
+        patience=config.run.data_patience,
     )
     weight_decay, layer_decay = config.optimizer.weight_decay, config.layer_decay
     return Task(

@@ -60,6 +60,7 @@ def pretraining_task(config, entries, device, hooks=()):
         size=config.model.image_size,
         sample_noise=functools.partial(sample_noise, *mask),
         seed=config.seed,
+        patience=config.run.data_patience,
     )
     return Task(
         model=model,
