@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import ClipConfig, DataLocationConfig
-from ..data.clip_sampling import clip_indices, spaced_clips
-from ..data.dataset import length_of
+from ..data.clip_sampling import clip_indices, clip_span, spaced_clips
+from ..data.dataset import length_of, within
 from ..data.decoders import choose_decoder, open_entry
 from ..data.video import MAX_CLIP_PIXELS, VideoError
 from ..data.video_list import find_videos
@@ -28,6 +28,9 @@ class CheckConfig(DataLocationConfig):
     """of the clips that every video must give"""
     stride: int = 4
     """of the clips that every video must give"""
+    short: Literal["loop", "pad", "skip"] = "loop"
+    """of a video with fewer frames than a clip reaches over, as clips.short: 'loop' and 'pad': it can be used; 'skip': it
+    cannot"""
     decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
     """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
     every_frame: bool = False
@@ -64,6 +67,7 @@ def run(config):
             print(f"  images:  {len(infos) - len(moving)}, each a still clip")
         if moving:
             print(f"  frames:  {value_range([info.frames for info in moving], '.0f')}")
+            print_short(config, [info.frames for info in moving])
         if timed:
             seconds = [info.frames / info.rate for info in timed]
             print(f"  seconds: {value_range(seconds, '.1f')}, {sum(seconds) / 3600:.2f} hours in all")
@@ -75,11 +79,24 @@ def run(config):
     labels = Counter(entry.label for entry in entries if entry.label >= 0)
     if labels:
         print(f"  labels:  {len(labels)} classes, {min(labels.values())} to {max(labels.values())} videos each")
+    if any(error.reason.startswith("too short") for error in errors):
+        print("  short ones can be used with a smaller stride, or with --clips.short loop or pad")
     if config.output:
         lines = "".join(f"{line_of(entry)}\n" for entry in good)
         Path(config.output).write_bytes(os.fsencode(lines))  # names as the disk has them, be they UTF-8 or not
         print(f"  list of the usable ones: {config.output}")
     return good, errors
+
+
+def print_short(config, lengths):
+    """How many of the videos of ``lengths`` frames are shorter than a clip, and what can be done about them."""
+    needed = clip_span(config.frames, config.stride)
+    short = [length for length in lengths if length < needed]
+    if short:
+        done = ("begin again" if config.short == "loop" else "repeat their last frame") + f" (--clips.short {config.short})"
+        fits = (min(short) - 1) // max(config.frames - 1, 1)
+        stride = f"; a stride of {fits} fits all" if fits else ""
+        print(f"  short:   {len(short)} have fewer than the {needed} frames of a clip and {done}{stride}")
 
 
 def exit_status(config, result):
@@ -110,14 +127,16 @@ class VideoCheck(Dataset):
         config = self.config
         try:
             with open_entry(self.entries[number], config.decoder) as video:
-                count = length_of(video, config.frames, ClipConfig(stride=config.stride))
+                clips = ClipConfig(stride=config.stride, short=config.short)
+                count = length_of(video, config.frames, clips)
                 if config.every_frame:
+                    count = len(video)
                     chunk = max(1, min(64, MAX_CLIP_PIXELS // (video.size[0] * video.size[1])))
                     for start in range(0, count, chunk):
                         video.frames(clip_indices(start, min(chunk, count - start), 1))
                 else:
                     for clip in spaced_clips(3, count, config.frames, config.stride):
-                        video.frames(clip)
+                        video.frames(within(video, clip, clips))
                 return VideoInfo(len(video), video.rate, tuple(video.size), video.still)
         except VideoError as error:
             return error

@@ -27,6 +27,9 @@ class ClipConfig:
     """'segments': one frame from each of T equal parts of the video, whatever the stride; 'stride': exactly that;
     'linspace': evenly over T*stride frames, rounded down, as the paper's published code (4.2
     apart, not 4)"""
+    short: Literal["loop", "pad", "skip"] = "loop"
+    """of a video with fewer frames than a clip reaches over: 'loop': it begins again; 'pad': its last frame is repeated; 'skip':
+    it is not used"""
     repeats: int = 4
     """clips taken from one opened video (repeated sampling)"""
     scale: tuple[float, float] = (0.5, 1.0)

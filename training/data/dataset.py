@@ -19,7 +19,7 @@ from .decoders import open_entry
 from .outage import PATIENCE, PatientReader, was_read
 from .randaugment import rand_augment
 from .transforms import random_clip_view, random_erasing, resized_crop, view_box
-from .video import VideoError
+from .video import VideoError, printable
 
 SUBSTITUTES = 200  # samples tried in the place of a broken one before the run stops
 
@@ -27,8 +27,9 @@ SUBSTITUTES = 200  # samples tried in the place of a broken one before the run s
 class RandomClips(Dataset):
     """Random clips of the videos ``entries``, for training; indexed by (epoch, video number).
 
-    An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``extras`` adds for each clip, and ``skipped``, a list of
-    (path, reason) of the broken videos that were passed over to find it.
+    An item is a dict: ``clips`` uint8 [R, T, H, W, C], what ``extras`` adds for each clip, ``skipped``, a list of
+    (path, reason) of the broken videos that were passed over to find it, and ``short``, a list of (path, what is done about it)
+    where the video has fewer frames than a clip reaches over.
 
     clips: a ClipConfig; frames, size: of a clip, T and (H, W). patience: seconds to wait for data that are away.
     """
@@ -76,13 +77,14 @@ class RandomClips(Dataset):
             length = length_of(video, self.frames, self.clips)
             for rng in rngs:
                 wanted.append(random_clip(rng, length, self.frames, self.clips.stride, self.clips.spacing))
-            pixels = video.frames(np.concatenate(wanted))  # one sorted pass for all repeats
+            pixels = video.frames(within(video, np.concatenate(wanted), self.clips))  # one sorted pass for all repeats
+            short = short_note(video, self.frames, self.clips)
         clips, extras = [], []
         for rng, part in zip(rngs, np.split(pixels, len(rngs))):
             clips.append(self.view(rng, part))
             extras.append(self.extras(rng, entry))
         joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
-        return {"clips": torch.stack(clips), **joined}
+        return {"clips": torch.stack(clips), **joined, "short": short}
 
 
 class PretrainClips(RandomClips):
@@ -144,7 +146,7 @@ class ViewClips(Dataset):
         with open_entry(entry, self.clips.decoder) as video:
             length = length_of(video, self.frames, self.clips)
             wanted = spaced_clips(self.temporal, length, self.frames, self.clips.stride, self.clips.spacing, self.start)
-            pixels = video.frames(np.concatenate(wanted))
+            pixels = video.frames(within(video, np.concatenate(wanted), self.clips))
         positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
         boxes = [view_box(pixels.shape[1], pixels.shape[2], self.size, position) for position in positions]
         parts = [(without_repeats(part), len(part)) for part in np.split(pixels, self.temporal)]
@@ -153,14 +155,32 @@ class ViewClips(Dataset):
 
 
 def length_of(video, frames, clips):
-    """How many frames there are to take a clip from: of a still, as many as it needs. Raises VideoError for too short a video."""
+    """How many frames there are to take a clip from: of a still, and of a video too short for one, as many as it needs. Raises
+    VideoError for too short a video where ``clips.short`` is 'skip'."""
     needed = clip_span(frames, clips.stride, clips.spacing)
-    if video.still:
+    if video.still or (len(video) < needed and clips.short != "skip"):
         return needed
     if len(video) < needed:
         reason = f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}"
         raise VideoError(video.path, reason)
     return len(video)
+
+
+def within(video, indices, clips):
+    """Frame numbers ``indices`` (int64), those beyond the end of a short video as ``clips.short`` says: from its beginning on, or
+    its last."""
+    if video.still:
+        return indices
+    return indices % len(video) if clips.short == "loop" else np.minimum(indices, len(video) - 1)
+
+
+def short_note(video, frames, clips):
+    """[(path, what is done about it)] where the video has fewer frames than a clip needs, else []."""
+    needed = clip_span(frames, clips.stride, clips.spacing)
+    if video.still or len(video) >= needed:
+        return []
+    done = "it begins again" if clips.short == "loop" else "its last frame is repeated"
+    return [(printable(video.path), f"{len(video)} frames, and a clip needs {needed}: {done}")]
 
 
 def without_repeats(frames):
@@ -189,12 +209,15 @@ class ReadableViews(Dataset):
             return {"error": error}
 
 
+NOTES = ("skipped", "short")  # of an item: lists, and no tensors
+
+
 def collate(items):
     """A batch of items, the clips of all videos in one dimension: ``clips`` [B*R, T, H, W, C], ``noise`` [B*R, N] or
-    ``label`` [B*R]; ``skipped``: a list."""
-    skipped = [pair for item in items for pair in item["skipped"]]
-    batch = default_collate([{name: value for name, value in item.items() if name != "skipped"} for item in items])
-    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, "skipped": skipped}
+    ``label`` [B*R]; ``skipped`` and ``short``: lists."""
+    notes = {name: [note for item in items for note in item[name]] for name in NOTES}
+    batch = default_collate([{name: value for name, value in item.items() if name not in NOTES} for item in items])
+    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, **notes}
 
 
 def worker_died(error):
@@ -216,7 +239,8 @@ def require_readable(entries, frames, clips):
     for entry in entries:
         try:
             with open_entry(entry, clips.decoder) as video:
-                video.frames(spaced_clips(1, length_of(video, frames, clips), frames, clips.stride, clips.spacing)[0])
+                (clip,) = spaced_clips(1, length_of(video, frames, clips), frames, clips.stride, clips.spacing)
+                video.frames(within(video, clip, clips))
             return errors
         except VideoError as error:
             errors.append(error)

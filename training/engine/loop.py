@@ -124,7 +124,7 @@ def train(task, config, processes, device, folder):
 
                 logger.advance(state.step)
                 if state.step % config.run.log_every == 0 or state.step == training.steps:
-                    broken = processes.gather_dict(broken)
+                    broken, training.short = processes.gather_dict(broken), processes.gather_dict(training.short)
                     logger.metrics(state.step, **meter.summary(), lr=lr, **training.progress(state, broken))
                 if state.step < training.steps and not stopping and not lacking:
                     with meter.paused():
@@ -148,6 +148,8 @@ def train(task, config, processes, device, folder):
         training.print(
             f"skipped: {len(broken)} videos that could not be used, {state.skipped_steps} steps without a finite gradient"
         )
+    if training.short:
+        training.print(f"short: {len(training.short)} videos with fewer frames than a clip needs (clips.short)")
     training.print(f"weights: {folder.model_path}")
     return state
 
@@ -166,6 +168,10 @@ def next_parts(training, batches, step, meter, logger, broken):
             if path not in broken:
                 broken[path] = reason
                 logger.event(step, f"skipped video {path}: {reason}", path=path, reason=reason)
+        for path, words in part.pop("short"):
+            if not training.short:
+                logger.event(step, f"short video {path}: {words} (clips.short); others are only counted")
+            training.short[path] = words
     return parts, None
 
 
@@ -232,6 +238,7 @@ class Training:
         self.dtype, self.precision = choose_precision(config.run.precision, device)
         self.autocast = functools.partial(torch.autocast, device.type, self.dtype) if self.dtype else nullcontext
         self.steps = self.steps_of(len(task.dataset))
+        self.short = {}  # path -> what is done about it, of the videos with fewer frames than a clip needs
         self.workers = choose_workers(config.run.workers, device)
         problem = capture_problem(config.run, device, processes.world_size) if config.run.cuda_graph else None
         if problem is not None:
@@ -344,7 +351,12 @@ class Training:
 
     def progress(self, state, broken):
         epoch = state.step * self.config.optimizer.batch * self.task.repeats / len(self.task.dataset)
-        return {"epoch": epoch, "skipped_steps": state.skipped_steps, "skipped_videos": len(broken)}
+        return {
+            "epoch": epoch,
+            "skipped_steps": state.skipped_steps,
+            "skipped_videos": len(broken),
+            "short_videos": len(self.short),
+        }
 
     def evaluate(self, hooks, logger, step):
         """{name: number} of all ``hooks``, logged."""

@@ -383,7 +383,7 @@ def clips_of(checkpoint_path, stride=None):
     clips = {}
     if settings.exists():
         clips = load_yaml(settings.read_text(encoding="utf-8")).get("clips") or {}
-    chosen = {name: clips[name] for name in ("stride", "spacing") if name in clips}
+    chosen = {name: clips[name] for name in ("stride", "spacing", "short") if name in clips}
     return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
 
 

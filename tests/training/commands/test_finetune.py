@@ -432,9 +432,8 @@ def test_data_check_names_what_is_broken_and_sums_up_the_rest(every_frame, video
     (tmp_path / "broken.mp4").write_text("no video")
     write_video(tmp_path / "short.mp4", 5)
     (tmp_path / "list.txt").write_text("\n".join([*lines, "broken.mp4 0", "short.mp4 1"]))
-    config = data_check.Config(
-        data=str(tmp_path / "list.txt"), frames=4, every_frame=every_frame, workers=0, output=str(tmp_path / "good.txt")
-    )
+    settings = {"data": str(tmp_path / "list.txt"), "frames": 4, "every_frame": every_frame, "workers": 0}
+    config = data_check.Config(**settings, output=str(tmp_path / "good.txt"), short="skip")
     good, errors = data_check.run(config)
     printed = capsys.readouterr().out
     assert len(good) == 8 and len(errors) == 2
@@ -442,7 +441,11 @@ def test_data_check_names_what_is_broken_and_sums_up_the_rest(every_frame, video
     assert (
         "30 to 30, median 30" in printed and "25 to 25" in printed and "96x64 (8)" in printed and "2 classes, 5 to 5" in printed
     )
+    assert "can be used with a smaller stride, or with --clips.short loop or pad" in printed
     assert find_labelled_videos(tmp_path / "good.txt") == find_labelled_videos(videos)
+    assert len(data_check.run(data_check.Config(**settings))[0]) == 9
+    printed = capsys.readouterr().out
+    assert "1 have fewer than the 13 frames of a clip and begin again (--clips.short loop); a stride of 1 fits all" in printed
 
 
 def test_data_check_on_the_command_line(videos, capsys):

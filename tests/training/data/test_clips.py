@@ -377,6 +377,37 @@ def test_a_loader_continues_in_mid_epoch(folder):
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
 
 
+# Short videos
+
+SHORT = {"loop": [0, 2, 4, 1], "pad": [0, 2, 4, 4]}
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_a_short_video_begins_again_or_repeats_its_last_frame(short, tmp_path):
+    path = write_video(tmp_path / "short.mp4", 5)
+    clips = ClipConfig(stride=2, repeats=2, scale=(1, 1), aspect=(1.5, 1.5), flip=False, short=short)
+    draw = functools.partial(sample_noise, "random", 1, GRID, 0.75)
+    options = {"frames": 4, "size": (64, 96)}
+    item = PretrainClips(find_videos(tmp_path), clips, sample_noise=draw, seed=0, **options)[(0, 0)]
+    view = ViewClips(find_videos(tmp_path), clips, temporal=2, **options)[0]
+    for clip in (*item["clips"], *view["clips"]):
+        assert [read_number(frame.numpy()) for frame in clip] == SHORT[short]
+    done = {"loop": "it begins again", "pad": "its last frame is repeated"}[short]
+    assert item["skipped"] == [] and item["short"] == [(str(path), f"5 frames, and a clip needs 7: {done}")]
+    assert collate([item, item])["short"] == 2 * item["short"]
+
+
+@pytest.mark.parametrize("spacing", ["stride", "linspace", "segments"])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_every_spacing_takes_short_videos(length, spacing, tmp_path):
+    write_video(tmp_path / "short.mp4", length)
+    for short in SHORT:
+        item = dataset(find_videos(tmp_path), stride=3, spacing=spacing, short=short)[(0, 0)]
+        assert item["clips"].shape == (2, 4, 32, 32, 3) and len(item["short"]) == 1
+    with pytest.raises(RuntimeError, match="201 videos in a row could not be read, the last: .*too short"):
+        dataset(find_videos(tmp_path), stride=3, spacing=spacing, short="skip")[(0, 0)]
+
+
 # Broken files
 
 
@@ -405,7 +436,7 @@ REASONS = {
 
 
 def test_broken_videos_are_replaced_and_named(mixed):
-    data = dataset(mixed)
+    data = dataset(mixed, short="skip")
     seen = {}
     for number in range(len(mixed)):
         item = data[(0, number)]
@@ -513,7 +544,7 @@ def test_an_epidemic_of_broken_videos_ends(mixed, monkeypatch):
 
 
 def test_evaluation_never_substitutes(mixed):
-    views = ViewClips(mixed, ClipConfig(stride=4), frames=4, size=(32, 32))
+    views = ViewClips(mixed, ClipConfig(stride=4, short="skip"), frames=4, size=(32, 32))
     for number, entry in enumerate(mixed):
         if entry.path.endswith("good.mp4"):
             assert views[number]["clips"].shape == (1, 4, 32, 32, 3)

@@ -30,7 +30,7 @@ KILLS, TERMINATIONS = 20, 6
 POSITIONS = 36  # more than a start and two checkpoints have
 STEPS = 80
 TINY = """
-clips: {stride: 1, repeats: 1}
+clips: {stride: 1, repeats: 1, short: skip}
 model: {image_size: 16, num_frames: 2, patch_size: 8, mask_ratio: 0.5, width: 16, depth: 1, num_heads: 1, decoder_width: 16,
   decoder_depth: 1, decoder_num_heads: 1}
 optimizer: {batch: 1, epochs: 8, warmup_epochs: 1, base_lr: 3.0e-3, base_batch: 1, clip_grad: 1.0}
