@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import ClipConfig, DataLocationConfig
 from ..data.clip_sampling import clip_indices, clip_span, spaced_clips
 from ..data.dataset import length_of, within
 from ..data.decoders import choose_decoder, open_entry
+from ..data.loader import Batches, LoaderError, watched_loader
 from ..data.video import MAX_CLIP_PIXELS, VideoError
 from ..data.video_list import find_videos
 
@@ -37,6 +38,8 @@ class CheckConfig(DataLocationConfig):
     """decode all of every video instead of three clips"""
     workers: int = 2
     """processes that decode; 0: none"""
+    timeout: float = 600.0
+    """seconds that one video may take; 0: no limit"""
     output: str | None = None
     """a list file for the videos that can be used"""
     strict: bool = False
@@ -44,15 +47,15 @@ class CheckConfig(DataLocationConfig):
 
 
 Config = CheckConfig
+ERRORS = (LoaderError,)
 
 
 def run(config):
     """Prints what is broken and a summary; returns (usable entries, VideoErrors)."""
     entries = find_videos(config.data, config.data_root, config.data_labels)
     decoder = choose_decoder(config.decoder)
-    loader = DataLoader(VideoCheck(entries, config), batch_size=None, num_workers=config.workers, collate_fn=identity)
     good, errors, infos = [], [], []
-    for entry, result in zip(entries, tqdm(loader, total=len(entries), unit="video", disable=None)):
+    for entry, result in zip(entries, tqdm(check_results(entries, config), total=len(entries), unit="video", disable=None)):
         if isinstance(result, VideoError):
             errors.append(result)
             tqdm.write(str(result))
@@ -99,6 +102,24 @@ def print_short(config, lengths):
         print(f"  short:   {len(short)} have fewer than the {needed} frames of a clip and {done}{stride}")
 
 
+def check_results(entries, config):
+    """The items of VideoCheck, in order. One that ends its data worker is an error like any other, and the check goes on with new
+    workers."""
+    check, done = VideoCheck(entries, config), 0
+    while done < len(entries):
+        order = range(done, len(entries))
+        loader = watched_loader(check, config.workers, batch_size=None, sampler=order, collate_fn=identity)
+        with Batches(loader, timeout=config.timeout) as batches:
+            try:
+                for _ in order:
+                    yield next(batches)
+                    done += 1
+            except LoaderError as error:
+                if error.number is None or error.number in check.ended:
+                    raise
+                check.ended[error.number] = str(error).removeprefix("no more data: ")
+
+
 def exit_status(config, result):
     """Of the command: 1 where no video can be used or, with ``strict``, where one cannot."""
     good, errors = result
@@ -119,11 +140,23 @@ class VideoCheck(Dataset):
 
     def __init__(self, entries, config):
         self.entries, self.config = entries, config
+        self.ended = {}  # number -> how it ended its data worker
+
+    reading = staticmethod(lambda number: None)  # see loader.Reading
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, number):
+        if number in self.ended:
+            return VideoError(self.entries[number].path, self.ended[number])
+        self.reading(number)
+        try:
+            return self._check(number)
+        finally:
+            self.reading(-1)
+
+    def _check(self, number):
         config = self.config
         try:
             with open_entry(self.entries[number], config.decoder) as video:

@@ -71,6 +71,9 @@ class RunConfig:
     data_patience: float = 60.0
     """seconds to wait, with growing pauses, for data that are away (a network's disk that restarts); then the run saves and ends
     with status 75"""
+    data_timeout: float = 600.0
+    """seconds that a data worker may read one video; then the run saves, ends, and leaves that video out from its next start on;
+    0: no limit"""
     save_every: int = 500
     """steps between checkpoints"""
     log_every: int = 10
@@ -96,7 +99,7 @@ class RunConfig:
 
     def __post_init__(self):
         require_positive(self, "save_every", "log_every")
-        require_not_negative(self, "evaluate_every", "workers", "extend_epochs", "data_patience")
+        require_not_negative(self, "evaluate_every", "workers", "extend_epochs", "data_patience", "data_timeout")
         if self.cuda_graph and self.checkpoint_activations:
             raise ValueError(
                 "run.cuda_graph: expected false with run.checkpoint_activations, which saves the random state on the host: a "

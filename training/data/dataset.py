@@ -6,6 +6,7 @@ workers changes nothing, and a run resumes in mid-epoch exactly, with files that
 """
 
 import functools
+import os
 import re
 
 import numpy as np
@@ -37,6 +38,9 @@ class RandomClips(Dataset):
     def __init__(self, entries, clips, *, frames, size, seed, patience=PATIENCE):
         self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
         self.patient = PatientReader(patience)
+        self.left_out = frozenset()  # absolute paths of videos that are treated as broken
+
+    reading = staticmethod(lambda number: None)  # see loader.Reading
 
     def extras(self, rng, entry):
         """{name: tensor [1, ...]} that goes with a clip."""
@@ -60,6 +64,7 @@ class RandomClips(Dataset):
             if attempt:  # another video instead, drawn by the same key so that every run draws the same
                 number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
             try:
+                self.reading(number)
                 item = self._read(epoch, number)
             except VideoError as error:  # not remembered: another clip of the same video may be readable, or it may come back
                 self.patient.raise_if_away(error)
@@ -67,11 +72,15 @@ class RandomClips(Dataset):
             else:
                 was_read(self.entries[number])
                 return {**item, "skipped": [(error.path, error.reason) for error in errors]}
+            finally:
+                self.reading(-1)
         self.patient.raise_if_all_away(errors)
         raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {errors[-1]}; see 'stmae data check'")
 
     def _read(self, epoch, number):
         entry = self.entries[number]
+        if self.left_out and os.path.abspath(entry.path) in self.left_out:
+            raise VideoError(entry.path, "left out, as left_out.txt in the run's folder says")
         wanted, rngs = [], [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(self.clips.repeats)]
         with open_entry(entry, self.clips.decoder) as video:
             length = length_of(video, self.frames, self.clips)

@@ -13,7 +13,17 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-from .video import MAX_CLIP_PIXELS, VideoError, file_size, match_size, reason_of, require_pixels, system_errno
+from .video import (
+    MAX_CLIP_PIXELS,
+    VideoError,
+    file_size,
+    match_size,
+    reason_of,
+    require_pixels,
+    require_time,
+    system_errno,
+    time_limit,
+)
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
 IMAGE_EXTENSIONS = frozenset((*_JPEG, ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
@@ -84,11 +94,15 @@ class Animation:
         """uint8 [len(indices), H, W, 3], in one pass over the file."""
         indices = [int(i) for i in indices]
         require_pixels(self.path, self.size, len(indices))
-        found = {}
+        wanted = set(indices)
+        found, until = {}, time_limit()
         with _opened(self.path) as image:
-            for index in sorted(set(indices)):
+            for index in range(max(indices) + 1):  # each is drawn upon the one before, whether it is wanted or not
+                require_time(self.path, until)
                 image.seek(self._first + index)
-                found[index] = np.array(image.convert("RGB"))
+                image.load()
+                if index in wanted:
+                    found[index] = np.array(image.convert("RGB"))
         return np.stack([found[index] for index in indices])
 
 
@@ -135,8 +149,9 @@ class FrameFolder:
     def frames(self, indices):
         """uint8 [len(indices), H, W, 3]; every image wanted is read once."""
         require_pixels(self.path, self.size, len(indices))
-        found, left = {}, MAX_CLIP_PIXELS
+        found, left, until = {}, MAX_CLIP_PIXELS, time_limit()
         for index in sorted({int(i) for i in indices}):
+            require_time(self.path, until)
             found[index] = read_image(self._files[index], left)
             left -= found[index].shape[0] * found[index].shape[1]
         first = found[min(found)]

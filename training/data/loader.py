@@ -1,31 +1,77 @@
-"""Batches from data workers: how many decode, and what happens when one of them dies."""
+"""Batches from data workers: how many decode, and what happens when one of them dies, or reads one video for ever."""
 
+import os
 import re
 import signal
 import threading
+import time
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from .dataset import collate, worker_died
+from .outage import DataAwayError
+from .video import printable
+
+POLL = 5.0  # seconds between looks at what the workers read, where no batch comes
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # which nobody sends from outside
 
 
 class LoaderError(RuntimeError):
-    """There are no more batches; the message says why."""
+    """There are no more batches; the message says why.
+
+    worker_died: whether a data worker ended, or did not end the video that it read.
+    number: of the video that it read then; None: unknown. to_blame: whether that video is what ended it, and not the system.
+    """
+
+    def __init__(self, message, *, worker_died=False, number=None, to_blame=False):
+        super().__init__(message)
+        self.worker_died, self.number, self.to_blame = worker_died, number, to_blame
+
+
+class Reading:
+    """Which video every data worker reads, and since when: int64 [workers, 2] in memory that they share with the loop.
+
+    Called by a data set with the number of the video that it is about to read, and with -1 after it.
+    """
+
+    def __init__(self, workers):
+        self.board = torch.full((workers, 2), -1).share_memory_()
+
+    def __call__(self, number):
+        worker = get_worker_info()
+        if worker is not None:
+            self.board[worker.id] = torch.tensor([number, time.monotonic_ns()])
+
+    def number(self, worker):
+        """Of the video that the worker reads, or None."""
+        number = int(self.board[worker, 0])
+        return None if number < 0 else number
+
+    def seconds(self, worker):
+        """For how long it has read it; 0 where it reads none."""
+        number, since = self.board[worker].tolist()
+        return 0.0 if number < 0 else (time.monotonic_ns() - since) / 1e9
 
 
 def training_loader(dataset, sampler, *, workers, pin_memory=False):
     """A DataLoader of the micro-batches of ``sampler`` (a ResumableBatchSampler) from ``dataset``, decoded by ``workers``
     processes (0: in this one)."""
-    return DataLoader(
+    return watched_loader(
         dataset,
+        workers,
         batch_sampler=sampler,
-        num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_stop_signals,
     )
+
+
+def watched_loader(dataset, workers, **options):
+    """A DataLoader for Batches, of a ``dataset`` that says what it reads (``dataset.reading``)."""
+    dataset.reading = Reading(workers)
+    return DataLoader(dataset, num_workers=workers, timeout=POLL if workers else 0, worker_init_fn=ignore_stop_signals, **options)
 
 
 def ignore_stop_signals(worker=None):
@@ -44,10 +90,13 @@ class Batches:
     would wait for them for ever. And torch reports a worker's death from a signal handler, which would interrupt whatever the
     process is doing, a step, a save or this clean-up: here it is raised only where a batch is asked for. The handler that was
     there before is put back.
+
+    timeout: seconds that a worker may read one video; 0: no limit.
     """
 
-    def __init__(self, loader):
-        self.loader = loader
+    def __init__(self, loader, *, timeout=0.0):
+        self.loader, self.timeout = loader, timeout
+        self.reading = getattr(loader.dataset, "reading", None)
         self.waiting = False
         self.main_thread = threading.current_thread() is threading.main_thread()  # the one that handles signals
 
@@ -76,23 +125,53 @@ class Batches:
             self.child_ended(number, frame)
 
     def __next__(self):
-        """The next batch. Raises LoaderError where there is none: a data worker died, the data are away, or hundreds of videos
-        are broken."""
+        """The next batch. Raises LoaderError where there is none: a data worker died or is stuck, the data are away, or hundreds
+        of videos are broken."""
+        while True:
+            try:
+                return self._next()
+            except (RuntimeError, OSError, EOFError) as error:
+                if str(error).startswith("DataLoader timed out"):
+                    self._require_progress()
+                    continue
+                raise self._explained(error) from error
+
+    def _next(self):
         try:
             self.waiting = True
-            try:
-                if self.loader.num_workers and self.main_thread:
-                    self._child_ended(signal.SIGCHLD, None)  # for what ended since the last batch
-                batch = next(self.iterator)
-            finally:
-                self.waiting = False
-        except (RuntimeError, OSError, EOFError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            reason = re.sub(r"^[\w.]*Error: ", "", reason)  # of a worker's traceback
-            hint = (
-                "; a data worker that is killed may have had too little memory: try fewer run.workers"
-                if worker_died(error)
-                else ""
-            )
-            raise LoaderError(f"no more data: {reason}{hint}") from error
-        return batch
+            if self.loader.num_workers and self.main_thread:
+                self._child_ended(signal.SIGCHLD, None)  # for what was not heard since the last batch
+            return next(self.iterator)
+        finally:
+            self.waiting = False
+
+    def _require_progress(self):
+        """Raises LoaderError where a worker reads one video for longer than it may, and kills the worker: it would hear nothing
+        else."""
+        for number, worker in enumerate(self.iterator._workers):
+            seconds = self.reading.seconds(number) if self.reading is not None else 0.0
+            if self.timeout and seconds > self.timeout:
+                video = self.reading.number(number)
+                os.kill(worker.pid, signal.SIGKILL)
+                text = f"data worker {number} (process {worker.pid}) has been reading {self._path(video)} for {seconds:.0f} s"
+                raise LoaderError(f"no more data: {text}", worker_died=True, number=video, to_blame=True)
+
+    def _explained(self, error):
+        """The LoaderError for what a batch was not given for."""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        reason = re.sub(r"^[\w.]*Error: ", "", reason)  # of a worker's traceback
+        if isinstance(error, DataAwayError) or (isinstance(error, RuntimeError) and not worker_died(error)):
+            return LoaderError(f"no more data: {reason}")
+        # It ended; or the connection to it broke, which is heard of first where it ended while it handed on a batch.
+        ended = [(number, worker.exitcode) for number, worker in enumerate(self.iterator._workers) if worker.exitcode]
+        number, status = ended[0] if ended else (None, 0)
+        video = self.reading.number(number) if ended and self.reading is not None else None
+        if video is not None:
+            reason += f" It was reading {self._path(video)}."
+        to_blame = status > 0 or -status in CRASHES
+        if not to_blame:
+            reason += " One that was killed may have had too little memory: try fewer run.workers"
+        return LoaderError(f"no more data: {reason}", worker_died=True, number=video, to_blame=to_blame)
+
+    def _path(self, number):
+        return printable(self.loader.dataset.entries[number].path)

@@ -7,7 +7,8 @@ repeated further back. What a header announces is not taken for granted either: 
 read, and a recording that begins in the middle of a group of pictures has the frames from the first that can be decoded. A
 frame that cannot be decoded further on is shown as the last one before it, as a player does.
 
-Only regular files are opened, only by the demuxers in FORMATS, and only within the limits MAX_FRAME_PIXELS and MAX_CLIP_PIXELS.
+Only regular files are opened, only by the demuxers in FORMATS, and only within the limits MAX_FRAME_PIXELS, MAX_CLIP_PIXELS
+and MAX_SECONDS.
 
 No decoder outlives the ``with`` block it is opened in, so none is ever inherited by a forked worker.
 """
@@ -15,6 +16,7 @@ No decoder outlives the ``with`` block it is opened in, so none is ever inherite
 import os
 import stat
 import struct
+import time
 from bisect import bisect_left, bisect_right
 
 import av
@@ -32,6 +34,8 @@ FORMATS = (
 )
 MAX_FRAME_PIXELS = 2**27  # 134 million, four times 8K: as RGB, 0.4 GB
 MAX_CLIP_PIXELS = 2**29  # of all frames asked for at once: 16 frames of 8K, 64 of 4K: as RGB, 1.6 GB
+MAX_SECONDS = 60.0  # of a processor, to find out what a file holds, and again to decode a clip: not of the clock, which counts
+# what else the machine does. A day of one picture in two megabytes would take hours
 
 # Converting a 320x180 frame takes 0.03 ms with one converter for the file and one thread, and 0.3 to 5 ms as ``frame.to_ndarray``
 # does it, with a new converter and a thread for each core every time. Older PyAV has no choice of threads, and uses one.
@@ -74,6 +78,7 @@ class Video:
     def __init__(self, path):
         self.path = os.fspath(path)
         self._container = None
+        self._until = time_limit()
         self._reformatter = VideoReformatter()
         self._open()
         try:
@@ -109,6 +114,7 @@ class Video:
         stamps, key_stamps, packets, stamped, last, first = [], [], 0, True, None, None
         try:
             for packet in self._container.demux(self._stream):
+                self._require_time()
                 if first is None and packet.size:  # one that an edit list cuts away is decoded too
                     first = packet.pts if packet.is_keyframe else float("inf")
                 if packet.size == 0 or packet.is_discard:  # the flush packet; frames that an edit list cuts away
@@ -210,6 +216,7 @@ class Video:
                 f"Video.frames: expected indices in [0, {len(self)}), got {min(indices)}..{max(indices)} ({self.path})"
             )
         require_pixels(self.path, self.size, len(indices))
+        self._until = time_limit()
         wanted = sorted(set(indices))
         try:
             found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
@@ -291,6 +298,9 @@ class Video:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
 
+    def _require_time(self):
+        require_time(self.path, self._until)
+
     def _require_bytes(self, error):
         """Raises VideoError where ``error`` is not for what the file holds, but since the disk did not give it."""
         number = system_errno(error, self.path)
@@ -307,6 +317,7 @@ class Video:
             except av.error.FFmpegError as error:
                 self._require_bytes(error)
                 return  # a damaged tail
+            self._require_time()
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
@@ -365,6 +376,17 @@ def require_pixels(path, size, frames=1):
         raise VideoError(
             path, f"{frames} frames of {width}x{height} at once are over the limit of {MAX_CLIP_PIXELS:,} pixels ({most} frames)"
         )
+
+
+def time_limit():
+    """The processor time of this thread that reading a file may go on to."""
+    return time.thread_time() + MAX_SECONDS
+
+
+def require_time(path, until):
+    """Raises VideoError where this thread's processor time is past ``until``."""
+    if time.thread_time() > until:
+        raise VideoError(path, f"takes more than {MAX_SECONDS:g} s of a processor to read")
 
 
 def _best_stream(container):

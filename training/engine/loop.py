@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data.batch_sampler import ResumableBatchSampler
-from ..data.dataset import worker_died
 from ..data.loader import Batches, LoaderError, training_loader
 from ..data.outage import DataAwayError
+from ..data.video import printable
 from ..planning.flops import measured_peak_flops
 from . import fsdp
 from .cuda_graph import CaptureError, GraphedStep, capture_problem, make_capturable
@@ -28,6 +28,7 @@ from .device import choose_precision, choose_workers, describe
 from .logger import Logger, NullLogger
 from .meters import StepMeter
 from .optimizer import adamw, learning_rate, total_steps
+from .run_folder import LEFT_OUT
 from .signals import StopRequest
 from .train_state import TrainState, load_state_tensors, owner_in, state_tensors, tensors_problem
 
@@ -94,13 +95,16 @@ def train(task, config, processes, device, folder):
             training.print(f"{folder.path}: complete, {state.step} of {training.steps} steps done")
             rewrite_damaged_model(training, folder)
             return state
+        task.dataset.left_out = folder.left_out()
+        if task.dataset.left_out:
+            training.print(f"note: {folder.path / LEFT_OUT} names {len(task.dataset.left_out)} videos, which are not used")
         loader = training.loader(state.step)
         training.describe(folder, state.step)
         logger_class = Logger if processes.is_main else NullLogger
         logger = logger_class(folder, step=state.step, steps=training.steps, tensorboard=config.run.tensorboard)
         broken = {}  # path -> reason of the videos that could not be used
 
-        with closing(logger), StopRequest() as stop, Batches(loader) as batches:
+        with closing(logger), StopRequest() as stop, Batches(loader, timeout=config.run.data_timeout) as batches:
             if state.before is None:
                 state.before = evaluate(training, task.hooks, state, folder, logger)
             task.model.train()
@@ -138,7 +142,7 @@ def train(task, config, processes, device, folder):
                 state.done = True
             save(training, state, folder, logger)
             if not state.done and not stopping:
-                raise_for_lack_of_data(no_data, processes, folder)
+                raise_for_lack_of_data(no_data, training, folder)
             if not state.done:
                 cause = stop.signal or "a signal to another process"
                 logger.info(f"{cause}: stopped after step {state.step} of {training.steps} and saved; the same command continues")
@@ -175,10 +179,20 @@ def next_parts(training, batches, step, meter, logger, broken):
     return parts, None
 
 
-def raise_for_lack_of_data(error, processes, folder):
-    """In all processes the same, where one has an ``error``: that a data worker died, or that the data cannot be read."""
-    found = processes.gather(None if error is None else (str(error), worker_died(error)))
-    words, died = next(words for words in found if words is not None)
+def raise_for_lack_of_data(error, training, folder):
+    """In all processes the same, where one has an ``error``: that a data worker died, or that the data cannot be read. A video
+    that a worker died of is left out from the next start on."""
+    processes, path, blame, died = training.processes, None, False, isinstance(error, LoaderError) and error.worker_died
+    if died and error.number is not None:
+        path, blame = training.task.dataset.entries[error.number].path, error.to_blame
+    found = processes.gather(None if error is None else (str(error), died, path, blame))
+    words, died, path, blame = next(words for words in found if words is not None)
+    list_of_them = folder.path / LEFT_OUT
+    if path is not None and blame:
+        processes.run_on_main(lambda: folder.leave_out(path, printable(words.replace("\n", " "))))
+        words += f"; it is left out from now on: {list_of_them} names it"
+    elif path is not None:
+        words += f"; if it is this video each time, add its path to {list_of_them}"
     kind = TrainingError if died else DataUnavailableError
     raise kind(f"{words}{folder.resume_hint()}") from error
 

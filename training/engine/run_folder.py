@@ -9,6 +9,7 @@
     state-STEP/               the same of a run with fsdp, each process's shard (torch.distributed.checkpoint)
     classes.json              of a classifier trained on class folders: their numbers
     plots.png                 log.jsonl as curves
+    left_out.txt              videos that are not used: those that ended a data worker, and what is added by hand
     pictures/                 reconstructions during pre-training
     .lock                     names the process that writes here, while it does (see run_lock)
 
@@ -45,6 +46,7 @@ from . import checksum, fsdp
 from .distributed import SINGLE_PROCESS
 from .run_lock import Locked, RunLock, open_regular
 
+LEFT_OUT = "left_out.txt"
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
 
 
@@ -280,6 +282,26 @@ class RunFolder:
             **fields,
         }
         self._append("run.jsonl", line)
+
+    def left_out(self):
+        """Absolute paths of the videos that left_out.txt names, a line each, but for comments ("# ")."""
+        try:
+            with open(open_regular(self.path / LEFT_OUT, os.O_RDONLY), "rb") as file:
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return frozenset()
+        except OSError as error:
+            raise RunFolderError(f"cannot read {self.path / LEFT_OUT}: {error.strerror}") from error
+        return frozenset(os.path.abspath(os.fsdecode(line.strip())) for line in lines if line.strip() and line[:2] != b"# ")
+
+    def leave_out(self, path, reason):
+        """Add a video to left_out.txt: no start of this run uses it from now on."""
+        text = f"# {reason}\n{os.path.abspath(path)}\n"
+        try:
+            with open(open_regular(self.path / LEFT_OUT, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
+                file.write(os.fsencode(text))
+        except OSError as error:
+            raise RunFolderError(f"cannot write {self.path / LEFT_OUT}: {error.strerror}{self.resume_hint()}") from error
 
     def versions(self):
         """{package: version} of those that make a run's numbers."""

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -13,13 +14,17 @@ import av.error
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 
 from stmae.masking import sample_noise
-from stmae.training.config import ClipConfig
-from stmae.training.data import outage, video
+from stmae.training import cli
+from stmae.training.commands import data_check, pretrain
+from stmae.training.config import ClipConfig, PretrainConfig, parse
+from stmae.training.data import dataset, loader, outage, video
 from stmae.training.data.dataset import PretrainClips, ViewClips
 from stmae.training.data.video import Video, VideoError
 from stmae.training.data.video_list import find_videos
+from stmae.training.engine.loop import TrainingError
 from stmae.training.engine.run_folder import RunFolder
 from tests.support import two_processes
 from tests.support.fork_server import ForkServer
@@ -277,3 +282,71 @@ def test_an_outage_during_an_evaluation_saves_too(server, settings, videos, weig
     status, words = server.run(arguments, said)
     assert status == 0 and f"continuing from step {step}" in words
     assert_same(output, weights)
+
+
+# Videos that end a data worker, or hold it
+
+
+BLAMED = {
+    "crash": (lambda: os.kill(os.getpid(), signal.SIGSEGV), r"DataLoader worker .* It was reading {path}"),
+    "hang": (functools.partial(time.sleep, 60), r"data worker \d \(process \d+\) has been reading {path} for \d+ s"),
+}
+
+
+def reading_badly(monkeypatch, name, do):
+    """Whoever reads the video ``name`` does ``do`` first."""
+    opened = dataset.open_entry
+
+    def open_entry(entry, decoder="pyav"):
+        if entry.path.endswith(name) and get_worker_info() is not None:
+            do()
+        return opened(entry, decoder)
+
+    monkeypatch.setattr(dataset, "open_entry", open_entry)
+    monkeypatch.setattr(data_check, "open_entry", open_entry)
+    monkeypatch.setattr(loader, "POLL", 0.1)
+
+
+def configuration(settings, videos, output, *more):
+    arguments = [*command(settings, videos, output)[1:], "--optimizer.epochs", 4, "--run.workers", 2, *more]
+    return parse(PretrainConfig, list(map(str, arguments)), prog="p", description="")
+
+
+@pytest.mark.parametrize("how", BLAMED)
+def test_a_video_that_takes_a_worker_down_is_named_and_does_not_do_it_twice(how, settings, videos, tmp_path, monkeypatch, capsys):
+    do, words = BLAMED[how]
+    path, output = videos / "b" / "3.mp4", tmp_path / "run"
+    reading_badly(monkeypatch, "3.mp4", do)
+    config = configuration(settings, videos, output, "--run.data_timeout", 0.5)
+    with pytest.raises(TrainingError, match=words.format(path=path)) as caught:
+        pretrain.run(config)
+    assert f"it is left out from now on: {output / 'left_out.txt'} names it" in str(caught.value)
+    capsys.readouterr()
+    assert pretrain.run(config).done
+    printed = capsys.readouterr().out
+    assert f"note: {output / 'left_out.txt'} names 1 videos, which are not used" in printed
+    assert f"skipped video {path}: left out, as left_out.txt in the run's folder says" in printed
+
+
+def test_a_killed_worker_is_not_blamed_on_its_video(settings, videos, tmp_path, monkeypatch):
+    """As where memory runs out: which video it read may be chance."""
+    path, output = videos / "b" / "3.mp4", tmp_path / "run"
+    reading_badly(monkeypatch, "3.mp4", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(TrainingError, match=f"Killed. It was reading {path}.*too little memory: try fewer run.workers") as caught:
+        pretrain.run(configuration(settings, videos, output))
+    assert f"if it is this video each time, add its path to {output / 'left_out.txt'}" in str(caught.value)
+    (output / "left_out.txt").write_text(f"# by hand\n\n{path}\n")
+    assert RunFolder(output, read_only=True).left_out() == {str(path)}
+
+
+def test_data_check_goes_on_after_a_video_that_takes_a_worker_down(videos, monkeypatch, capsys):
+    reading_badly(monkeypatch, "3.mp4", lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    assert cli.main(["data", "check", str(videos), "--frames", "2", "--stride", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 videos: 4 can be used, 1 cannot" in printed and "3.mp4: DataLoader worker" in printed
+
+
+def test_a_video_that_takes_too_much_of_a_processor_is_named(videos, monkeypatch):
+    monkeypatch.setattr(video, "MAX_SECONDS", -1.0)
+    skipped = dict(clips(videos)[(0, 0)]["skipped"])
+    assert skipped[str(videos / "a" / "1.mp4")] == "takes more than -1 s of a processor to read"
