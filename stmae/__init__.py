@@ -12,7 +12,10 @@ if (_root / "csrc").is_dir() and str(_root) not in __path__:
     __path__.insert(1, str(_root))
 
 from . import ops, reference  # noqa: E402
+from .deprecated import install as _install_deprecated  # noqa: E402
 from .environment import show_config  # noqa: E402
+
+_install_deprecated()
 
 __version__ = "0.1.0"
 __all__ = ["checkpoint", "masking", "models", "ops", "reference", "show_config"]

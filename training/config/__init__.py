@@ -1,5 +1,7 @@
 """What a run is made of, as dataclasses whose sections check themselves; presets; and the parser of the command line."""
 
+from stmae import deprecated as _deprecated
+
 from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneClipConfig, ViewConfig
 from .parser import from_preset, parse
 from .preset_files import load_yaml, preset_header, preset_path, presets, read_settings
@@ -41,3 +43,7 @@ __all__ = [
     "read_settings",
     "to_dict",
 ]
+
+
+def __getattr__(name):
+    return _deprecated.find_name(__name__, name)
