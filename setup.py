@@ -53,7 +53,7 @@ def extension():
             ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)),
             ("Py_LIMITED_API", "0x030A0000"),
         ],
-        # No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the whole process. No debug
+        # No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the process's rounding. No debug
         # information, which Python's own flags ask for and which is ten times the code; STMAE_CXXFLAGS=-g brings it back.
         extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
         + os.environ.get("STMAE_CXXFLAGS", "").split(),

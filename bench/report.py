@@ -57,9 +57,9 @@ def plot(table, path):
     ]
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(bars) + 1))
     axes.barh([bar[0] for bar in bars], [bar[1] for bar in bars])
-    for place, (_, _, target) in enumerate(bars):
+    for row, (_, _, target) in enumerate(bars):
         if target:
-            axes.plot([target, target], [place - 0.4, place + 0.4], color="black")
+            axes.plot([target, target], [row - 0.4, row + 0.4], color="black")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("times faster, median of alternating runs (black: target)")
     axes.invert_yaxis()

@@ -3,7 +3,7 @@
     ours          stmae.ops
     reference     stmae.reference
     tuned         plain PyTorch with its best parts (tuned.py)
-    huggingface   transformers' VideoMAE with SDPA; its decoder is made as wide and deep as ours. It normalizes the whole video
+    huggingface   transformers' VideoMAE with SDPA; its decoder is made as wide and deep as ours. It normalizes the full video
                   and predicts every frame where we predict one of two, so its loss is another and only its time is compared.
 
 SIDE-compiled is the same under torch.compile, SIDE-graph captured in one CUDA graph.

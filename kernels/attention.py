@@ -86,7 +86,7 @@ def _scores(
     PRECISION: tl.constexpr,
 ):
     """a b^T over the head dim, from the rows already loaded, or (CHUNK > 0) from memory, that is the L1 cache, piece by piece:
-    float32 operands of a whole head dim, split for tf32x3, do not fit the registers."""
+    float32 operands of a full head dim, split for tf32x3, do not fit the registers."""
     if CHUNK > 0:
         s = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
         for first in range(0, D, CHUNK):

@@ -69,7 +69,7 @@ def _restore_tokens_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All three gradients in one pass over grad_out. One program for a tile of tokens and columns, over the whole batch.
+    """All three gradients in one pass over grad_out. One program for a tile of tokens and columns, over the batch.
 
     partial[tile] is the sum of the tile's masked rows: summed over tiles, the gradient of the mask token.
     """

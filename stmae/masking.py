@@ -2,9 +2,9 @@
 
 A strategy is a way of drawing noise ``[B, N]`` such that keeping the ``num_keep`` smallest entries of each
 row gives the mask. So one kernel (``stmae.ops.random_masking``) serves them all, and a stored noise tensor
-reproduces a mask exactly. Where the decoder leaves tokens out, a stored ``phase`` [B] says with which pattern.
+reproduces a mask exactly. Where the decoder leaves tokens out, a stored ``phase`` [B] selects the pattern.
 
-``make_mask`` is the one place where a ``Mask`` comes from, ``token_counts`` the one place that says how many tokens are in it.
+``make_mask`` is the one function that makes a ``Mask``, ``token_counts`` the one that counts its tokens.
 
 Source: Feichtenhofer et al., "Masked Autoencoders As Spatiotemporal Learners", section 3 and figure 4
 (random "agnostic", space-only = tube, time-only = frame, block).
@@ -152,7 +152,7 @@ def sample_noise(
     tokens to keep.
 
     Args:
-        strategy: ``random``: any tokens; ``tube``: the same places in every time slice; ``frame``: complete time
+        strategy: ``random``: any tokens; ``tube``: the same positions in every time slice; ``frame``: complete time
             slices; ``block``: what is masked is a union of random space-time boxes, the last one cut to give
             the exact count.
         batch: ``B``, each row drawn by itself.
@@ -203,7 +203,7 @@ def num_reconstructed(num_masked: int, decoder_ratio: float) -> int:
     """How many of the masked tokens the decoder reconstructs: all but ``int(num_masked * decoder_ratio)``, and at least one.
 
     Raises:
-        ValueError: a ratio that is not 0, 0.25, 0.5 or 0.75: cells of four places have no others.
+        ValueError: a ratio that is not 0, 0.25, 0.5 or 0.75: cells of four positions have no others.
     """
     if decoder_ratio not in (0, 0.25, 0.5, 0.75):
         raise ValueError(f"masking: expected a decoder mask ratio of 0, 0.25, 0.5 or 0.75, got {decoder_ratio}")
@@ -216,8 +216,8 @@ def reconstructed(
     """The tokens of ``masked`` [B, M] that the decoder reconstructs, [B, num_reconstructed(M, decoder_ratio)], ascending:
     running-cell masking (VideoMAE V2, arXiv 2303.16727, section 3.2, after Qing et al., arXiv 2207.11660).
 
-    Every 2x2 cell of places hides ``4 * decoder_ratio`` of its four, and those that are hidden move on by one from a time
-    slice to the next, so that over four slices each place is seen equally often. ``phase`` says where the pattern starts.
+    Every 2x2 cell of positions hides ``4 * decoder_ratio`` of its four, and those that are hidden move on by one from a time
+    slice to the next, so that over four slices each position is seen equally often. ``phase`` is where the pattern starts.
 
     With tubes over a multiple of four slices this is the pattern exactly. Otherwise the pattern leaves a few masked tokens
     more or less from clip to clip, and for an equal number in each, the ones with the lowest noise make up the difference:
@@ -288,7 +288,7 @@ def _block_noise(
     """Noise [B, N]: tokens of the first block highest, of the second next, ..., tokens in no block lowest.
 
     Within a block the noise grows or, in half of the rows, falls with the token index: masking the
-    ``num_masked`` highest masks whole blocks and, of the block in which the count is reached, a contiguous
+    ``num_masked`` highest masks complete blocks and, of the block in which the count is reached, a contiguous
     end, late or early in time as often as not. Blocks may hang over the grid's border, where they are cut, so
     that each covers a corner as often as the middle.
     """
@@ -308,8 +308,8 @@ def _block_noise(
         height = (area * aspect).sqrt().round().clamp(1, h)
         width = (area / aspect).sqrt().round().clamp(1, w)
         covered = torch.ones_like(block, dtype=torch.bool)
-        for position, extent, size, place in ((it, depth, t, 3), (ih, height, h, 4), (iw, width, w, 5)):
-            start = ((draw[:, place] * (size + extent - 1)).floor() - extent + 1)[:, None]
+        for position, extent, size, draw_index in ((it, depth, t, 3), (ih, height, h, 4), (iw, width, w, 5)):
+            start = ((draw[:, draw_index] * (size + extent - 1)).floor() - extent + 1)[:, None]
             covered = covered & (position >= start) & (position < start + extent[:, None])
         block = torch.where(covered & (block < 0), number, block)
     # An integer rank per token: distinct, and exact in float32.

@@ -82,7 +82,7 @@ def from_mae_st(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
     that computes.
 
     Args:
-        state_dict: its weights; also a whole checkpoint that nests them under ``model`` or ``model_state``,
+        state_dict: its weights; also a checkpoint that nests them under ``model`` or ``model_state``,
             and names with the prefixes ``module.`` (DDP) and ``_orig_mod.`` (torch.compile). Separate ``q``,
             ``k``, ``v`` projections are fused.
         config: the arguments of its constructor by mae_st's names (``img_size``, ``embed_dim``,

@@ -67,7 +67,7 @@ def from_videomae(state_dict: dict, config: dict | EncoderConfig) -> VideoModel:
     channel of a patch; frames normalised with ImageNet's mean and deviation.
 
     Args:
-        state_dict: the weights; also a whole checkpoint that nests them under ``model`` or ``module``, and names with the
+        state_dict: the weights; also a checkpoint that nests them under ``model`` or ``module``, and names with the
             prefixes ``module.`` and ``_orig_mod.``.
         config: the arguments of its constructor by its names (``img_size``, ``encoder_embed_dim``, ``num_frames`` or
             ``all_frames``, ...), and ``mask_ratio``, ``normlize_target``, ``decoder_mask`` (V2), ``layer_norm_eps``; what is

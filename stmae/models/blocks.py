@@ -16,7 +16,7 @@ from stmae.models.layers import BackendModule, LayerScale, QKVLinear, add, add_l
 
 
 def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
-    """Stochastic depth (Huang et al. 2016): zeroes whole samples of x [B, N, D] and scales the others by 1 /
+    """Stochastic depth (Huang et al. 2016): zeroes samples of x [B, N, D] and scales the others by 1 /
     (1 - rate)."""
     keep = torch.rand(x.shape[0], 1, 1, device=x.device, dtype=torch.float32) >= rate
     return x * (keep / (1 - rate)).to(x.dtype)
@@ -140,7 +140,7 @@ def initialize_block(block: Block) -> None:
     """Xavier-uniform weights, zero biases, as in mae_st.
 
     mae_st has three projections q, k and v, so each third of the fused matrix is one matrix for the fan-in
-    and fan-out rule; the rule on the whole [3D, D] matrix would start with weights smaller by sqrt(2).
+    and fan-out rule; the rule on the full [3D, D] matrix would start with weights smaller by sqrt(2).
     """
     for weight in block.qkv.weight.data.chunk(3):
         nn.init.xavier_uniform_(weight)

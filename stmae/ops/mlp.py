@@ -45,7 +45,7 @@ ROWS = 2048
 
 
 def pieces(*matrices):
-    """The matrices' rows in pieces of at most ROWS, all about as long: a short last one would cost as much as a whole one."""
+    """The matrices' rows in pieces of at most ROWS, all about as long: a short last one would cost as much as a full one."""
     rows = matrices[0].shape[0]
     count = max(1, -(-rows // ROWS))
     return zip(*(matrix.split(max(1, -(-rows // count))) for matrix in matrices))

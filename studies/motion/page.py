@@ -135,7 +135,7 @@ def findings(numbers):
         source = PAPER.get(strategy, "paper: 90 % is best")
         finding = f"linear probe: random {best[1]:.0%} above {strategy} {ratio:.0%}"
         compare(finding, source, numbers.mask(*best, "linear"), numbers.mask(strategy, ratio, "linear"))
-    # What a mask of whole time slices leaves visible is nearer to this ratio.
+    # What a mask of complete time slices leaves visible is nearer to this ratio.
     equally_visible, frame = numbers.mask("random", 0.75, "linear"), numbers.mask("frame", 0.9, "linear")
     compare("linear probe: random 75% above frame 90%, with as many tokens visible", PAPER["frame"], equally_visible, frame)
     ordered, shuffled = numbers.probe(FEATURES[0], "linear", max_labels), numbers.control("shuffled frames", "linear")

@@ -144,8 +144,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="model.safetensors"):
         load(path)
     save(autoencoder(), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    complete = path.read_bytes()
+    path.write_bytes(complete[: len(complete) // 2])
     with pytest.raises(CheckpointError, match="cannot read .*model.safetensors"):
         load(path)
     path.write_bytes(b"")
@@ -510,7 +510,7 @@ def test_a_damaged_configuration_is_a_checkpoint_error(tmp_path, about):
 
 
 def smooth_clip(config, batch=2):
-    """A clip that bilinear resampling by whole factors neither loses nor invents anything of: constant in 4x4 blocks and time."""
+    """A clip that bilinear resampling by integer factors reproduces: constant in 4x4 blocks and time."""
     torch.manual_seed(3)
     c, t, h, w = config.video_shape
     blocks = torch.randn(batch, c, 1, h // 8, w // 8)

@@ -403,7 +403,7 @@ TILES = [(64, 64, 0), (64, 128, 1), (128, 64, 2), (32, 32, 0), (64, 64, 4), (16,
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile_gives_the_same(device, guarded, tile, monkeypatch):
-    """At a length that none of them divides: whole tiles, and a last, smaller one."""
+    """At a length that none of them divides: full tiles, and a last, smaller one."""
     from stmae.kernels import attention as kernels
     from stmae.kernels.launching import configs
 

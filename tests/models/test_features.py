@@ -1,4 +1,4 @@
-"""Features on the way through the encoder, attention maps, models without a head, masks as values, whole-model counts."""
+"""Features on the way through the encoder, attention maps, models without a head, masks as values, counts of full models."""
 
 import pytest
 import torch
@@ -177,7 +177,7 @@ def test_heads_without_a_kernel_are_refused_with_the_configuration(width, heads)
         autoencoder(decoder_width=width, decoder_num_heads=heads)
 
 
-# --- torch.func and the FLOP counter on whole models ---
+# --- torch.func and the FLOP counter on full models ---
 
 
 def test_functional_gradients_of_a_model():

@@ -63,8 +63,8 @@ def test_equal_random_numbers_tear_no_tube_or_frame(strategy, monkeypatch):
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **options: (rand(*size, **options) * 3).floor() / 3)
     mask = masks(strategy, 16, GRID, 0.6)
-    whole = mask[:, :1].expand_as(mask) if strategy == "tube" else mask[:, :, :1, :1].expand_as(mask)
-    assert torch.equal(mask, whole)
+    complete = mask[:, :1].expand_as(mask) if strategy == "tube" else mask[:, :, :1, :1].expand_as(mask)
+    assert torch.equal(mask, complete)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -101,7 +101,7 @@ def test_the_first_block_is_a_box():
         extent = places.cummax(dim=1).values - places.cummin(dim=1).values + 1
         count = torch.arange(1, order.numel() + 1)
         largest.append(int(count[(extent.prod(0) == count) & (count < order.numel())].max()))
-    # By chance two or three neighbours are a box; a whole first block, where the border does not cut it, has dozens of tokens.
+    # By chance two or three neighbours are a box; a complete first block, where the border does not cut it, has dozens of tokens.
     assert sorted(largest)[8] > 20
 
 

@@ -129,8 +129,8 @@ def test_pictures_of_a_part_are_grey_where_nothing_was_predicted():
     assert torch.equal(pictures.reconstruction[seen], pictures.original[seen])
     assert (pictures.reconstruction[~seen & ~predicted] == 0.25).all() and (pictures.masked[~seen] == 0.25).all()
     assert (pictures.reconstruction[predicted] != 0.25).float().mean() > 0.9
-    whole = model.reconstruct(video)  # by itself it reconstructs all
-    assert (whole.reconstruction[whole.masked == 0.5] != 0.5).float().mean() > 0.9
+    complete = model.reconstruct(video)  # by itself it reconstructs all
+    assert (complete.reconstruction[complete.masked == 0.5] != 0.5).float().mean() > 0.9
 
 
 # Histograms of oriented gradients

@@ -77,14 +77,14 @@ class ForkServer:
         self.process.stdin.flush()
 
     def _answer(self, expected):
-        late = not select.select([self.process.stdout], [], [], TIMEOUT)[0]
-        if late and expected == "ended":
+        timed_out = not select.select([self.process.stdout], [], [], TIMEOUT)[0]
+        if timed_out and expected == "ended":
             os.kill(self.running, signal.SIGKILL)  # the server lives on, for the next run
             self.running = None
-        elif late:
+        elif timed_out:
             self.process.kill()
         line = self.process.stdout.readline()
-        if late:
+        if timed_out:
             raise RuntimeError(f"fork server: no {expected!r} in {TIMEOUT} s")
         word, _, value = line.strip().partition(" ")
         if word != expected:

@@ -100,7 +100,7 @@ def test_data_check_exits_as_it_found(tmp_path, capsys):
     folder.mkdir()
     (folder / "broken.mp4").write_text("not a video")
     assert main(["data", "check", str(folder), "--workers", "0"]) == 1
-    write_video(folder / "whole.mp4", 80)
+    write_video(folder / "complete.mp4", 80)
     assert main(["data", "check", str(folder), "--workers", "0"]) == 0
     assert main(["data", "check", str(folder), "--workers", "0", "--strict", "true"]) == 1
 

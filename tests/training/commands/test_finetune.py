@@ -101,9 +101,9 @@ def test_stopped_and_continued_is_bit_for_bit_the_uninterrupted_run(
     config = configure(videos, pretrained, tmp_path / "run")
     assert finetune.run(config).step == stop_after
     assert finetune.run(config).done
-    whole, parts = (load_file(folder / "model.safetensors") for folder in (finished[0], tmp_path / "run"))
-    for name in whole:
-        assert torch.equal(whole[name], parts[name]), name
+    complete, parts = (load_file(folder / "model.safetensors") for folder in (finished[0], tmp_path / "run"))
+    for name in complete:
+        assert torch.equal(complete[name], parts[name]), name
 
 
 def test_the_average_of_the_weights_is_what_is_saved_and_survives_a_stop(videos, pretrained, tmp_path):

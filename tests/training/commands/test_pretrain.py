@@ -149,11 +149,11 @@ def test_a_run_of_an_older_version_continues(finished, tmp_path, capsys):
 
 def test_accumulated_parts_add_up_to_the_whole_batch(tiny, tmp_path):
     arguments = [*tiny, "--run.log_every", "1", "--optimizer.epochs", "6", "--optimizer.warmup_epochs", "1"]
-    pretrain.run(configure(arguments, tmp_path / "whole"))
+    pretrain.run(configure(arguments, tmp_path / "complete"))
     pretrain.run(configure(arguments, tmp_path / "parts", "--optimizer.accumulate", "2"))
-    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
-    assert len(whole) == 5
-    for a, b in zip(whole, parts):
+    complete, parts = lines(tmp_path / "complete"), lines(tmp_path / "parts")
+    assert len(complete) == 5
+    for a, b in zip(complete, parts):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 

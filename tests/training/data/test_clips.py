@@ -135,13 +135,13 @@ def test_the_names_of_columns_are_no_video(header, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names of files are bytes on Linux alone")
 def test_names_that_are_no_utf8(tmp_path, capsys):
-    whole = write_video(tmp_path / "whole.mp4", 30)
+    complete = write_video(tmp_path / "complete.mp4", 30)
     data = tmp_path / "data"
     data.mkdir()
     for name in (b"caf\xe9.mp4", b"\xff broken.mp4"):
         with open(os.path.join(os.fsencode(data), name), "wb") as file:
-            file.write(whole.read_bytes() if b"caf" in name else b"")
-    os.replace(whole, os.path.join(os.fsencode(data), b"\xfe.mp4"))
+            file.write(complete.read_bytes() if b"caf" in name else b"")
+    os.replace(complete, os.path.join(os.fsencode(data), b"\xfe.mp4"))
     (tmp_path / "list.txt").write_bytes(b"data/caf\xe9.mp4 0\ndata/\xff broken.mp4 1\n")
     assert len(find_videos(data)) == 3 and [entry.label for entry in find_videos(tmp_path / "list.txt")] == [0, 1]
     for source in (data, tmp_path / "list.txt"):
@@ -290,11 +290,11 @@ def test_order_continues_anywhere():
 
 
 def test_ranks_and_accumulated_parts_divide_the_same_batches():
-    whole = keys()
+    complete = keys()
     ranks = [keys(rank=rank, world_size=2) for rank in range(2)]
-    assert [sum(parts, []) for parts in zip(*ranks)] == whole
+    assert [sum(parts, []) for parts in zip(*ranks)] == complete
     parts = keys(accumulate=2)
-    assert [parts[2 * i] + parts[2 * i + 1] for i in range(7)] == whole
+    assert [parts[2 * i] + parts[2 * i + 1] for i in range(7)] == complete
     with pytest.raises(ValueError, match="a batch of 4 videos does not divide into 3"):
         ResumableBatchSampler(5, 4, seed=0, num_steps=1, accumulate=3)
 
@@ -339,7 +339,7 @@ def test_repeats_are_different_clips_of_one_video(folder):
 
 
 def test_clips_hold_the_frames_they_should(folder):
-    # The whole frame, not flipped, at its own size: the numbers can be read.
+    # The full frame, not flipped, at its own size: the numbers can be read.
     clips = ClipConfig(stride=7, repeats=3, scale=(1, 1), aspect=(1.5, 1.5), flip=False)
     draw = functools.partial(sample_noise, "random", 1, GRID, 0.75)
     item = PretrainClips(find_videos(folder), clips, frames=4, size=(64, 96), sample_noise=draw, seed=0)[(0, 2)]
@@ -370,10 +370,12 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
 
 def test_a_loader_continues_in_mid_epoch(folder):
     entries = find_videos(folder)
-    whole = list(DataLoader(dataset(entries), batch_sampler=ResumableBatchSampler(4, 3, seed=0, num_steps=5), collate_fn=collate))
+    complete = list(
+        DataLoader(dataset(entries), batch_sampler=ResumableBatchSampler(4, 3, seed=0, num_steps=5), collate_fn=collate)
+    )
     order = ResumableBatchSampler(4, 3, seed=0, num_steps=5, first_step=2)
     rest = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=1))
-    for a, b in zip(whole[2:], rest):
+    for a, b in zip(complete[2:], rest):
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
 
 
@@ -490,14 +492,14 @@ def damaged_batches(entries, workers, first_step=0):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_half_damaged_videos_give_the_same_whatever_the_workers_and_resumes(half_damaged):
-    whole = damaged_batches(half_damaged, 0)
+    complete = damaged_batches(half_damaged, 0)
     others = [(0, damaged_batches(half_damaged, workers)) for workers in (1, 2)]
     others += [(first, damaged_batches(half_damaged, workers, first)) for first, workers in ((1, 0), (5, 2), (8, 1))]
     for first, batches in others:
         assert len(batches) == 12 - first
-        for a, b in zip(whole[first:], batches):
+        for a, b in zip(complete[first:], batches):
             assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"]) and a["skipped"] == b["skipped"]
-    names = {path.rpartition("/")[2] for batch in whole for path, _ in batch["skipped"]}
+    names = {path.rpartition("/")[2] for batch in complete for path, _ in batch["skipped"]}
     assert names >= {"a.mkv", "d.mkv"}
 
 

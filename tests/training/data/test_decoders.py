@@ -130,7 +130,7 @@ def test_both_decoders_count_from_the_first_frame_that_can_be_decoded(decoder):
 
 
 def test_a_damaged_video_gives_the_same_frames(decoder, tmp_path):
-    path = write_video(tmp_path / "whole.mkv", FRAMES, gop=10)
+    path = write_video(tmp_path / "complete.mkv", FRAMES, gop=10)
     data = path.read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(data[: len(data) // 2])

@@ -30,7 +30,7 @@ def pretrain_clips(entries, *, frames=4, size=(32, 32), seed=0, **clips):
     return PretrainClips(entries, clips, frames=frames, size=size, sample_noise=draw, seed=seed)
 
 
-WHOLE = {"scale": (1, 1), "aspect": (1.5, 1.5), "flip": False}  # with size (64, 96): the frames as they are
+FULL_FRAME = {"scale": (1, 1), "aspect": (1.5, 1.5), "flip": False}  # with size (64, 96): the frames as they are
 
 
 # Lists
@@ -187,7 +187,7 @@ def test_pre_training_takes_the_three_paths(tmp_path):
 def test_an_image_is_a_still_clip(tmp_path):
     write_image(tmp_path / "a.png", 5)
     (entry,) = find_videos(tmp_path)
-    item = pretrain_clips([entry], frames=16, size=(64, 96), repeats=3, **WHOLE)[(0, 0)]
+    item = pretrain_clips([entry], frames=16, size=(64, 96), repeats=3, **FULL_FRAME)[(0, 0)]
     assert item["clips"].shape == (3, 16, 64, 96, 3) and item["clips"].dtype == torch.uint8 and item["skipped"] == []
     expected = torch.from_numpy(numbered_frame(5, 64, 96))
     assert all(torch.equal(frame, expected) for clip in item["clips"] for frame in clip)
@@ -293,8 +293,8 @@ def test_an_image_is_turned_as_its_exif_says(orientation, tmp_path):
 )
 def test_a_broken_image_is_named_with_the_reason(name, content, tmp_path):
     if name.startswith("cut"):
-        whole = write_image(tmp_path / f"whole{name[3:]}", 3).read_bytes()
-        content = whole[: len(whole) // 2]
+        complete = write_image(tmp_path / f"complete{name[3:]}", 3).read_bytes()
+        content = complete[: len(complete) // 2]
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(VideoError, match=f"{name}: cannot be read as an image \\(") as error:
@@ -314,7 +314,7 @@ def test_an_animation_is_a_clip(name, tmp_path):
     with open_entry(entry) as video:
         assert isinstance(video, Animation) and len(video) == 12 and video.size == (64, 96) and not video.still
         assert [read_number(frame) for frame in video.frames([7, 2, 11, 2, 0])] == [7, 2, 11, 2, 0]
-    item = pretrain_clips([entry], size=(64, 96), stride=3, **WHOLE)[(0, 0)]
+    item = pretrain_clips([entry], size=(64, 96), stride=3, **FULL_FRAME)[(0, 0)]
     for clip in item["clips"]:
         numbers = [read_number(frame.numpy()) for frame in clip]
         assert [b - a for a, b in zip(numbers, numbers[1:])] == [3, 3, 3]
@@ -410,7 +410,7 @@ def test_a_folder_of_frames_is_a_video(taken_apart, tmp_path):
     with open_entry(entry) as video:
         assert len(video) == 30 and video.size == (64, 96) and not video.still
         assert [read_number(frame) for frame in video.frames([17, 3, 29, 3, 0])] == [17, 3, 29, 3, 0]
-    item = pretrain_clips([entry], size=(64, 96), stride=7, **WHOLE)[(0, 0)]
+    item = pretrain_clips([entry], size=(64, 96), stride=7, **FULL_FRAME)[(0, 0)]
     for clip in item["clips"]:
         numbers = [read_number(frame.numpy()) for frame in clip]
         assert [b - a for a, b in zip(numbers, numbers[1:])] == [7, 7, 7]
@@ -456,8 +456,8 @@ def test_data_check_counts_images_and_frames_and_names_the_decoder(taken_apart, 
     assert "images:  2, each a still clip" in printed and "frames:  30 to 30, median 30" in printed
     assert "rate:    25 to 25" in printed and "seconds: 1.2 to 1.2" in printed
     assert "96x64 (3), 32x48 (1)" in printed and "3 classes, 1 to 3" in printed
-    whole = find_labelled_videos(tmp_path / "list.txt")
-    assert find_labelled_videos(tmp_path / "good.txt") == [entry for entry in whole if "broken" not in entry.path]
+    complete = find_labelled_videos(tmp_path / "list.txt")
+    assert find_labelled_videos(tmp_path / "good.txt") == [entry for entry in complete if "broken" not in entry.path]
 
 
 def test_data_check_of_something_something(tmp_path, capsys):

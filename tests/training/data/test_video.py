@@ -127,21 +127,21 @@ def test_a_recording_that_begins_anywhere_has_the_frames_that_can_be_decoded(nam
 
 
 def test_only_a_file_that_begins_in_the_middle_is_decoded_to_be_counted(tmp_path, monkeypatch):
-    whole = write(tmp_path / "whole.mkv", gop=12)
-    middle = cut(whole, tmp_path / "middle.mkv", lambda number: number < 7)
+    complete = write(tmp_path / "complete.mkv", gop=12)
+    middle = cut(complete, tmp_path / "middle.mkv", lambda number: number < 7)
     decoded, decode = [], Video._decode
     monkeypatch.setattr(Video, "_decode", lambda self: (decoded.append(frame.pts) or frame for frame in decode(self)))
-    with Video(whole):
+    with Video(complete):
         assert decoded == []
     with Video(middle) as video:
         assert 0 < len(video) <= FRAMES - 7 and len(decoded) == 1
 
 
 def test_a_hole_shows_the_last_frame_before_it(tmp_path):
-    """Packets that hold nothing to decode, as after a loss: a whole group of pictures of them."""
-    whole = write(tmp_path / "whole.mkv", codec="libvpx-vp9", gop=10)
+    """Packets that hold nothing to decode, as after a loss: a complete group of pictures of them."""
+    complete = write(tmp_path / "complete.mkv", codec="libvpx-vp9", gop=10)
     path = tmp_path / "hole.mkv"
-    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
+    with av.open(str(complete)) as old, av.open(str(path), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for number, packet in enumerate(p for p in old.demux(video=0) if p.size):
             if 20 <= number < 30:
@@ -266,7 +266,7 @@ def test_a_seek_that_lands_after_its_target_is_backed_off(tmp_path, monkeypatch)
 
 
 def test_a_truncated_video_has_the_frames_that_came(tmp_path):
-    path = write(tmp_path / "whole.mkv", gop=10)
+    path = write(tmp_path / "complete.mkv", gop=10)
     data = path.read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(data[: len(data) // 2])
@@ -277,7 +277,7 @@ def test_a_truncated_video_has_the_frames_that_came(tmp_path):
 
 
 def test_damage_in_the_middle_leaves_what_lies_behind_it(tmp_path):
-    path = write(tmp_path / "whole.mp4", gop=10)
+    path = write(tmp_path / "complete.mp4", gop=10)
     data = bytearray(path.read_bytes())
     first, last = data.index(b"mdat") + 4, data.index(b"moov") - 4
     noise, start = random.Random(0), first + (last - first) // 2
@@ -291,8 +291,8 @@ def test_damage_in_the_middle_leaves_what_lies_behind_it(tmp_path):
 
 
 def unusable(tmp_path):
-    whole = write_video(tmp_path / "whole.mp4", 20)
-    data = whole.read_bytes()
+    complete = write_video(tmp_path / "complete.mp4", 20)
+    data = complete.read_bytes()
     files = {
         "empty.mp4": b"",
         "text.mp4": b"this is not a video\n" * 50,

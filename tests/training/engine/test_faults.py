@@ -65,8 +65,8 @@ def videos(tmp_path_factory):
     (folder / "damaged.mkv").write_bytes(data)
     write_image(folder / "c.jpg", 3)
 
-    whole = (folder / "a.mp4").read_bytes()
-    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    complete = (folder / "a.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(complete[: len(complete) // 2])
     data = (folder / "cut_off.mkv").read_bytes()
     (folder / "cut_off.mkv").write_bytes(data[: len(data) * 2 // 3])
     with Video(folder / "cut_off.mkv") as video:
@@ -150,7 +150,7 @@ def finish(server, command, output, finished):
     states = RunFolder(output, read_only=True).states()
     assert states[0] == STEPS and len(states) in (2, 3)  # 3: killed between the last one and the removal of the oldest
     assert not [name for name in os.listdir(output) if name.endswith(".tmp")]
-    whole, pieces = (
+    complete, pieces = (
         {line["step"]: line["loss"] for line in lines(folder / "log.jsonl") if "loss" in line} for folder in (finished[0], output)
     )
     logged = [line["step"] for line in lines(output / "log.jsonl") if "loss" in line]
@@ -158,7 +158,7 @@ def finish(server, command, output, finished):
     starts = {line["step"] for line in lines(output / "run.jsonl")}
     for before, step in zip([0, *logged], logged):
         if not starts & {*range(before + 1, step)}:  # else it is the mean of fewer steps
-            assert pieces[step] == whole[step]
+            assert pieces[step] == complete[step]
 
 
 def lines(path):

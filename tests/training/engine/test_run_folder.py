@@ -173,12 +173,12 @@ def test_every_flipped_bit_of_a_state_is_noticed(tmp_path):
     tensors = {"model.a": torch.arange(5.0), "optimizer.step.a": torch.tensor(3.0), "b": torch.ones(2, dtype=torch.bfloat16)}
     folder.save_state(2, tensors, {"step": 2, "videos": 7})
     folder.save_state(4, tensors, {"step": 4, "videos": 7})
-    whole = folder.state_path(4).read_bytes()
+    complete = folder.state_path(4).read_bytes()
     loaded, info = folder.load_state()
     assert info == {"step": 4, "videos": 7} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     changed_meaning = []
-    for position in range(len(whole)):
-        folder.state_path(4).write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+    for position in range(len(complete)):
+        folder.state_path(4).write_bytes(complete[:position] + bytes([complete[position] ^ 4]) + complete[position + 1 :])
         loaded, info = folder.load_state(lambda message: None)
         same = info == {"step": 4, "videos": 7} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
         if info["step"] != 2 and not same:
