@@ -5,6 +5,7 @@ from stmae.checkpoint.files import atomic_write, load, load_classifier, save
 from stmae.checkpoint.formats import UnknownFormat
 from stmae.checkpoint.huggingface import from_huggingface, to_huggingface
 from stmae.checkpoint.image_mae import from_image_mae
+from stmae.checkpoint.initialize import initialize
 from stmae.checkpoint.mae_st import from_mae_st, to_mae_st
 from stmae.checkpoint.report import LoadReport
 from stmae.checkpoint.resize import classifier_from_autoencoder, resize
@@ -24,6 +25,7 @@ __all__ = [
     "from_mae_st",
     "from_slowfast",
     "from_videomae",
+    "initialize",
     "load",
     "load_classifier",
     "resize",

@@ -154,7 +154,7 @@ class _Inference:
             value = convert(self.arguments[argument])
             self.report.inferred[field] = f"{value!r}, from the file's own args.{argument}"
         elif default is None:
-            raise UnknownFormat(f"{field} cannot be determined from these weights ({why}); state it: load(path, {field}=...)")
+            raise UnknownFormat(f"{field} cannot be determined from these weights ({why}); {_state_it(field)}")
         else:
             value = default
             self.report.assumed[field] = f"{value!r}, {why}"
@@ -167,6 +167,10 @@ class _Inference:
             self.always(f"as in the only factory with width {key[0]} and depth {key[1]}", num_heads=_HEADS[key])
         else:
             self.undetermined("num_heads", None, f"no factory has width {key[0]} and depth {key[1]}")
+
+
+def _state_it(field: str, value: str = "...") -> str:
+    return f"state it: load(path, {field}={value}), or stmae convert --set '[\"{field}={value}\"]'"
 
 
 def _depth(weights: dict, prefix: str) -> int:
@@ -204,9 +208,7 @@ def _grid_from_positions(inference: _Inference, weights: dict, class_token: bool
         frames = inference.undetermined("num_frames", 16, "the clip length of the published recipes", "num_frames")
         slices = frames // tubelet
         if not slices or tokens % slices:
-            raise UnknownFormat(
-                f"pos_embed has {tokens} tokens, which {frames} frames do not divide; state it: load(path, num_frames=...)"
-            )
+            raise UnknownFormat(f"pos_embed has {tokens} tokens, which {frames} frames do not divide; {_state_it('num_frames')}")
         places, where = tokens // slices, "pos_embed"
     _square(inference, places, patch, where)
 
@@ -220,7 +222,7 @@ def _square(inference: _Inference, places: int, patch: tuple[int, int], where: s
             inference.undetermined("image_size", None, "")
             return
     if side * side != places:
-        raise UnknownFormat(f"{where} has {places} places, which are no square; state image_size: load(path, image_size=(H, W))")
+        raise UnknownFormat(f"{where} has {places} places, which are no square; {_state_it('image_size', '[H,W]')}")
     inference.values["image_size"] = (side * patch[0], side * patch[1])
     inference.report.inferred["image_size"] = f"{inference.values['image_size']}, from {where}, as a square"
 

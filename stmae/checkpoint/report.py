@@ -18,6 +18,7 @@ class LoadReport:
         inferred: configuration field -> what in the file says so.
         assumed: configuration field -> why; weights do not determine these, so pass them to ``load`` where they differ.
         unused: tensors of the file that the model has no use for, each with the reason.
+        new: parameters of the model that the file does not fill, each with the reason; only of ``initialize``.
         notes: what to check, for instance weights that are all zero or not finite.
     """
 
@@ -26,6 +27,7 @@ class LoadReport:
     inferred: dict[str, str] = field(default_factory=dict)
     assumed: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
+    new: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -33,6 +35,7 @@ class LoadReport:
         lines += [f"  inferred {name}: {reason}" for name, reason in self.inferred.items()]
         lines += [f"  assumed {name}: {reason}" for name, reason in self.assumed.items()]
         lines += [f"  unused {name}: {reason}" for name, reason in self.unused.items()]
+        lines += [f"  new {name}: {reason}" for name, reason in self.new.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

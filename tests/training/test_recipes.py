@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from stmae.checkpoint import from_videomae
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
 from stmae.training import cli, config
 from stmae.training.config import (
@@ -21,6 +22,7 @@ from stmae.training.config import (
 )
 from stmae.training.config.preset_files import PRESETS
 from stmae.training.engine import device, optimizer
+from tests.support.golden import read_golden
 
 ENCODER = {"image_size": 16, "num_frames": 4, "patch_size": 8, "width": 16, "depth": 1, "num_heads": 2}
 SMALL = MaskedAutoencoderConfig(**ENCODER, decoder_width=8, decoder_depth=1, decoder_num_heads=1)
@@ -305,3 +307,15 @@ def test_devices(monkeypatch):
         device.choose_device("cuda")
     with pytest.raises(ValueError, match="got 'gpu0'"):
         device.choose_device("gpu0")
+
+
+@pytest.mark.parametrize("name", [name for name in presets("pretrain") if name.startswith("videomae")])
+def test_videomae_s_presets_have_videomae_s_model_and_target(name):
+    """All but sizes and masks is what VideoMAE's own code computes, whose golden file ours equals."""
+    official, _, weights, _ = read_golden("videomae_default")
+    theirs = from_videomae(weights, official).config.to_dict()
+    made = config_of(name).model.to_dict()
+    sizes = {"image_size", "patch_size", "num_frames", "predicted_frames", "mask_ratio", "decoder_mask_ratio"}
+    sizes |= {f"{prefix}{size}" for prefix in ("", "decoder_") for size in ("width", "depth", "num_heads")}
+    assert {key: made[key] for key in made.keys() - sizes} == {key: theirs[key] for key in made.keys() - sizes}
+    assert made["predicted_frames"] == made["num_frames"]

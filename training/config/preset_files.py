@@ -19,6 +19,7 @@ PATH_FIELDS = (  # in a file, relative to it
     "data_labels",
     "held_out",
     "checkpoint",
+    "init",
     "video",
     "test_data",
     "probe.data",

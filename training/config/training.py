@@ -186,6 +186,11 @@ class PretrainConfig(DataLocationConfig):
     """folder of the run; the same command again continues what is there"""
     held_out: str | None = None
     """videos kept out of training, as data; their loss is shown before and after"""
+    init: str | None = None
+    """weights to start from, with a new schedule: a run's folder, a file of any code base that stmae reads, or a Hugging Face
+    repository (owner/name). Every choice of the model must be theirs but for sizes, to which they are resized; null: random"""
+    init_decoder: bool = True
+    """take the decoder of init too, where it has one; false: start a new one"""
     seed: int = 0
     """of the weights, the order, the crops and the masks"""
     clips: ClipConfig = field(default_factory=ClipConfig)

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from stmae import checkpoint
 from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder
 
@@ -12,9 +13,11 @@ from ..data.video_list import find_train_and_test, find_videos
 from ..engine.launch import run_distributed
 from ..engine.loop import EvaluationHook, Task, train
 from ..engine.optimizer import peak_learning_rate, weight_decay_groups
+from ..engine.run_folder import weights_file
 from ..evaluation.pretraining import held_out_loss, knn_accuracy, log_reconstructions
 from ..planning.flops import autoencoder_flops
 
+MEAN_IS_ONE = ("normalized_pixels", "channel_normalized_pixels")  # targets: the loss of predicting each patch's mean is 1
 PICTURES = 3  # videos whose reconstructions are shown
 
 
@@ -39,10 +42,14 @@ def _pretrain(config, processes, device, folder):
     if processes.is_main:
         print(f"{len(entries)} videos in {config.data}" + (f", {len(held_out)} held out" if held_out else ""))
     task = pretraining_task(config, entries, device, evaluation_hooks(config, processes, device, entries, held_out))
+    if config.init and not folder.states():  # a run that goes on has its own weights
+        report = checkpoint.initialize(task.model, weights_file(config.init), decoder=config.init_decoder)
+        if processes.is_main:
+            print(report)
     state = train(task, config, processes, device, folder)
     if state.done and held_out and processes.is_main:
         before, after = state.before["held_out_loss"], state.after["held_out_loss"]
-        hint = " (1.0: predicting each patch's mean)" if config.model.target == "normalized_pixels" else ""
+        hint = " (1.0: predicting each patch's mean)" if config.model.target in MEAN_IS_ONE else ""
         print(f"loss on held-out videos: {before:.3f} before, {after:.3f} after{hint}")
     return state
 

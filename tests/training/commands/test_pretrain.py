@@ -120,6 +120,32 @@ def test_a_finished_run_is_left_alone(finished, videos, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_run_starts_from_other_weights_with_a_schedule_of_its_own(finished, tiny, tmp_path, capsys):
+    source = shutil.copytree(finished, tmp_path / "source")
+    arguments = [*tiny, "--init", str(source), "--optimizer.epochs", "4", "--optimizer.warmup_epochs", "0"]
+    still = ["--optimizer.base_lr", "1e-12"]  # so that what it started from can be seen at its end
+    pretrain.run(configure(arguments, tmp_path / "run", *still))
+    said = capsys.readouterr().out
+    assert "recognised as stmae" in said and "  new " not in said
+    assert lines(tmp_path / "run")[-1]["step"] == 3
+    for name, value in weights(finished).items():
+        assert torch.allclose(weights(tmp_path / "run")[name], value, atol=1e-6), name
+    shutil.rmtree(source)  # a run that goes on has its own weights
+    pretrain.run(configure(arguments, tmp_path / "run", *still, "--run.extend_epochs", "2"))
+    assert "recognised" not in capsys.readouterr().out
+
+    with pytest.raises(checkpoint.CheckpointError, match="no such file"):
+        pretrain.run(configure(arguments, tmp_path / "other"))
+    argv = ["pretrain", *tiny, "--init", str(finished), "--output", str(tmp_path / "other"), "--model.num_heads", "4"]
+    assert cli.main(argv) == 1
+    said = capsys.readouterr().err
+    assert "its weights are of a model with num_heads 2, not 4" in said and said.count("\n") == 1
+    pretrain.run(configure([*tiny, "--init", str(finished), "--init_decoder", "false"], tmp_path / "new", *still))
+    name = "decoder.head.weight"
+    assert "new decoder.mask_token: the decoder is not taken" in capsys.readouterr().out
+    assert not torch.allclose(weights(tmp_path / "new")[name], weights(finished)[name], atol=1e-3)
+
+
 def test_a_finished_run_is_continued_for_more_epochs(finished, tmp_path, capsys):
     output = shutil.copytree(finished, tmp_path / "run")
     arguments = ["--config", str(output / "config.yaml"), "--run.extend_epochs", "4"]
