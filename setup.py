@@ -1,4 +1,6 @@
-"""Builds stmae._C, the CPU kernels, against the LibTorch stable ABI. Everything else is in pyproject.toml."""
+"""Builds stmae._C, the CPU kernels, against the LibTorch stable ABI, and stmae._video, from a decoder's planes to clips, with
+pybind11. Everything else is in pyproject.toml.
+"""
 
 import importlib.util
 import os
@@ -6,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 
 def site_of_torch():
@@ -34,8 +36,20 @@ for name in ("kernels", "training"):
     packages += [f"stmae.{name}"] + [f"stmae.{name}.{sub}" for sub in find_packages(name)]
 
 
-def extension():
-    """The extension and the command that builds it, once torch can be imported."""
+# No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the process's rounding. No debug
+# information, which Python's own flags ask for and which is ten times the code; STMAE_CXXFLAGS=-g brings it back.
+CXXFLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+CXXFLAGS += os.environ.get("STMAE_CXXFLAGS", "").split()
+LDFLAGS = os.environ.get("STMAE_LDFLAGS", "").split()
+
+
+def files(pattern, *, of_video):
+    """Of csrc, those that are stmae._video's own, or all others."""
+    return sorted(str(path) for path in Path("csrc").rglob(pattern) if ("video" in path.parts) == of_video)
+
+
+def extensions():
+    """The extensions and the command that builds them, once torch can be imported."""
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
 
@@ -43,23 +57,39 @@ def extension():
     if installed < TORCH_OLDEST:
         oldest = ".".join(map(str, TORCH_OLDEST))
         sys.exit(f"stmae needs torch {oldest} or later, found {torch.__version__}; run: pip install --upgrade torch")
-    module = CppExtension(
+    kernels = CppExtension(
         "stmae._C",
-        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        files("*.cpp", of_video=False),
         include_dirs=[str(Path("csrc").resolve())],
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-        py_limited_api=True,
+        depends=files("*.h", of_video=False),
+        py_limited_api=True,  # one binary for every Python and every torch
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_OLDEST)),
             ("Py_LIMITED_API", "0x030A0000"),
         ],
-        # No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the process's rounding. No debug
-        # information, which Python's own flags ask for and which is ten times the code; STMAE_CXXFLAGS=-g brings it back.
-        extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-        + os.environ.get("STMAE_CXXFLAGS", "").split(),
-        extra_link_args=os.environ.get("STMAE_LDFLAGS", "").split(),
+        extra_compile_args=CXXFLAGS,
+        extra_link_args=LDFLAGS,
     )
-    return [module], BuildExtension.with_options(use_ninja=is_ninja_available())
+    return [kernels, video_extension(Path(torch.__file__).parent / "include")], BuildExtension.with_options(
+        use_ninja=is_ninja_available()
+    )
+
+
+def video_extension(torch_headers):
+    """For this version of Python alone. Of torch it takes a header, bfloat16's, and links nothing."""
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit("stmae: building the extensions needs pybind11, and none is installed; run: pip install 'pybind11>=3'")
+    return Extension(
+        "stmae._video",
+        [*files("*.cpp", of_video=True), "csrc/base/isa.cpp"],
+        include_dirs=[str(Path("csrc").resolve()), pybind11.get_include(), str(torch_headers)],
+        depends=files("*.h", of_video=True) + files("*.h", of_video=False),
+        language="c++",
+        extra_compile_args=[*CXXFLAGS, "-std=c++20"],
+        extra_link_args=LDFLAGS,
+    )
 
 
 arguments = dict(
@@ -74,7 +104,7 @@ if TORCH_SITE is None:
     if any(command in sys.argv for command in ("build_ext", "develop", "install")):
         sys.exit("stmae: building the extension needs torch, and none is installed; run: pip install torch, then pip install .")
 else:
-    modules, command = extension()
+    modules, command = extensions()
     arguments.update(ext_modules=modules, cmdclass={"build_ext": command})
 
 setup(**arguments)

@@ -1,7 +1,11 @@
+import os
+
 import pytest
 import torch
 
 from stmae.ops import library
+
+os.environ["STMAE_INDEX"] = "off"  # here and in what the tests start: nothing is left in, or taken from, the user's cache folder
 
 CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
 OFFERED = CAPABILITIES[: CAPABILITIES.index(library.best_cpu_capability()) + 1]

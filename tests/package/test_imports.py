@@ -20,7 +20,7 @@ LAYERS = {  # package: what it may import of stmae, besides itself
     "stmae.hub": ("stmae.checkpoint", "stmae.models"),
     "stmae.integrations": ("stmae.checkpoint", "stmae.models", "stmae.ops"),
     "stmae.training.config": ("stmae.models", "stmae.masking"),
-    "stmae.training.data": ("stmae.training.config", "stmae.masking"),
+    "stmae.training.data": ("stmae.training.config", "stmae.masking", "stmae._video"),
     "stmae.training.planning": ("stmae.models", "stmae.masking", "stmae.ops"),
     "stmae.training.engine": (
         "stmae.training.config",

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -65,9 +66,11 @@ def test_wheel_and_editable_install(checkout, environment, wheel, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "stmae/_C.abi3.so" in names
+    video = "stmae/_video" + sysconfig.get_config_var("EXT_SUFFIX")  # for this Python alone; others do without
+    assert video in names
     for module in ("ops/attention.py", "kernels/__init__.py", "training/cli.py", "models/__init__.py", "checkpoint/__init__.py"):
         assert f"stmae/{module}" in names
-    assert {"stmae/py.typed", "stmae/_C.pyi"} <= set(names)
+    assert {"stmae/py.typed", "stmae/_C.pyi", "stmae/_video.pyi"} <= set(names)
     if "-g" not in os.environ.get("STMAE_CXXFLAGS", "").split():
         with zipfile.ZipFile(wheel) as archive:
             assert b".debug_info" not in archive.read("stmae/_C.abi3.so")  # 13 MB in 14
@@ -146,7 +149,7 @@ def isolated(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path), cwd=tmp_path)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for module in ("setuptools", "_distutils_hack", "ninja"):
+    for module in ("setuptools", "_distutils_hack", "ninja", "pybind11"):
         (tools / module).symlink_to(Path(importlib.util.find_spec(module).origin).parent)
 
     def execute(code, cwd, torch_installed):

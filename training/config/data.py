@@ -38,8 +38,12 @@ class ClipConfig:
     """random resized crop: width over height"""
     flip: bool = True
     """mirror every second clip (not for data where left and right mean something)"""
+    pixels: Literal["exact", "swscale"] = "exact"
+    """how a decoded frame becomes a clip's: 'exact', straight from the decoder's planes with nothing rounded on the way;
+    'swscale', FFmpeg's RGB, then resized, as before there was a choice. A run that is continued keeps its own"""
     decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
-    """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
+    """of videos whose pixels are 'swscale'; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same
+    frames"""
 
     def __post_init__(self):
         require_positive(self, "stride", "repeats")

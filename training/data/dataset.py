@@ -19,7 +19,7 @@ from .clip_sampling import clip_span, random_clip, spaced_clips
 from .decoders import open_entry
 from .outage import PATIENCE, PatientReader, was_read
 from .randaugment import rand_augment
-from .transforms import random_clip_view, random_erasing, resized_crop, view_box
+from .transforms import Crop, random_crop, random_erasing, view_box
 from .video import VideoError, printable
 
 SUBSTITUTES = 200  # samples tried in the place of a broken one before the run stops
@@ -46,10 +46,9 @@ class RandomClips(Dataset):
         """{name: tensor [1, ...]} that goes with a clip."""
         raise NotImplementedError
 
-    def view(self, rng, frames):
-        """The augmented clip uint8 [T, H, W, C] of frames uint8 [T, H', W', C]."""
-        clip = random_clip_view(rng, without_repeats(frames), self.size, self.clips.scale, self.clips.aspect, self.clips.flip)
-        return repeat_to_length(clip, len(frames))
+    def augment(self, rng, clip):
+        """The clip uint8 [T, h, w, C], cropped and mirrored already, augmented further."""
+        return clip
 
     def __len__(self):
         return len(self.entries)
@@ -81,19 +80,31 @@ class RandomClips(Dataset):
         entry = self.entries[number]
         if self.left_out and os.path.abspath(entry.path) in self.left_out:
             raise VideoError(entry.path, "left out, as left_out.txt in the run's folder says")
-        wanted, rngs = [], [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(self.clips.repeats)]
-        with open_entry(entry, self.clips.decoder) as video:
-            length = length_of(video, self.frames, self.clips)
-            for rng in rngs:
-                wanted.append(random_clip(rng, length, self.frames, self.clips.stride, self.clips.spacing))
-            pixels = video.frames(within(video, np.concatenate(wanted), self.clips))  # one sorted pass for all repeats
-            short = short_note(video, self.frames, self.clips)
-        clips, extras = [], []
-        for rng, part in zip(rngs, np.split(pixels, len(rngs))):
-            clips.append(self.view(rng, part))
+        settings = self.clips
+        rngs = [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(settings.repeats)]
+        clips = torch.empty((settings.repeats, self.frames, *self.size, 3), dtype=torch.uint8)
+        with open_entry(entry, settings.decoder, settings.pixels) as video:
+            length = length_of(video, self.frames, settings)
+            wanted = [random_clip(rng, length, self.frames, settings.stride, settings.spacing) for rng in rngs]
+            drawn = [rng.bit_generator.state for rng in rngs]
+
+            def crops(height, width):
+                for rng, state in zip(rngs, drawn):
+                    rng.bit_generator.state = state
+                return [
+                    random_crop(rng, height, width, self.size, settings.scale, settings.aspect, settings.flip) for rng in rngs
+                ]
+
+            video.clips([within(video, clip, settings) for clip in wanted], crops, clips.numpy())  # one pass for all repeats
+            short = short_note(video, self.frames, settings)
+        extras = []
+        for rng, clip in zip(rngs, clips):
+            augmented = self.augment(rng, clip)
+            if augmented is not clip:
+                clip.copy_(augmented)
             extras.append(self.extras(rng, entry))
         joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
-        return {"clips": torch.stack(clips), **joined, "short": short}
+        return {"clips": clips, **joined, "short": short}
 
 
 class PretrainClips(RandomClips):
@@ -121,8 +132,7 @@ class LabelledClips(RandomClips):
         super().__init__(entries, clips, frames=frames, size=size, seed=seed, patience=patience)
         self.augmentation = augmentation
 
-    def view(self, rng, frames):
-        clip = super().view(rng, frames)
+    def augment(self, rng, clip):
         clip = rand_augment(rng, clip, self.augmentation.operations, self.augmentation.magnitude, self.augmentation.magnitude_std)
         return random_erasing(rng, clip, self.augmentation.erasing)
 
@@ -152,15 +162,18 @@ class ViewClips(Dataset):
         return self.patient.read(entry, functools.partial(self._read, number, entry))
 
     def _read(self, number, entry):
-        with open_entry(entry, self.clips.decoder) as video:
-            length = length_of(video, self.frames, self.clips)
-            wanted = spaced_clips(self.temporal, length, self.frames, self.clips.stride, self.clips.spacing, self.start)
-            pixels = video.frames(within(video, np.concatenate(wanted), self.clips))
+        settings = self.clips
         positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
-        boxes = [view_box(pixels.shape[1], pixels.shape[2], self.size, position) for position in positions]
-        parts = [(without_repeats(part), len(part)) for part in np.split(pixels, self.temporal)]
-        clips = [repeat_to_length(resized_crop(part, box, self.size), count) for part, count in parts for box in boxes]
-        return {"clips": torch.stack(clips), "label": entry.label, "number": number}
+        clips = torch.empty((self.temporal * self.spatial, self.frames, *self.size, 3), dtype=torch.uint8)
+        with open_entry(entry, settings.decoder, settings.pixels) as video:
+            length = length_of(video, self.frames, settings)
+            wanted = spaced_clips(self.temporal, length, self.frames, settings.stride, settings.spacing, self.start)
+
+            def crops(height, width):
+                return [Crop(view_box(height, width, self.size, p), self.size) for p in positions] * self.temporal
+
+            video.clips([within(video, clip, settings) for clip in wanted for _ in positions], crops, clips.numpy())
+        return {"clips": clips, "label": entry.label, "number": number}
 
 
 def length_of(video, frames, clips):
@@ -190,16 +203,6 @@ def short_note(video, frames, clips):
         return []
     done = "it begins again" if clips.short == "loop" else "its last frame is repeated"
     return [(printable(video.path), f"{len(video)} frames, and a clip needs {needed}: {done}")]
-
-
-def without_repeats(frames):
-    """``frames`` [T, H, W, C], or the one frame [1, H, W, C] that a still repeats without a copy: cropped and resized once."""
-    return np.array(frames[:1]) if frames.strides[0] == 0 else frames
-
-
-def repeat_to_length(clip, count):
-    """The clip [1 or T, H, W, C], contiguous, with ``count`` frames."""
-    return clip.expand(count, -1, -1, -1).contiguous() if len(clip) != count else clip
 
 
 class ReadableViews(Dataset):

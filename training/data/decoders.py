@@ -11,27 +11,30 @@ import os
 import numpy as np
 
 from .images import IMAGE_EXTENSIONS, FrameFolder, open_image
-from .video import Video, orientation, reason_of
+from .pixels import choose_pixels, orientation
+from .video import PROGRESSIVE, Video, reason_of
 
 DECODERS = ("pyav", "torchcodec", "auto")
 
 # What both FFmpegs turn into RGB in the same way, compared bit for bit: progressive frames with an even height in these formats.
 # Elsewhere (10-bit, NV12, odd heights) their roundings differ by a few levels, and PyAV decodes.
 SAME_IN_BOTH = frozenset(["yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray"])
-PROGRESSIVE = (0, 1)  # FFmpeg's AVFieldOrder: unknown, or marked progressive
 
 
-def open_entry(entry, decoder="pyav"):
+def open_entry(entry, decoder="pyav", pixels="swscale"):
     """The opened ``entry`` (listing.Entry): a Video, a Still, an Animation or a FrameFolder, to be used as a context manager.
 
-    decoder: 'pyav', 'torchcodec', or 'auto', torchcodec where it works; of videos alone. Raises VideoError where the file
-    cannot be used, ValueError for a decoder that there is not.
+    decoder: 'pyav', 'torchcodec', or 'auto', torchcodec where it works; of videos alone.
+    pixels: 'exact' or 'swscale', of the clips (see ``pixels``); torchcodec, which gives RGB alone, decodes for the latter.
+
+    Raises VideoError where the file cannot be used, ValueError for a decoder that there is not.
     """
     if entry.frames:
         return FrameFolder(entry.path, entry.frames)
     if os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS:
         return open_image(entry.path)
-    return Video(entry.path) if choose_decoder(decoder) == "pyav" else TorchcodecVideo(entry.path)
+    exact = choose_pixels(pixels) == "exact"
+    return Video(entry.path, exact=exact) if exact or choose_decoder(decoder) == "pyav" else TorchcodecVideo(entry.path)
 
 
 def choose_decoder(name):
@@ -65,9 +68,13 @@ class TorchcodecVideo(Video):
         super().close()
         self._decoder = None
 
-    def _by_stamp(self, wanted):
+    def _by_stamp(self, wanted, restart, take):
         found = self._by_torchcodec(wanted)
-        return super()._by_stamp(wanted) if found is None else found
+        if found is None:
+            return super()._by_stamp(wanted, restart, take)
+        restart()
+        for index in wanted:
+            take(index, found[index])
 
     def _by_torchcodec(self, wanted):
         """{index: frame}, or None: PyAV has to decode."""

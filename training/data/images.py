@@ -13,11 +13,11 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
+from .pixels import ClipWriter, crop_rgb, match_size
 from .video import (
     MAX_CLIP_PIXELS,
     VideoError,
     file_size,
-    match_size,
     reason_of,
     require_pixels,
     require_time,
@@ -68,6 +68,12 @@ class Still:
         """uint8 [len(indices), H, W, 3], whatever the indices: the image over and over, a view with stride 0."""
         return np.broadcast_to(self._pixels, (len(indices), *self._pixels.shape))
 
+    def clips(self, indices, crops, out):
+        """As ``Video.clips``: the image is cropped once for each clip."""
+        for clip, crop in zip(out, crops(*self.size)):
+            crop_rgb(self._pixels, crop, clip[0])
+            clip[1:] = clip[0]
+
 
 class Animation:
     """An animated PNG, WebP, GIF or AVIF, whose opened image is ``image``: a video of its frames, whatever their durations."""
@@ -93,17 +99,26 @@ class Animation:
     def frames(self, indices):
         """uint8 [len(indices), H, W, 3], in one pass over the file."""
         indices = [int(i) for i in indices]
+        found = dict(self._each(indices))
+        return np.stack([found[index] for index in indices])
+
+    def clips(self, indices, crops, out):
+        """As ``Video.clips``."""
+        writer = ClipWriter(indices, crops, out)
+        for index, pixels in self._each(np.concatenate(indices).tolist()):
+            writer.write(index, pixels)
+
+    def _each(self, indices):
+        """(index, pixels) in order, each once."""
         require_pixels(self.path, self.size, len(indices))
-        wanted = set(indices)
-        found, until = {}, time_limit()
+        wanted, until = set(indices), time_limit()
         with _opened(self.path) as image:
             for index in range(max(indices) + 1):  # each is drawn upon the one before, whether it is wanted or not
                 require_time(self.path, until)
                 image.seek(self._first + index)
                 image.load()
                 if index in wanted:
-                    found[index] = np.array(image.convert("RGB"))
-        return np.stack([found[index] for index in indices])
+                    yield index, np.array(image.convert("RGB"))
 
 
 class FrameFolder:
@@ -148,14 +163,26 @@ class FrameFolder:
 
     def frames(self, indices):
         """uint8 [len(indices), H, W, 3]; every image wanted is read once."""
+        indices = [int(i) for i in indices]
+        found = dict(self._each(indices))
+        size = found[min(found)].shape[:2]
+        return np.stack([match_size(found[index], size) for index in indices])
+
+    def clips(self, indices, crops, out):
+        """As ``Video.clips``."""
+        writer = ClipWriter(indices, crops, out)
+        for index, pixels in self._each(np.concatenate(indices).tolist()):
+            writer.write(index, pixels)
+
+    def _each(self, indices):
+        """(index, pixels) in order, each once."""
         require_pixels(self.path, self.size, len(indices))
-        found, left, until = {}, MAX_CLIP_PIXELS, time_limit()
-        for index in sorted({int(i) for i in indices}):
+        left, until = MAX_CLIP_PIXELS, time_limit()
+        for index in sorted(set(indices)):
             require_time(self.path, until)
-            found[index] = read_image(self._files[index], left)
-            left -= found[index].shape[0] * found[index].shape[1]
-        first = found[min(found)]
-        return np.stack([match_size(found[int(index)], first) for index in indices])
+            pixels = read_image(self._files[index], left)
+            left -= pixels.shape[0] * pixels.shape[1]
+            yield index, pixels
 
 
 def read_image(path, max_pixels=MAX_CLIP_PIXELS):

@@ -5,9 +5,18 @@ The resize sees a permuted view [T, C, H, W], which is channels-last memory: uin
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Crop(NamedTuple):
+    """What a clip shows of the frames: the ``box`` (top, left, h, w), resized to ``size`` (h, w) and, with ``flip``, mirrored."""
+
+    box: tuple
+    size: tuple
+    flip: bool = False
 
 
 def random_crop_box(rng, height, width, scale, aspect):
@@ -59,9 +68,7 @@ def random_erasing(rng, clip, probability):
     return clip
 
 
-def random_clip_view(rng, frames, size, scale, aspect, flip):
+def random_crop(rng, height, width, size, scale, aspect, flip):
     """The pre-training augmentation: random resized crop, then a horizontal flip with probability one half if ``flip``."""
-    clip = resized_crop(frames, random_crop_box(rng, frames.shape[1], frames.shape[2], scale, aspect), size)
-    if flip and rng.random() < 0.5:
-        clip = clip.flip(2)
-    return clip
+    box = random_crop_box(rng, height, width, scale, aspect)
+    return Crop(box, tuple(size), bool(flip and rng.random() < 0.5))

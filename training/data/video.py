@@ -15,14 +15,15 @@ No decoder outlives the ``with`` block it is opened in, so none is ever inherite
 
 import os
 import stat
-import struct
 import time
 from bisect import bisect_left, bisect_right
 
 import av
 import av.error
 import numpy as np
-from av.video.reformatter import VideoReformatter
+
+from .frame_index import LONG, FrameIndex
+from .pixels import ClipWriter, FrameConverter, match_size
 
 _MPEG = ".mp4 .m4v .mov .3gp .3g2 .mpg .mpeg .m2v .vob .ts .mts .m2ts"
 EXTENSIONS = frozenset(f"{_MPEG} .mkv .webm .avi .flv .f4v .wmv .asf .ogv .ogg .mxf .gif".split())
@@ -37,9 +38,10 @@ MAX_CLIP_PIXELS = 2**29  # of all frames asked for at once: 16 frames of 8K, 64 
 MAX_SECONDS = 60.0  # of a processor, to find out what a file holds, and again to decode a clip: not of the clock, which counts
 # what else the machine does. A day of one picture in two megabytes would take hours
 
-# Converting a 320x180 frame takes 0.03 ms with one converter for the file and one thread, and 0.3 to 5 ms as ``frame.to_ndarray``
-# does it, with a new converter and a thread for each core every time. Older PyAV has no choice of threads, and uses one.
-_ONE_THREAD = {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
+# Whose frames that nothing refers to are not decoded where no clip holds them: the others' bytes stay the same. Of other codecs
+# they do not: AV1's come out wrong. VP9 and Theora gain nothing.
+SKIPPED_BY = frozenset(["h264", "hevc", "mpeg4", "mpeg2video"])
+PROGRESSIVE = (0, 1)  # FFmpeg's AVFieldOrder: unknown, or marked progressive
 
 BACK_OFF_SECONDS = (0.0, 1.0, 4.0, 16.0)  # how far before the target a repeated seek aims; then from the start
 
@@ -64,31 +66,38 @@ class _UnorderedTimestamps(Exception):
     """Decoded frames whose time stamps do not grow."""
 
 
+class _Damaged(Exception):
+    """Frames that do not come as the packets promise."""
+
+
 class Video:
     """An open video; use as a context manager.
 
     ``len(video)`` is the number of frames that can be shown, ``video.times`` [len] their time stamps in seconds,
     ``video.size`` the (height, width) as stored, before rotation, and ``video.rate`` the average frames a second.
 
+    exact: of the pixels of clips, whether they are made straight from the decoder's planes (see ``pixels``).
+
     Raises VideoError when there is nothing to decode: no such file, empty, not a video, audio only.
     """
 
     still = False  # as of an image, from which a clip of any length can be taken
 
-    def __init__(self, path):
+    def __init__(self, path, *, exact=False):
         self.path = os.fspath(path)
         self._container = None
         self._until = time_limit()
-        self._reformatter = VideoReformatter()
         self._open()
         try:
-            self._scan()
+            self._read_times()
         except BaseException:
             self.close()
             raise
+        self._converter = FrameConverter(self._stream.codec_context.name, exact=exact)
 
     def _open(self):
         self.close()
+        self._tainted = False  # whether its decoder has seen damage
         options = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "max_pixels": str(MAX_FRAME_PIXELS)}
         try:
             if file_size(self.path) == 0:
@@ -109,9 +118,41 @@ class Video:
         # Clips are decoded in many workers at once: more threads for one of them do not pay at these sizes.
         self._stream.codec_context.thread_count = 1
 
+    def _read_times(self):
+        """The frames' time stamps, from the index (see ``frame_index``) or by a scan."""
+        versions = [list(av.library_versions[name]) for name in ("libavformat", "libavcodec")]
+        index = FrameIndex(self.path, versions, self._container.format.name, self._stream.codec_context.name, self._stream.index)
+        found = index.read()
+        if found is None:
+            packets = self._scan()
+        else:
+            facts, arrays = found
+            self._skips, self._average_rate, self._seconds = facts["skips"], facts["rate"], facts["seconds"]
+            self._stamps, self._key_stamps = arrays.get("stamps"), arrays.get("key_stamps")
+            self.times = np.arange(facts["length"]) / self._average_rate
+        context = self._stream.codec_context
+        self.size = (context.height, context.width)
+        if self.size[0] == 0 or self.size[1] == 0:
+            raise VideoError(self.path, "its frames have no size")
+        require_pixels(self.path, self.size)
+        if self._stamps is not None:
+            self.times = np.asarray(self._stamps, dtype=np.float64) * self._seconds
+        elif found is None:
+            self._count()
+        self._length = len(self.times)
+        span = self.times[-1] - self.times[0]
+        self.rate = (len(self) - 1) / span if span > 0 else self._average_rate
+        # A seek must lead to the same place with and without a scan: to where an mp4's own tables say. The scan of others adds
+        # to what the demuxer knows of them; counted files are read from their start.
+        if found is None and (self._stamps is None or (packets >= LONG and self._container.format.name.startswith("mov"))):
+            arrays = {} if self._stamps is None else {"stamps": self._stamps, "key_stamps": self._key_stamps}
+            facts = {"skips": self._skips, "rate": self._average_rate, "seconds": self._seconds, "length": len(self)}
+            index.write(facts, **arrays)
+
     def _scan(self):
-        """Read every packet's time stamp, without decoding."""
+        """Read every packet's time stamp, without decoding. Returns their number."""
         stamps, key_stamps, packets, stamped, last, first = [], [], 0, True, None, None
+        self._skips = self._may_skip()
         try:
             for packet in self._container.demux(self._stream):
                 self._require_time()
@@ -120,6 +161,7 @@ class Video:
                 if packet.size == 0 or packet.is_discard:  # the flush packet; frames that an edit list cuts away
                     continue
                 packets += 1
+                self._skips = self._skips and not packet.is_corrupt
                 if packet.pts is None or (last is not None and packet.dts is not None and packet.dts <= last):
                     stamped = False  # none, or a clock that jumps back
                     continue
@@ -131,27 +173,15 @@ class Video:
             self._require_bytes(error)  # else a damaged tail: what came before it counts
         if packets == 0:
             raise VideoError(self.path, "its video stream has no frames")
-        context = self._stream.codec_context
-        self.size = (context.height, context.width)
-        if self.size[0] == 0 or self.size[1] == 0:
-            raise VideoError(self.path, "its frames have no size")
-        require_pixels(self.path, self.size)
         base = self._stream.time_base
         self._average_rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
-        self._stamps = None
+        self._stamps, self._key_stamps, self._seconds = None, None, float(base or 0)
         if stamped and base and len(set(stamps)) == packets and not self._is_doubtful():
             self._stamps = sorted(stamps)
             self._key_stamps = sorted(key_stamps)
-            self._seconds = float(base)
             if first is None or first > self._stamps[0]:
                 self._drop_undecodable_start()
-        if self._stamps is not None:
-            self.times = np.array(self._stamps, dtype=np.float64) * self._seconds
-        else:
-            self._count()
-        self._length = len(self.times)
-        span = self.times[-1] - self.times[0]
-        self.rate = (len(self) - 1) / span if span > 0 else self._average_rate
+        return packets
 
     def _drop_undecodable_start(self):
         """Of a file that does not begin with a key frame (a recording that was joined), or shows frames before its first (cut at
@@ -216,63 +246,97 @@ class Video:
                 f"Video.frames: expected indices in [0, {len(self)}), got {min(indices)}..{max(indices)} ({self.path})"
             )
         require_pixels(self.path, self.size, len(indices))
+        found = {}
+        self._read(indices, found.clear, lambda index, frame: found.update({index: self._converter.rgb(frame)}))
+        first = found[min(found)]
+        return np.stack([match_size(found[i], first.shape[:2]) for i in indices])
+
+    def clips(self, indices, crops, out):
+        """Clips of the frames numbered ``indices``, decoded in one pass and cropped as they come: no more than one whole frame is
+        held.
+
+        indices: for each clip its frames [T]. crops: called with the frames' (height, width) as shown, gives a Crop for each
+        clip, and the same ones when it is called again. out: uint8 [clips, T, h, w, 3]. Raises as ``frames``.
+        """
+        together = np.concatenate(indices)
+        require_pixels(self.path, self.size, len(together))
+        writer = ClipWriter(indices, crops, out, self._converter)
+        self._read(together.tolist(), writer.restart, writer.write)
+
+    def _read(self, indices, restart, take):
+        """Calls take(index, frame) for each of ``indices`` once, in order; restart() before them, and where all begins anew."""
         self._until = time_limit()
         wanted = sorted(set(indices))
-        try:
-            found = self._by_count(wanted) if self._stamps is None else self._by_stamp(wanted)
-        except _UnorderedTimestamps:
-            self._count()
-            found = self._by_count(wanted)
-        first = found[wanted[0]]
-        return np.stack([match_size(found[i], first) for i in indices])
+        if self._stamps is not None:
+            try:
+                return self._by_stamp(wanted, restart, take)
+            except _UnorderedTimestamps:
+                self._count()
+        restart()
+        self._by_count(wanted, take)
 
-    def _by_stamp(self, wanted):
-        found, decoded, current, previous = {}, None, None, None
+    def _by_stamp(self, wanted, restart, take):
+        """``_read`` where time stamps can be trusted. A frame's bytes are those that decoding every frame gives: where one that
+        was decoded shows damage, the request begins anew with every frame. So they depend on the file and the request alone.
+        """
+        for skip in [True, False] if self._skips else [False]:
+            if self._tainted:  # a decoder fills a damaged picture with what it has of earlier ones, from before a seek too
+                self._open()
+            restart()
+            try:
+                return self._walk(wanted, take, skip)
+            except _Damaged:
+                self._tainted = True
+
+    def _walk(self, wanted, take, skip):
+        needed = {int(self._stamps[index]) for index in wanted} if skip else None
+        decoded, current, previous = None, None, None
         for index in wanted:
-            target = self._stamps[index]
+            target = int(self._stamps[index])
             key = bisect_right(self._key_stamps, target) - 1
             ahead = current is not None and (key < 0 or self._key_stamps[key] <= current.pts)
             if not ahead:  # nothing decoded yet, or a later key frame is a shorter way
-                decoded, previous = self._from(target), None
+                decoded, previous = self._from(target, needed), None
                 current = next(decoded, None)
             while current is not None and current.pts < target:
                 previous, current = current, next(decoded, None)
             if current is not None and current.pts == target:
-                found[index] = self._pixels(current)
+                take(index, current)
+            elif skip:
+                raise _Damaged
             elif previous is not None and (current is not None or index > 0 and previous.pts >= self._stamps[index - 1]):
                 # A hole, or the last frame: a player goes on showing the one before. Where several are missing at the end, the
                 # file is reported as damaged instead: nothing defines how long a still picture would be shown.
-                found[index] = self._pixels(previous)
+                take(index, previous)
             elif current is not None:
-                found[index] = self._pixels(current)  # a key frame at the very start that is damaged
+                take(index, current)  # a key frame at the very start that is damaged
             else:
                 raise VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
-        return found
 
-    def _by_count(self, wanted):
+    def _by_count(self, wanted, take):
+        self._open()  # from the very start: without time stamps there is nothing to seek by
         last = len(self.times) - 1
         if wanted[-1] > last + 1:
             raise VideoError(self.path, f"announces {len(self)} frames and has {len(self.times)}")
-        if wanted[-1] > last:  # the one missing last frame, as by time stamps
-            found = self._by_count(sorted({min(index, last) for index in wanted}))
-            return {index: found[min(index, last)] for index in wanted}
-        self._open()  # from the very start: without time stamps there is nothing to seek by
-        missing, found = set(wanted), {}
+        missing = set(wanted)
         for number, frame in enumerate(self._decode()):
             if number in missing:
-                found[number] = self._pixels(frame)
+                take(number, frame)
                 missing.discard(number)
-                if not missing:
-                    return found
+            if number == last and last + 1 in missing:  # the one missing last frame, as by time stamps
+                take(last + 1, frame)
+                missing.discard(last + 1)
+            if not missing:
+                return
         raise VideoError(self.path, f"frame {min(missing)} of {len(self)} cannot be decoded")
 
-    def _from(self, target):
+    def _from(self, target, needed=None):
         """Frames in order, beginning at or before ``target`` (a time stamp in the stream's units).
 
         Aims at the key frame and not at the target, so that all frames of its group are decoded from the same place: what a
         decoder makes of a damaged one depends on where it began."""
         key = bisect_right(self._key_stamps, target) - 1
-        start = self._key_stamps[key] if key >= 0 else target
+        start = int(self._key_stamps[key]) if key >= 0 else target
         for seconds in BACK_OFF_SECONDS:
             aim = start - int(seconds / self._seconds)
             if aim < self._stamps[0] and seconds > 0:
@@ -281,22 +345,14 @@ class Video:
                 self._container.seek(aim, stream=self._stream, backward=True)
             except av.error.FFmpegError:
                 continue
-            decoded = self._decode()
+            decoded = self._decode(needed)
             first = next(decoded, None)
             if first is not None and first.pts <= target:
                 yield first
                 yield from decoded
                 return
         self._open()
-        yield from self._decode()
-
-    def _pixels(self, frame):
-        """uint8 [H, W, 3]; grey, 10-bit and subsampled formats become 8-bit RGB."""
-        pixels = self._reformatter.reformat(frame, format="rgb24", **_ONE_THREAD).to_ndarray()
-        swap, mirror_x, mirror_y = orientation(frame)
-        if swap:
-            pixels = pixels.transpose(1, 0, 2)
-        return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
+        yield from self._decode(needed)
 
     def _require_time(self):
         require_time(self.path, self._until)
@@ -307,8 +363,12 @@ class Video:
         if number is not None:
             raise VideoError(self.path, f"cannot be read ({os.strerror(number)})", number) from error
 
-    def _decode(self):
-        packets, last = self._container.demux(self._stream), None
+    def _decode(self, needed=None):
+        """The frames from here on. needed: the time stamps of those that are needed; of the others, those that nothing refers to
+        are left out, and _Damaged is raised where anything is amiss. None: all, as far as they can be decoded."""
+        context, packets, last = self._stream.codec_context, self._container.demux(self._stream), None
+        skipping = False
+        context.skip_frame = "DEFAULT"  # whatever a decoding that was broken off left
         while True:
             try:
                 packet = next(packets)
@@ -316,18 +376,40 @@ class Video:
                 return
             except av.error.FFmpegError as error:
                 self._require_bytes(error)
+                if needed is not None:
+                    raise _Damaged from error
                 return  # a damaged tail
             self._require_time()
+            if needed is not None:
+                unneeded = packet.pts is not None and packet.pts not in needed and packet.size > 0 and not packet.is_keyframe
+                if unneeded != skipping:
+                    context.skip_frame = "NONREF" if unneeded else "DEFAULT"
+                    skipping = unneeded
             try:
                 frames = packet.decode()
-            except av.error.FFmpegError:
+            except av.error.FFmpegError as error:
+                self._tainted = True
+                if needed is not None:
+                    raise _Damaged from error
                 continue  # one bad packet: the decoder resumes at the next good one
             for frame in frames:
                 if self._stamps is not None:
                     if frame.pts is None or (last is not None and frame.pts <= last):
                         raise _UnorderedTimestamps  # the packets' time stamps are not those of the frames
                     last = frame.pts
+                self._tainted = self._tainted or frame.is_corrupt
+                if needed is not None and (frame.is_corrupt or frame.interlaced_frame):
+                    raise _Damaged  # a field may be a packet of its own
                 yield frame
+
+    def _may_skip(self):
+        """Whether frames that nothing refers to can be told, by the file's header alone."""
+        context = self._stream.codec_context
+        if context.name not in SKIPPED_BY or getattr(context, "field_order", 0) not in PROGRESSIVE:
+            return False
+        if context.name == "mpeg2video" and self._container.format.name == "mpegts":
+            return False  # damage may hide a picture within the packet before it, which shows in the order of the others alone
+        return context.name != "hevc" or has_one_temporal_layer(context.extradata)
 
 
 def printable(text):
@@ -335,26 +417,14 @@ def printable(text):
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def match_size(pixels, first):
-    """Some streams change their frame size on the way: nearest rows and columns, to the size of the first."""
-    if pixels.shape == first.shape:
-        return pixels
-    rows = np.arange(first.shape[0]) * pixels.shape[0] // first.shape[0]
-    columns = np.arange(first.shape[1]) * pixels.shape[1] // first.shape[1]
-    return pixels[rows][:, columns]
-
-
-def orientation(frame):
-    """(swap, mirror_x, mirror_y) of a frame's display matrix: exchange rows and columns, then mirror left and right, then top
-    and bottom. All false where there is none. A matrix that turns by other than quarter turns gives the nearest of the eight.
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    # A stored point (x, y) is shown at (a x + c y, b x + d y).
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
-    swap = abs(b) + abs(c) > abs(a) + abs(d)
-    return (True, c < 0, b < 0) if swap else (False, a < 0, d < 0)
+def has_one_temporal_layer(parameters):
+    """Whether an HEVC stream has no more, as its parameter sets say: bytes as in mp4 (hvcC) or as in a raw stream. In one with
+    more, a frame that none of its own layer refers to may be needed by another layer's."""
+    parameters = bytes(parameters or b"")
+    if len(parameters) > 21 and parameters[0] == 1:
+        return parameters[21] >> 3 & 7 == 1
+    start = parameters.find(b"\0\0\1\x40")  # the video parameter set
+    return 0 <= start < len(parameters) - 6 and parameters[start + 6] >> 1 & 7 == 0
 
 
 def file_size(path):

@@ -42,11 +42,13 @@ from stmae.checkpoint.files import sync_folder
 
 from ..config import ClipConfig, defaults, load_yaml, to_dict
 from ..config.preset_files import PATH_FIELDS
+from ..data.pixels import choose_pixels
 from . import checksum, fsdp
 from .distributed import SINGLE_PROCESS
 from .run_lock import Locked, RunLock, open_regular
 
 LEFT_OUT = "left_out.txt"
+BEFORE_PIXELS = "swscale"  # clips.pixels of runs from before there was a choice
 KEPT_STATES = 2  # should the newest be damaged by something else, the one before it is there
 
 
@@ -236,7 +238,10 @@ class RunFolder:
         """
         file = self.path / "config.yaml"
         if file.exists() and self.states():
-            stored = _flat(defaults) | _flat(self._read_config(file))
+            stored = _flat(defaults)
+            if "clips.pixels" in stored:
+                stored["clips.pixels"] = BEFORE_PIXELS
+            stored |= _flat(self._read_config(file))
             given = _flat(settings)
             kinds = {True: "a fine-tuning", False: "a pre-training"}
             if ("checkpoint" in stored) != ("checkpoint" in given):
@@ -256,6 +261,15 @@ class RunFolder:
                 )
         text = yaml.safe_dump(settings, sort_keys=False)
         self._write(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def keep_pixels(self, config):
+        """Sets ``config.clips.pixels`` to what the run here began with, swscale where it began before there was a choice, so that
+        its clips keep their bytes. Of a new run: to what this installation has."""
+        file = self.path / "config.yaml"
+        if file.exists() and self.states():
+            config.clips.pixels = (self._read_config(file).get("clips") or {}).get("pixels", BEFORE_PIXELS)
+        else:
+            config.clips.pixels = choose_pixels(config.clips.pixels)
 
     def _read_config(self, file):
         try:
@@ -369,8 +383,10 @@ def open_run(config, processes):
     folder = RunFolder(config.output, read_only=not processes.is_main)
     with contextlib.closing(folder):
         if processes.is_main:
+            folder.keep_pixels(config)
             folder.write_config(to_dict(config), defaults(type(config)))
         processes.barrier()
+        folder.keep_pixels(config)  # the others: what the main process wrote
         yield folder
 
 
@@ -398,14 +414,14 @@ def clips_of(checkpoint_path, stride=None):
     """The ClipConfig that the weights at ``checkpoint_path`` were trained with, as the config.yaml beside them says, else
     the default.
 
-    Only what decides which frames make a clip; ``stride`` overrides.
+    Only what decides which frames and pixels make a clip; ``stride`` overrides.
     """
     path = Path(checkpoint_path)
     settings = (path if path.is_dir() else path.parent) / "config.yaml"
     clips = {}
     if settings.exists():
-        clips = load_yaml(settings.read_text(encoding="utf-8")).get("clips") or {}
-    chosen = {name: clips[name] for name in ("stride", "spacing", "short") if name in clips}
+        clips = {"pixels": BEFORE_PIXELS, **(load_yaml(settings.read_text(encoding="utf-8")).get("clips") or {})}
+    chosen = {name: clips[name] for name in ("stride", "spacing", "short", "pixels") if name in clips}
     return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
 
 

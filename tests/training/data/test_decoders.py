@@ -150,7 +150,9 @@ def test_the_decoder_changes_no_clip(decoder, tmp_path):
     write_image(tmp_path / "d.png", 7)
     batches = []
     for choice in ("pyav", "torchcodec", "auto"):
-        views = ViewClips(find_videos(tmp_path), ClipConfig(decoder=choice), frames=4, size=(32, 32), temporal=2)
+        views = ViewClips(
+            find_videos(tmp_path), ClipConfig(decoder=choice, pixels="swscale"), frames=4, size=(32, 32), temporal=2
+        )
         for workers in (0, 2):
             batches.append([item["clips"] for item in DataLoader(views, batch_size=None, num_workers=workers)])
     assert len(batches[0]) == 4

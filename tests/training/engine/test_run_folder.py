@@ -6,12 +6,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from stmae import checkpoint
+from stmae.training.config import ClipConfig
 from stmae.training.engine import checksum, fsdp
 from stmae.training.engine.distributed import SINGLE_PROCESS
 from stmae.training.engine.run_folder import RunFolder, RunFolderError, clips_of, weights_file
@@ -314,3 +316,17 @@ def test_weights_are_a_run_folder_a_file_or_a_folder_and_checked(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="checksum"):
         weights_file(folder.path)
     assert "checksum" in folder.model_problem()
+
+
+@pytest.mark.parametrize("recorded, kept", [({}, "swscale"), ({"pixels": "swscale"}, "swscale"), ({"pixels": "exact"}, "exact")])
+def test_a_continued_run_keeps_its_pixels(recorded, kept, tmp_path):
+    config = types.SimpleNamespace(clips=ClipConfig(pixels="exact"))
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "config.yaml").write_text(json.dumps({"clips": {"stride": 2, **recorded}}))
+    folder.keep_pixels(config)
+    assert config.clips.pixels in ("exact", "swscale")  # nothing was trained yet: what the installation has
+    folder.save_state(1, {"a": torch.ones(2)}, {"step": 1})
+    folder.keep_pixels(config)
+    folder.close()
+    assert config.clips.pixels == kept
+    assert clips_of(folder.path).pixels == kept
