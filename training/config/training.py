@@ -96,6 +96,10 @@ class RunConfig:
     learning rate follows the schedule of all of them: of a finished run it rises again, then falls to min_lr"""
     tensorboard: bool = True
     """write TensorBoard's event files too"""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """show the run in Weights & Biases or Trackio too; needs the extra of that name"""
+    project: str = "stmae"
+    """the tracker's project; the run is named as its folder"""
 
     def __post_init__(self):
         require_positive(self, "save_every", "log_every")

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a progress bar, log.jsonl and TensorBoard, all from one dict of numbers; pictures and curves.
+"""What a run shows while it runs: a progress bar, log.jsonl and the trackers, all from one dict of numbers; pictures and curves.
 
 A picture that cannot be drawn is an event in the log, and the run goes on: only checkpoints and log.jsonl are worth stopping for.
 """
@@ -8,7 +8,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from tqdm import tqdm
 
 from stmae import checkpoint
@@ -20,34 +19,28 @@ PLOT_EVERY = 30.0  # seconds between drawings of the curves, which take one
 
 
 class Logger:
-    """Shows ``steps`` steps from ``step`` on: what is given to ``metrics`` goes to the bar, the folder's log and TensorBoard.
+    """Shows ``steps`` steps from ``step`` on: what is given to ``metrics`` goes to the bar, the folder's log and ``trackers``.
 
     On a terminal that is a bar; elsewhere (a file, a job's output) a line every ten seconds.
     """
 
-    def __init__(self, folder, *, step, steps, tensorboard):
+    def __init__(self, folder, *, step, steps, trackers=()):
         self.folder, self.first_step, self.steps, self.terminal = folder, step, steps, sys.stderr.isatty()
         folder.rewind_log(step)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not self.terminal, smoothing=0.05)
         self.started = self.last_line = time.monotonic()
         self.last_plot = self.started
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only where it is used
-
-            try:
-                self.writer = SummaryWriter(str(folder.subfolder("tensorboard")), purge_step=step)
-            except OSError as error:
-                self._warn(step, f"TensorBoard's files are not written, training goes on: {error}")
+        self.trackers = list(trackers)
 
     def advance(self, step):
         self.bar.update(step - self.bar.n)
 
     def metrics(self, step, **values):
-        """Log ``values`` at ``step``; print loss, learning rate and speed."""
+        """Log ``values`` at ``step``; print loss, learning rate and speed, or an evaluation's numbers."""
         self.folder.log({"step": step, **{name: _short(value) for name, value in values.items()}})
-        self._tensorboard(step, lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
+        self._track(step, lambda tracker: tracker.scalars(step, values))
         if "loss" not in values:
+            self.info(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()))
             return
         speed = f"{values['clips_per_second']:.1f} clips/s, data wait {values['data_wait']:.0%}"
         text = f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {speed}"
@@ -63,41 +56,42 @@ class Logger:
         self.folder.log({"step": step, "event": message, **fields})
 
     def image(self, step, name, make):
-        """Show what ``make()`` returns, a PIL image: pictures/NAME-step-STEP.png in the folder, and TensorBoard."""
+        """Show what ``make()`` returns, a PIL image: pictures/NAME-step-STEP.png in the folder, and the trackers."""
 
         def write():
             image = make()
             folder = self.folder.subfolder("pictures")
             with checkpoint.atomic_write(folder / f"{name}-step-{step:08d}.png") as temporary, open(temporary, "wb") as file:
                 image.save(file, "png")
-            self._tensorboard(step, lambda writer: writer.add_image(name, np.asarray(image), step, dataformats="HWC"))
+            self._track(step, lambda tracker: tracker.image(step, name, image))
 
         self._attempt(step, f"the picture of {name}", write)
 
     def plot(self, step, *, last=False):
-        """Draw the log's curves as plots.png: at every checkpoint, but not more often than every PLOT_EVERY seconds, and at the
-        ``last``."""
+        """Write the log's numbers as curves, plots.png, and as a table, log.csv: at every checkpoint, but not more often than
+        every PLOT_EVERY seconds, and at the ``last``."""
         if not last and time.monotonic() - self.last_plot < PLOT_EVERY:
             return
 
         def write():
-            from .plots import draw
+            from .plots import draw, write_table
 
+            log = self.folder.path / "log.jsonl"
+            write_table(log, self.folder.path / "log.csv")
             # In a thread, for its stack: matplotlib's parser keeps exceptions, and with them all that called it, the model too.
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(draw, self.folder.path / "log.jsonl", self.folder.path / "plots.png").result()
+                thread.submit(draw, log, self.folder.path / "plots.png").result()
 
-        self._attempt(step, "plots.png", write)
+        self._attempt(step, "log.csv and plots.png", write)
         self.last_plot = time.monotonic()
 
-    def _tensorboard(self, step, write):
-        if self.writer is None:
-            return
-        try:
-            write(self.writer)
-        except Exception as error:  # any error of its writing thread
-            self.writer = None
-            self._warn(step, f"TensorBoard stops here, training goes on: {error}")
+    def _track(self, step, write):
+        for tracker in list(self.trackers):
+            try:
+                write(tracker)
+            except Exception as error:  # a tracker's writing thread hands on whatever befell it
+                self.trackers.remove(tracker)
+                self._warn(step, f"{tracker.name} stops here, training goes on: {error}")
 
     def _attempt(self, step, what, work):
         try:
@@ -117,13 +111,13 @@ class Logger:
 
     def close(self):
         self.bar.close()
-        self._tensorboard(self.bar.n, lambda writer: writer.close())
+        self._track(self.bar.n, lambda tracker: tracker.close())
 
 
 class NullLogger:
     """The logger of every process but the main one: prints only the events that carry fields, such as a broken video."""
 
-    def __init__(self, folder, **options):
+    def __init__(self, folder):
         pass
 
     def event(self, step, message, **fields):

@@ -30,6 +30,7 @@ from .meters import StepMeter
 from .optimizer import adamw, learning_rate, total_steps
 from .run_folder import LEFT_OUT
 from .signals import StopRequest
+from .trackers import TrackerError, start_trackers
 from .train_state import TrainState, load_state_tensors, owner_in, state_tensors, tensors_problem
 
 SKIPS_IN_A_ROW = 20  # steps without a finite gradient after which it is no accident
@@ -100,8 +101,7 @@ def train(task, config, processes, device, folder):
             training.print(f"note: {folder.path / LEFT_OUT} names {len(task.dataset.left_out)} videos, which are not used")
         loader = training.loader(state.step)
         training.describe(folder, state.step)
-        logger_class = Logger if processes.is_main else NullLogger
-        logger = logger_class(folder, step=state.step, steps=training.steps, tensorboard=config.run.tensorboard)
+        logger = training.logger(folder, state.step)
         broken = {}  # path -> reason of the videos that could not be used
 
         with closing(logger), StopRequest() as stop, Batches(loader, timeout=config.run.data_timeout) as batches:
@@ -296,6 +296,15 @@ class Training:
             world_size=processes.world_size,
         )
         return training_loader(self.task.dataset, sampler, workers=self.workers, pin_memory=self.device.type == "cuda")
+
+    def logger(self, folder, step):
+        if not self.processes.is_main:
+            return NullLogger(folder)
+        try:
+            trackers = start_trackers(folder, step, self.config)
+        except TrackerError as error:
+            raise TrainingError(str(error)) from error
+        return Logger(folder, step=step, steps=self.steps, trackers=trackers)
 
     def describe(self, folder, first_step):
         """Prints what will be trained on what, measures the device, and records the start in run.jsonl."""

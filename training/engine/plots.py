@@ -1,5 +1,6 @@
-"""A run's log as curves, in one picture."""
+"""A run's log as curves, in one picture, and as a table."""
 
+import csv
 import json
 import math
 
@@ -59,3 +60,17 @@ def read(log):
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(name, []).append((values["step"], value))
     return curves
+
+
+def write_table(log, file):
+    """Write the numbers of ``log`` (a log.jsonl) to ``file`` (a CSV), completely or not at all: a row for each step, a column for
+    each name; empty where a step has no such number."""
+    curves = read(log)
+    rows = {}
+    for name, points in curves.items():
+        for step, value in points:
+            rows.setdefault(step, {"step": step})[name] = value
+    with checkpoint.atomic_write(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, ["step", *curves])
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))

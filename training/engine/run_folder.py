@@ -3,6 +3,7 @@
     config.yaml               every setting; ``--config DIR/config.yaml`` repeats the run
     run.jsonl                 one line for each start: command, versions, machine
     log.jsonl                 one line every few steps, and one for each event
+    log.csv                   its numbers as a table
     tensorboard/              the same for TensorBoard
     model.safetensors         the weights, as ``stmae.checkpoint.load`` reads them
     state-STEP.safetensors    weights, optimiser and counters: all that is needed to continue; the last two are kept
@@ -21,6 +22,7 @@ continues from either kind of state, on any number of processes, sharded or not.
 import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -328,6 +330,10 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return line if isinstance(line, dict) else None
+
+    def run_id(self):
+        """A name for the run among all others, which stays when the run is continued."""
+        return hashlib.sha256(_read_regular(self.path / "run.jsonl").splitlines()[0].encode()).hexdigest()[:16]
 
     def log(self, line):
         """Add a line to log.jsonl."""

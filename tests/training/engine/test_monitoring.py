@@ -1,5 +1,6 @@
 """What a run reports while it runs: utilisation, memory, a probe, pictures and curves; none of it can end the run."""
 
+import csv
 import gc
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from stmae.training.config import EncodingConfig, PretrainConfig, parse
 from stmae.training.data.video_list import find_labelled_videos
 from stmae.training.engine import logger, plots
 from stmae.training.engine.distributed import SINGLE_PROCESS
+from stmae.training.engine.loop import TrainingError
 from stmae.training.engine.run_folder import RunFolder
 from stmae.training.evaluation.features import encode
 from stmae.training.evaluation.pretraining import knn_accuracy
@@ -283,7 +286,7 @@ def test_pictures_that_cannot_be_written_are_reported_and_the_run_goes_on(run, c
     run("unwritable")
     printed = capsys.readouterr().out
     assert "could not write the picture of 0-a, training goes on" in printed
-    assert "could not write plots.png, training goes on" in printed
+    assert "could not write log.csv and plots.png, training goes on" in printed
     events = [line["event"] for line in lines(output) if "event" in line]
     assert sum("training goes on" in event for event in events) == 10  # three pictures three times, the curves once
     assert RunFolder(output, read_only=True).states() == [8, 4] and lines(output)[-1]["step"] == 8
@@ -302,20 +305,77 @@ def test_a_tensorboard_that_fails_is_reported_once(run, capsys, monkeypatch):
     assert RunFolder(run.folder / "full", read_only=True).states() == [8, 4]
 
 
+def test_the_log_as_a_table(finished):
+    with open(finished / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    logged = {}
+    for line in lines(finished):
+        logged.setdefault(line["step"], {}).update((n, v) for n, v in line.items() if n != "step" and isinstance(v, float | int))
+    assert [int(row["step"]) for row in rows] == sorted(logged)
+    for row in rows:
+        assert {n: float(v) for n, v in row.items() if n != "step" and v} == pytest.approx(logged[int(row["step"])], rel=0)
+
+
+def remote_tracker(monkeypatch, package, **functions):
+    """A module of that name in the place of the real one; returns the calls that it gets."""
+    calls = []
+    module = types.ModuleType(package)
+    for name in ("init", "log", "finish", "Image"):
+        given = functions.get(name)
+
+        def function(*arguments, _name=name, _given=given, **named):
+            calls.append((_name, arguments, named))
+            return _given(*arguments, **named) if _given else (_name, *arguments)
+
+        setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, package, module)
+    return calls
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_remote_tracker_gets_numbers_and_pictures(run, package, monkeypatch):
+    calls = remote_tracker(monkeypatch, package)
+    run(package, "--run.tracker", package, "--run.project", "clips")
+    name, _, started = calls[0]
+    assert name == "init" and started["project"] == "clips" and started["name"] == package and started["resume"] == "allow"
+    assert started["config"]["optimizer"]["batch"] and calls[-1][0] == "finish"
+    scalars, pictures = {}, {}
+    for name, arguments, named in calls:
+        if name == "log":
+            for key, value in arguments[0].items():
+                (scalars if isinstance(value, float | int) else pictures).setdefault(key, []).append(named["step"])
+    assert scalars["loss"] == [2, 4, 6, 8] and scalars["knn_accuracy"][0] == 0 and pictures["0-a"] == [0, 4, 8]
+
+
+def test_a_tracker_that_cannot_start_is_refused_before_a_step(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainingError, match="run.tracker wandb: .*pip install wandb"):
+        run("missing", "--run.tracker", "wandb")
+
+    def no_key(**options):
+        raise ValueError("No API key configured.\nUse `wandb login`")
+
+    remote_tracker(monkeypatch, "wandb", init=no_key)
+    with pytest.raises(TrainingError, match="run.tracker wandb: No API key configured. Use .*; WANDB_MODE=offline"):
+        run("missing", "--run.tracker", "wandb")
+    assert RunFolder(run.folder / "missing", read_only=True).states() == []
+
+
 def test_a_log_that_cannot_be_written_does_not_hide_what_went_wrong(tmp_path, capsys):
     folder = RunFolder(tmp_path)
-    shown = logger.Logger(folder, step=0, steps=1, tensorboard=False)
+    shown = logger.Logger(folder, step=0, steps=1)
     (tmp_path / "log.jsonl").unlink(missing_ok=True)
     (tmp_path / "log.jsonl").mkdir()
     shown.plot(1, last=True)
     shown.close()
-    assert "could not write plots.png, training goes on" in capsys.readouterr().out
+    assert "could not write log.csv and plots.png, training goes on" in capsys.readouterr().out
 
 
 def test_curves_are_not_drawn_at_every_checkpoint_of_a_fast_run(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "draw", lambda source, picture: drawn.append(picture))
-    shown = logger.Logger(RunFolder(tmp_path), step=0, steps=1, tensorboard=False)
+    shown = logger.Logger(RunFolder(tmp_path), step=0, steps=1)
+    (tmp_path / "log.jsonl").touch()
     shown.plot(1)
     shown.plot(2, last=True)
     assert len(drawn) == 1
@@ -346,7 +406,7 @@ def test_a_probe_with_nothing_readable_is_nan(run, tmp_path, capsys):
     arguments = ["--config", str(run.folder / "tiny.yaml"), "--data", "x", "--output", str(tmp_path)]
     config = parse(PretrainConfig, arguments, prog="p", description="")
     model = MaskedAutoencoder(config.model)
-    shown = logger.Logger(RunFolder(tmp_path), step=0, steps=1, tensorboard=False)
+    shown = logger.Logger(RunFolder(tmp_path), step=0, steps=1)
     numbers = knn_accuracy(entries, entries, config, SINGLE_PROCESS, torch.device("cpu"), model, None, shown, 0)
     shown.close()
     assert np.isnan(numbers["knn_accuracy"]) and "left out of the probe" in capsys.readouterr().out
