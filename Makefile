@@ -1,6 +1,8 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
 # make test   from nothing: all tests; make test-quick: the ops of small tensors, masks, clips, recipes and imports
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
+# make docs   from nothing: the documentation as a site, build/site
+# make wheel, make sdist  from nothing: packages to publish, in dist, checked
 # make sanitize  from nothing: tests that call ops as no one should, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make old-processor  from nothing: each op once on an emulated processor without AVX; needs qemu-x86_64 (Debian's qemu-user)
 # make bench  from nothing: every op and the training step beside the reference and a strong user's version
@@ -23,7 +25,7 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test test-quick lint sanitize old-processor bench gpu study clean
+.PHONY: demo test test-quick lint docs wheel sdist sanitize old-processor bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -42,6 +44,20 @@ lint: $(STAMP)-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# torch's libraries are not packed: the wheel loads those of the torch that is installed.
+wheel: $(STAMP)-dev
+	rm -rf build/wheel
+	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH='$(abspath $(VENV))/bin':"$$PATH" $(VENV)/bin/auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	$(VENV)/bin/twine check --strict dist/*.whl
+
+sdist: $(STAMP)-dev
+	$(VENV)/bin/python -m build --sdist --no-isolation --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*.tar.gz
 
 # Built beside the extension that is in use. Without optimisation, which would take the compiler several times as long.
 SANITIZE = -fsanitize=address,undefined

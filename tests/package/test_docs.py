@@ -293,6 +293,34 @@ def test_every_op_is_in_the_docs():
         assert set(ops.__all__) - {"set_linear_backend"} <= set(spans(ROOT / page)), page
 
 
+@pytest.mark.parametrize("package", ["ops", "models", "checkpoint", "training"])
+def test_the_api_pages_have_everything_public(package):
+    """Each by its full name, or the whole package where no module has the name of one of its functions."""
+    page = (ROOT / f"docs/api/{package}.md").read_text()
+    shown = re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)
+    names = set(importlib.import_module(f"stmae.{package}").__all__)
+    if f"stmae.{package}" not in shown:
+        assert names <= {entry.rpartition(".")[2] for entry in shown}
+    for entry in shown:
+        module, _, name = entry.rpartition(".")
+        module = f"stmae.{module}" if module.startswith("training") else module
+        assert hasattr(importlib.import_module(module), name), entry
+
+
+def test_the_workflows_make_what_there_is(monkeypatch):
+    import yaml
+
+    commands_found = 0
+    for file in sorted((ROOT / ".github/workflows").glob("*.yml")):
+        for job in yaml.safe_load(file.read_text())["jobs"].values():
+            for step in job["steps"]:
+                words = shlex.split(step.get("run", ""), comments=True)
+                if words[:1] == ["make"]:
+                    check_command(words, monkeypatch)
+                    commands_found += 1
+    assert commands_found > 3
+
+
 def test_the_front_pages_are_short():
     assert len(FRONT[0].read_bytes()) <= 5000
     assert len(FRONT[1].read_bytes()) <= 4000
