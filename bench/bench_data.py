@@ -10,15 +10,15 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import stmae.training
 from bench.steps import Step
 from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
 from stmae.training.data.batch_sampler import ResumableBatchSampler
-from stmae.training.data.dataset import PretrainClips, as_video, collate
+from stmae.training.data.dataset import PretrainClips, as_video
 from stmae.training.data.decoders import choose_decoder
+from stmae.training.data.loader import ClipLoader
 from stmae.training.data.video_list import find_videos
 
 REPEATS, WORKERS = 4, 2
@@ -54,7 +54,7 @@ def dataset(videos, decoder="pyav", repeats=REPEATS):
 
 def loader(data, *, videos_a_step, steps):
     order = ResumableBatchSampler(len(data), videos_a_step, seed=0, num_steps=steps)
-    return DataLoader(data, batch_sampler=order, num_workers=WORKERS, collate_fn=collate, prefetch_factor=4)
+    return ClipLoader(data, order, WORKERS, held=2)
 
 
 def bench_decoding(videos, compare, benchmark, full):

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from stmae.masking import sample_phase
 
@@ -53,10 +53,22 @@ class RandomClips(Dataset):
     def __len__(self):
         return len(self.entries)
 
-    def __getitem__(self, key):
-        return self.patient(functools.partial(self._sample, key))
+    @functools.cached_property
+    def layout(self):
+        """{name: (shape, dtype)} of the tensors of an item."""
+        extras = self.extras(np.random.default_rng(0), self.entries[0])
+        shapes = {name: ((self.clips.repeats, *value.shape[1:]), value.dtype) for name, value in extras.items()}
+        return {"clips": ((self.clips.repeats, self.frames, *self.size, 3), torch.uint8), **shapes}
 
-    def _sample(self, key):
+    def __getitem__(self, key):
+        out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()}
+        return {**out, **self.fill(key, out)}
+
+    def fill(self, key, out):
+        """Writes the tensors of item ``key`` to ``out``, which has the ``layout``. Returns the rest: ``skipped``, ``short``."""
+        return self.patient(functools.partial(self._sample, key, out))
+
+    def _sample(self, key, out):
         epoch, number = key
         errors = []
         for attempt in range(SUBSTITUTES + 1):
@@ -64,25 +76,25 @@ class RandomClips(Dataset):
                 number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
             try:
                 self.reading(number)
-                item = self._read(epoch, number)
+                short = self._read(epoch, number, out)
             except VideoError as error:  # not remembered: another clip of the same video may be readable, or it may come back
                 self.patient.raise_if_away(error)
                 errors.append(error)
             else:
                 was_read(self.entries[number])
-                return {**item, "skipped": [(error.path, error.reason) for error in errors]}
+                return {"skipped": [(error.path, error.reason) for error in errors], "short": short}
             finally:
                 self.reading(-1)
         self.patient.raise_if_all_away(errors)
         raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {errors[-1]}; see 'stmae data check'")
 
-    def _read(self, epoch, number):
+    def _read(self, epoch, number, out):
+        """Fills ``out`` with clips of one video; returns its ``short_note``."""
         entry = self.entries[number]
         if self.left_out and os.path.abspath(entry.path) in self.left_out:
             raise VideoError(entry.path, "left out, as left_out.txt in the run's folder says")
         settings = self.clips
         rngs = [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(settings.repeats)]
-        clips = torch.empty((settings.repeats, self.frames, *self.size, 3), dtype=torch.uint8)
         with open_entry(entry, settings.decoder, settings.pixels) as video:
             length = length_of(video, self.frames, settings)
             wanted = [random_clip(rng, length, self.frames, settings.stride, settings.spacing) for rng in rngs]
@@ -95,16 +107,16 @@ class RandomClips(Dataset):
                     random_crop(rng, height, width, self.size, settings.scale, settings.aspect, settings.flip) for rng in rngs
                 ]
 
-            video.clips([within(video, clip, settings) for clip in wanted], crops, clips.numpy())  # one pass for all repeats
+            indices = [within(video, clip, settings) for clip in wanted]
+            video.clips(indices, crops, out["clips"].numpy())  # one pass for all repeats
             short = short_note(video, self.frames, settings)
-        extras = []
-        for rng, clip in zip(rngs, clips):
+        for r, (rng, clip) in enumerate(zip(rngs, out["clips"])):
             augmented = self.augment(rng, clip)
             if augmented is not clip:
                 clip.copy_(augmented)
-            extras.append(self.extras(rng, entry))
-        joined = {name: torch.cat([extra[name] for extra in extras]) for name in extras[0]}
-        return {"clips": clips, **joined, "short": short}
+            for name, value in self.extras(rng, entry).items():
+                out[name][r] = value[0]
+        return short
 
 
 class PretrainClips(RandomClips):
@@ -222,14 +234,6 @@ class ReadableViews(Dataset):
 
 
 NOTES = ("skipped", "short")  # of an item: lists, and no tensors
-
-
-def collate(items):
-    """A batch of items, the clips of all videos in one dimension: ``clips`` [B*R, T, H, W, C], ``noise`` [B*R, N] or
-    ``label`` [B*R]; ``skipped`` and ``short``: lists."""
-    notes = {name: [note for item in items for note in item[name]] for name in NOTES}
-    batch = default_collate([{name: value for name, value in item.items() if name not in NOTES} for item in items])
-    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, **notes}
 
 
 def worker_died(error):

@@ -7,11 +7,12 @@ import threading
 import time
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from .dataset import collate, worker_died
+from .dataset import NOTES, worker_died
 from .outage import DataAwayError
+from .shared_ring import SharedRing
 from .video import printable
 
 POLL = 5.0  # seconds between looks at what the workers read, where no batch comes
@@ -55,17 +56,138 @@ class Reading:
         return 0.0 if number < 0 else (time.monotonic_ns() - since) / 1e9
 
 
-def training_loader(dataset, sampler, *, workers, pin_memory=False):
-    """A DataLoader of the micro-batches of ``sampler`` (a ResumableBatchSampler) from ``dataset``, decoded by ``workers``
+class ClipLoader:
+    """The micro-batches of ``sampler`` (a ResumableBatchSampler) from ``dataset`` (a RandomClips), decoded by ``num_workers``
+    processes (0: in this one): {name: tensor [B*R, ...]}, and the lists ``skipped`` and ``short``.
+
+    A worker takes a video at a time, the next one in the order of all, and writes its clips to where the batch will be. So the
+    videos of one batch are read by all workers, and no batch is put together or copied.
+
+    held: how many batches, with the newest, are in use at a time: older ones are overwritten; None: any number, each a copy.
+    pin_memory: for a GPU.
+    """
+
+    AHEAD = 4  # videos that each worker reads ahead, or two batches, whichever is more
+
+    def __init__(self, dataset, sampler, num_workers, *, held=None, pin_memory=False):
+        self.dataset, self.sampler, self.num_workers, self.held, self.pin_memory = dataset, sampler, num_workers, held, pin_memory
+        self.videos = sampler.batch // (sampler.accumulate * sampler.world_size)
+        self.ahead = max(self.AHEAD, -(-2 * self.videos // max(num_workers, 1)))
+        # Of the videos that are read ahead the last belongs to batch i + ceil(...) while batch i is the newest in use.
+        self.slots = -(-self.ahead * num_workers // self.videos) + (held or 1) + 1
+        dataset.reading = Reading(num_workers)
+
+    def __len__(self):
+        return len(self.sampler)
+
+    @property
+    def layout(self):
+        """{name: (shape, dtype)} of a batch, its videos in the first dimension."""
+        return {name: ((self.videos, *shape), dtype) for name, (shape, dtype) in self.dataset.layout.items()}
+
+    @property
+    def shared_bytes(self):
+        """How much memory the workers share with this process."""
+        sizes = (torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size() for shape, dtype in self.layout.values())
+        return self.slots * sum(sizes) if self.num_workers else 0
+
+    def __iter__(self):
+        return _FilledBySeveral(self) if self.num_workers else self._filled_here()
+
+    def _filled_here(self):
+        for keys in self.sampler:
+            batch = {
+                name: torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory) for name, (shape, dtype) in self.layout.items()
+            }
+            places = [{name: value[i] for name, value in batch.items()} for i in range(self.videos)]
+            yield _joined(batch, [self.dataset.fill(key, place) for key, place in zip(keys, places)])
+
+
+def _joined(batch, notes):
+    """The batch with videos and their clips in one dimension, and what was noted of the videos in one list for each name."""
+    lists = {name: [note for video in notes for note in video[name]] for name in NOTES}
+    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, **lists}
+
+
+class _Fill(Dataset):
+    """Item (batch, place, key): what was noted of sample ``key``, which is written to that place of that batch of the ring."""
+
+    def __init__(self, dataset, ring):
+        self.dataset, self.ring = dataset, ring
+
+    def __getitem__(self, task):
+        batch, place, key = task
+        return self.dataset.fill(key, {name: value[place] for name, value in self.ring[batch].items()})
+
+
+class _Tasks:
+    """The tasks of _Fill in order; can be iterated again."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        for batch, keys in enumerate(self.sampler):
+            yield from ((batch, place, key) for place, key in enumerate(keys))
+
+    def __len__(self):
+        return len(self.sampler)
+
+
+class _FilledBySeveral:
+    """An iterator of ClipLoader's batches, with data workers."""
+
+    def __init__(self, loader):
+        self.loader, self.batch = loader, 0
+        try:
+            self.ring = SharedRing(loader.slots, loader.layout)
+        except OSError as error:
+            raise LoaderError(
+                f"the data workers need {loader.shared_bytes / 2**20:.0f} MiB of shared memory ({error.strerror}): "
+                "try fewer run.workers"
+            ) from error
+        self.pinned = loader.pin_memory and self.ring.pin()
+        self.notes = iter(
+            DataLoader(
+                _Fill(loader.dataset, self.ring),
+                batch_size=None,
+                sampler=_Tasks(loader.sampler),
+                collate_fn=_as_it_is,
+                num_workers=loader.num_workers,
+                prefetch_factor=loader.ahead,
+                timeout=POLL,
+                worker_init_fn=ignore_stop_signals,
+            )
+        )
+        self._workers, self.received = self.notes._workers, []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while len(self.received) < self.loader.videos:  # where it times out, it goes on from here
+            self.received.append(next(self.notes))
+        batch, notes, self.received = self.ring[self.batch], self.received, []
+        self.batch += 1
+        if self.loader.held is None:
+            batch = {name: value.clone() for name, value in batch.items()}
+        return _joined(batch, notes)
+
+    def _shutdown_workers(self):
+        self.notes._shutdown_workers()
+        if self.pinned:
+            self.ring.unpin()
+            self.pinned = False
+
+
+def _as_it_is(item):
+    return item
+
+
+def training_loader(dataset, sampler, *, workers, held=None, pin_memory=False):
+    """A ClipLoader of the micro-batches of ``sampler`` (a ResumableBatchSampler) from ``dataset``, decoded by ``workers``
     processes (0: in this one)."""
-    return watched_loader(
-        dataset,
-        workers,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-    )
+    return ClipLoader(dataset, sampler, workers, held=held, pin_memory=pin_memory)
 
 
 def watched_loader(dataset, workers, **options):

@@ -295,7 +295,13 @@ class Training:
             rank=processes.rank,
             world_size=processes.world_size,
         )
-        return training_loader(self.task.dataset, sampler, workers=self.workers, pin_memory=self.device.type == "cuda")
+        # Of this step and of the next.
+        held, on_gpu = 2 * settings.accumulate, self.device.type == "cuda"
+        loader = training_loader(self.task.dataset, sampler, workers=self.workers, held=held, pin_memory=on_gpu)
+        if loader.shared_bytes:
+            megabytes = -(-loader.shared_bytes // 2**20)
+            self.print(f"data workers write clips to {megabytes} MiB of shared memory, none of it in /dev/shm")
+        return loader
 
     def logger(self, folder, step):
         if not self.processes.is_main:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import sys
 import warnings
@@ -9,14 +10,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from stmae.masking import sample_noise
 from stmae.training import cli
 from stmae.training.config import ClipConfig
 from stmae.training.data import clip_sampling, transforms
 from stmae.training.data.batch_sampler import ResumableBatchSampler
-from stmae.training.data.dataset import PretrainClips, ViewClips, as_video, collate, require_readable
+from stmae.training.data.dataset import PretrainClips, ViewClips, as_video, require_readable
+from stmae.training.data.loader import Batches, ClipLoader, LoaderError
+from stmae.training.data.shared_ring import SharedRing
 from stmae.training.data.video import Video, VideoError
 from stmae.training.data.video_list import Entry, find_labelled_videos, find_train_and_test, find_videos
 from tests.support.synthetic_video import read_number, write_audio, write_video
@@ -350,7 +352,7 @@ def test_clips_hold_the_frames_they_should(folder):
 
 def test_the_batch_reaches_the_model_as_a_view(folder):
     data = dataset(find_videos(folder))
-    batch = collate([data[(0, 0)], data[(0, 1)]])
+    (batch,) = ClipLoader(data, ResumableBatchSampler(4, 2, seed=0, num_steps=1), 0)
     video = as_video(batch["clips"])
     assert video.shape == (4, 3, 4, 32, 32) and batch["noise"].shape == (4, 32)
     assert video.data_ptr() == batch["clips"].data_ptr() and video.stride(1) == 1
@@ -361,8 +363,8 @@ def test_the_batch_reaches_the_model_as_a_view(folder):
 def test_the_number_of_workers_changes_nothing(folder, workers):
     entries = find_videos(folder)
     order = ResumableBatchSampler(len(entries), 3, seed=0, num_steps=4)
-    alone = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate))
-    spread = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=workers))
+    alone = list(ClipLoader(dataset(entries), order, 0))
+    spread = list(ClipLoader(dataset(entries), order, workers))
     assert len(alone) == 4
     for a, b in zip(alone, spread):
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
@@ -370,13 +372,61 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
 
 def test_a_loader_continues_in_mid_epoch(folder):
     entries = find_videos(folder)
-    complete = list(
-        DataLoader(dataset(entries), batch_sampler=ResumableBatchSampler(4, 3, seed=0, num_steps=5), collate_fn=collate)
-    )
+    complete = list(ClipLoader(dataset(entries), ResumableBatchSampler(4, 3, seed=0, num_steps=5), 0))
     order = ResumableBatchSampler(4, 3, seed=0, num_steps=5, first_step=2)
-    rest = list(DataLoader(dataset(entries), batch_sampler=order, collate_fn=collate, num_workers=1))
+    rest = list(ClipLoader(dataset(entries), order, 1))
     for a, b in zip(complete[2:], rest):
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
+
+
+def write_seven(ring):
+    for value in ring[1].values():
+        value.fill_(7)
+
+
+def order(videos, batch, steps=1, **options):
+    return ResumableBatchSampler(videos, batch, seed=0, num_steps=steps, **options)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_batch_lies_where_its_workers_wrote_it_until_it_is_overwritten(workers, folder):
+    entries = find_videos(folder)
+    kept = list(ClipLoader(dataset(entries), order(4, 2, 12, accumulate=2), workers))
+    loader = ClipLoader(dataset(entries), order(4, 2, 12, accumulate=2), workers, held=4)
+    addresses, recent = set(), []
+    with Batches(loader) as batches:
+        for expected in kept:
+            recent = [*recent[-3:], (expected, next(batches))]
+            addresses.add(recent[-1][1]["clips"].data_ptr())
+            for before, batch in recent:  # four at a time are what they were
+                assert all(torch.equal(before[name], batch[name]) for name in ("clips", "noise", "phase"))
+    assert len(kept) == 24
+    if workers:
+        assert len(addresses) <= loader.slots < 24
+        size = loader.videos * 2 * (4 * 32 * 32 * 3 + 4 * 32 + 8)
+        assert size * loader.slots <= loader.shared_bytes <= (size + 3 * 64) * loader.slots
+
+
+def test_shared_memory_that_there_is_not_is_an_error(folder, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stmae.training.data.shared_ring.os.posix_fallocate", full)
+    with pytest.raises(LoaderError, match=r"need \d+ MiB of shared memory \(No space left on device\): try fewer run.workers"):
+        list(ClipLoader(dataset(find_videos(folder)), order(4, 2), 1))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_ring_reaches_processes_however_they_are_started(method):
+    ring = SharedRing(2, {"a": ((2, 3), torch.uint8), "b": ((5,), torch.float32)})
+    process = multiprocessing.get_context(method).Process(target=write_seven, args=(ring,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert (ring[1]["a"] == 7).all() and (ring[3]["b"] == 7).all() and (ring[0]["a"] == 0).all()
+    for value in ring[1].values():
+        assert value.data_ptr() % 64 == 0
 
 
 # Short videos
@@ -396,7 +446,8 @@ def test_a_short_video_begins_again_or_repeats_its_last_frame(short, tmp_path):
         assert [read_number(frame.numpy()) for frame in clip] == SHORT[short]
     done = {"loop": "it begins again", "pad": "its last frame is repeated"}[short]
     assert item["skipped"] == [] and item["short"] == [(str(path), f"5 frames, and a clip needs 7: {done}")]
-    assert collate([item, item])["short"] == 2 * item["short"]
+    (batch,) = ClipLoader(PretrainClips(2 * find_videos(tmp_path), clips, sample_noise=draw, seed=0, **options), order(2, 2), 0)
+    assert batch["short"] == 2 * item["short"]
 
 
 @pytest.mark.parametrize("spacing", ["stride", "linspace", "segments"])
@@ -474,10 +525,10 @@ def half_damaged(tmp_path):
 class PartlyUnreadable(PretrainClips):
     """Fails for some clips of a video and not for others, as damage in a part of it does."""
 
-    def _read(self, epoch, number):
+    def _read(self, epoch, number, out):
         if number == 0 and np.random.default_rng([epoch, number]).random() < 0.5:
             raise VideoError(self.entries[number].path, "frame 50 of 60 cannot be decoded")
-        return super()._read(epoch, number)
+        return super()._read(epoch, number, out)
 
 
 def damaged_clips(entries):
@@ -487,7 +538,7 @@ def damaged_clips(entries):
 
 def damaged_batches(entries, workers, first_step=0):
     order = ResumableBatchSampler(len(entries), 3, seed=0, num_steps=12, first_step=first_step)
-    return list(DataLoader(damaged_clips(entries), batch_sampler=order, collate_fn=collate, num_workers=workers))
+    return list(ClipLoader(damaged_clips(entries), order, workers))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
