@@ -47,7 +47,7 @@ def arguments(device):
             (pred, video, masked, [1, 4, 4], [0, 1], True, list(MEAN), list(STD)),
         ),
         "attention": (lambda: ops.attention(q, k, v), (q, k, v, 0.25)),
-        "packed_attention": (lambda: ops.packed_attention(qkv), (qkv, 0.25)),
+        "attention_qkvpacked": (lambda: ops.attention_qkvpacked(qkv), (qkv, 0.25)),
     }
 
 
@@ -114,14 +114,14 @@ def launchers():
     weight, pred, masked = meta(1024, 3, 2, 16, 16), meta(32, 1412, 768), meta(32, 1412, dtype=torch.int64)
     frames = list(range(0, 16, 2))
     return {
-        "packed_attention": lambda: attention.packed_attention(qkv, 0.125),
-        "packed_attention_backward": lambda: attention.packed_attention_backward(out, qkv, out, lse, 0.125),
+        "attention_qkvpacked": lambda: attention.attention_qkvpacked(qkv, 0.125),
+        "attention_qkvpacked_backward": lambda: attention.attention_qkvpacked_backward(out, qkv, out, lse, 0.125),
         "masked_patchify": lambda: masked_patchify.masked_patchify(video, keep, weight, None, None, MEAN, STD),
         "patch_loss": lambda: patch_loss.patch_loss(pred, video, masked, [1, 16, 16], frames, True, MEAN, STD),
     }
 
 
-@pytest.mark.parametrize("launcher", ["packed_attention", "packed_attention_backward", "masked_patchify", "patch_loss"])
+@pytest.mark.parametrize("launcher", ["attention_qkvpacked", "attention_qkvpacked_backward", "masked_patchify", "patch_loss"])
 def bench_launcher(launcher, benchmark, monkeypatch):
     jit = pytest.importorskip("triton.runtime.jit")
     monkeypatch.setattr(jit.JITFunction, "run", lambda self, *args, **kwargs: None)

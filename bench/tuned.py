@@ -23,5 +23,5 @@ def attention(q, k, v, *, scale=None):
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def packed_attention(qkv, *, scale=None):
+def attention_qkvpacked(qkv, *, scale=None):
     return attention(*qkv.unbind(2), scale=scale)

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from . import attention_tiles, launching
-from .launching import configs, dot_precision, launch
+from .launching import configs, dot_precision, launch, one
+from .sequences import sequence
 
 # A head dim that is no power of two is taken in two pieces, D0 the largest power of two in it and D1 what remains
 # (80 = 64 + 16, 96 = 64 + 32), each an operand of its own: the products then do no work for padding, where one padded to 128
@@ -18,6 +19,11 @@ from .launching import configs, dot_precision, launch
 # that they do not fit (WIDE): its strides are then 64 bits.
 #
 # What is walked over is taken in tiles of a constant size and a last, smaller one: the least power of two that holds the rest.
+#
+# Sequences that lie one after another (VARLEN) take the same kernels: a program's tile belongs to the sequence that a table says,
+# and what is B above is then the sequence's first row, with the stride of rows for that of B. Sequence s has the places from
+# cu_seqlens[s] // BLOCK + s on in the table: enough for its tiles, with at most one left over. Nothing has to be summed to make
+# it, so that each place is found by a search of its own, and the size of the launch follows from the total and S.
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -222,6 +228,25 @@ def _attend(
 
 
 @triton.jit
+def _tile_table(cu_ptr, table_ptr, S, places, STEPS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """table[place] = the sequence whose tile of BLOCK rows has this place, or -1.
+
+    Args:
+        cu_ptr: [S + 1] int32 or int64. table_ptr: [places] int32. STEPS: 2^STEPS > S.
+    """
+    place = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    low = tl.zeros([LANES], tl.int32)  # the last sequence that begins at this place or before it
+    for step in tl.static_range(STEPS):
+        middle = low + (1 << (STEPS - 1 - step))
+        first = tl.load(cu_ptr + middle, mask=middle < S, other=0) // BLOCK + middle
+        low = tl.where((middle < S) & (first <= place), middle, low)
+    begin = tl.load(cu_ptr + low)
+    end = tl.load(cu_ptr + low + 1)
+    tile = place - (begin // BLOCK + low)
+    tl.store(table_ptr + place, tl.where(tile * BLOCK < end - begin, low, -1), mask=place < places)
+
+
+@triton.jit
 def _attention(
     q_ptr,
     k_ptr,
@@ -236,6 +261,9 @@ def _attention(
     k_strides,
     v_strides,
     out_strides,
+    table_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -245,6 +273,7 @@ def _attention(
     EIGHTHS: tl.constexpr,
     SUMS: tl.constexpr,
     WIDE: tl.constexpr,
+    VARLEN: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -255,17 +284,28 @@ def _attention(
 
     Args:
         q_ptr, out_ptr: [B, queries, H, D]. k_ptr, v_ptr: [B, keys, H, D]. lse_ptr: [B, H, queries] float32, dense.
+        VARLEN: B is one row of sequences, table_ptr: [places] int32, cu_q_ptr, cu_k_ptr: [S + 1].
         REST: keys % 128, rounded up to a multiple of 16.
     """
-    tiles = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
-    b = (program // tiles).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    bh = b * H + h
-    m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    if VARLEN:
+        s = tl.load(table_ptr + program)
+        b, length = sequence(cu_q_ptr, s, queries)
+        lse_ptr += h * queries + b
+        tile = tl.maximum(program - s - b // BLOCK_M, 0).to(tl.int32)
+        queries = length
+        kb, keys = sequence(cu_k_ptr, s, keys)
+    else:
+        tiles = tl.cdiv(queries, BLOCK_M)
+        b = (program // tiles).to(tl.int64)
+        kb = b
+        tile = program % tiles
+        lse_ptr += (b * H + h) * queries
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
-    k = _head(k_ptr, k_strides, keys, b, h, WIDE)
-    v = _head(v_ptr, v_strides, keys, b, h, WIDE)
+    k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
+    v = _head(v_ptr, v_strides, keys, kb, h, WIDE)
     if CHUNK > 0:
         q0 = m
         q1 = m
@@ -286,7 +326,15 @@ def _attention(
             D, D0, D1, CHUNK, POSITIVE, PRECISION, EIGHTHS, SUMS, BLOCK_N, False,
         )  # fmt: skip
     LEFT: tl.constexpr = (REST - 1) % BLOCK_N + 1
-    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    TAIL: tl.constexpr = (
+        max(BLOCK_N // 2, 16) if VARLEN else 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    )
+    if VARLEN and BLOCK_N >= 32 and full + BLOCK_N // 2 < keys:  # half a tile at a time, for what is left
+        highest, total, acc0, acc1 = _attend(
+            q, m, q0, q1, k, v, full, scale, highest, total, acc0, acc1,
+            D, D0, D1, CHUNK, POSITIVE, PRECISION, 0, SUMS, BLOCK_N // 2, False,
+        )  # fmt: skip
+        full += BLOCK_N // 2
     if full < keys:
         highest, total, acc0, acc1 = _attend(
             q, m, q0, q1, k, v, full, scale, highest, total, acc0, acc1,
@@ -299,7 +347,7 @@ def _attention(
     if D1 > 0:
         acc1 *= inverse[:, None]
     _store2(_head(out_ptr, out_strides, queries, b, h, WIDE), acc0, acc1, m, D, D0, D1)
-    tl.store(lse_ptr + bh * queries + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
+    tl.store(lse_ptr + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
 
 
 @triton.jit
@@ -362,6 +410,9 @@ def _grad_q(
     v_strides,
     out_strides,
     grad_q_strides,
+    table_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -369,6 +420,7 @@ def _grad_q(
     PRECISION: tl.constexpr,
     EIGHTHS: tl.constexpr,
     WIDE: tl.constexpr,
+    VARLEN: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -380,17 +432,30 @@ def _grad_q(
     Args:
         grad_ptr, q_ptr, out_ptr, grad_q_ptr: [B, queries, H, D]. k_ptr, v_ptr: [B, keys, H, D].
         lse_ptr: [B, H, queries] float32. rows_ptr: [2, B, H, queries] float32. Both dense.
+        VARLEN: as in _attention.
         REST: keys % 128, rounded up to a multiple of 16.
     """
-    tiles = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
-    b = (program // tiles).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    bh = b * H + h
-    m = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    if VARLEN:
+        s = tl.load(table_ptr + program)
+        b, length = sequence(cu_q_ptr, s, queries)
+        row = h * queries + b
+        delta_row = H * queries.to(tl.int64) + row
+        tile = tl.maximum(program - s - b // BLOCK_M, 0).to(tl.int32)
+        queries = length
+        kb, keys = sequence(cu_k_ptr, s, keys)
+    else:
+        tiles = tl.cdiv(queries, BLOCK_M)
+        b = (program // tiles).to(tl.int64)
+        kb = b
+        tile = program % tiles
+        row = (b * H + h) * queries
+        delta_row = (B * H + b * H + h) * queries
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
-    k = _head(k_ptr, k_strides, keys, b, h, WIDE)
-    v = _head(v_ptr, v_strides, keys, b, h, WIDE)
+    k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
+    v = _head(v_ptr, v_strides, keys, kb, h, WIDE)
     grad = _head(grad_ptr, grad_strides, queries, b, h, WIDE)
     grad0, grad1 = _load2(grad, m, D, D0, D1, True)
     out0, out1 = _load2(_head(out_ptr, out_strides, queries, b, h, WIDE), m, D, D0, D1, True)
@@ -398,9 +463,9 @@ def _grad_q(
     if D1 > 0:
         delta += tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), axis=1)
     inside = m < queries
-    lse = tl.load(lse_ptr + bh * queries + m, mask=inside, other=float("inf")) * _LOG2E
-    tl.store(rows_ptr + bh * queries + m, lse, mask=inside)
-    tl.store(rows_ptr + (B * H + bh) * queries + m, delta, mask=inside)
+    lse = tl.load(lse_ptr + row + m, mask=inside, other=float("inf")) * _LOG2E
+    tl.store(rows_ptr + row + m, lse, mask=inside)
+    tl.store(rows_ptr + delta_row + m, delta, mask=inside)
     if CHUNK > 0:
         q0 = m
         q1 = m
@@ -416,7 +481,15 @@ def _grad_q(
             D, D0, D1, CHUNK, PRECISION, EIGHTHS, BLOCK_N, False,
         )  # fmt: skip
     LEFT: tl.constexpr = (REST - 1) % BLOCK_N + 1
-    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    TAIL: tl.constexpr = (
+        max(BLOCK_N // 2, 16) if VARLEN else 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    )
+    if VARLEN and BLOCK_N >= 32 and full + BLOCK_N // 2 < keys:
+        acc0, acc1 = _grad_q_tile(
+            q, grad, m, q0, q1, grad0, grad1, k, v, full, log_scale, lse, delta, acc0, acc1,
+            D, D0, D1, CHUNK, PRECISION, 0, BLOCK_N // 2, False,
+        )  # fmt: skip
+        full += BLOCK_N // 2
     if full < keys:
         acc0, acc1 = _grad_q_tile(
             q, grad, m, q0, q1, grad0, grad1, k, v, full, log_scale, lse, delta, acc0, acc1,
@@ -493,6 +566,9 @@ def _grad_kv(
     v_strides,
     grad_k_strides,
     grad_v_strides,
+    table_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -500,6 +576,7 @@ def _grad_kv(
     PRECISION: tl.constexpr,
     EIGHTHS: tl.constexpr,
     WIDE: tl.constexpr,
+    VARLEN: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -509,20 +586,34 @@ def _grad_kv(
     Args:
         grad_ptr, q_ptr: [B, queries, H, D]. k_ptr, v_ptr, grad_k_ptr, grad_v_ptr: [B, keys, H, D].
         rows_ptr: [2, B, H, queries] float32, dense, what _grad_q left there.
+        VARLEN: as in _attention, the table of tiles of keys.
         REST: queries % 128, rounded up to a multiple of 16.
     """
-    tiles = tl.cdiv(keys, BLOCK_N)
     program = tl.program_id(0)
-    b = (program // tiles).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    bh = b * H + h
-    n = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    if VARLEN:
+        s = tl.load(table_ptr + program)
+        kb, length = sequence(cu_k_ptr, s, keys)
+        tile = tl.maximum(program - s - kb // BLOCK_N, 0).to(tl.int32)
+        keys = length
+        b, length = sequence(cu_q_ptr, s, queries)
+        row = h * queries + b
+        delta_row = H * queries.to(tl.int64) + row
+        queries = length
+    else:
+        tiles = tl.cdiv(keys, BLOCK_N)
+        b = (program // tiles).to(tl.int64)
+        kb = b
+        tile = program % tiles
+        row = (b * H + h) * queries
+        delta_row = (B * H + b * H + h) * queries
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
-    k = _head(k_ptr, k_strides, keys, b, h, WIDE)
-    v = _head(v_ptr, v_strides, keys, b, h, WIDE)
+    k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
+    v = _head(v_ptr, v_strides, keys, kb, h, WIDE)
     grad = _head(grad_ptr, grad_strides, queries, b, h, WIDE)
-    lse_ptr = rows_ptr + bh * queries
-    delta_ptr = rows_ptr + (B * H + bh) * queries
+    lse_ptr = rows_ptr + row
+    delta_ptr = rows_ptr + delta_row
     if CHUNK > 0:
         k0 = n
         k1 = n
@@ -543,7 +634,15 @@ def _grad_kv(
             D, D0, D1, CHUNK, PRECISION, EIGHTHS, BLOCK_M, False,
         )  # fmt: skip
     LEFT: tl.constexpr = (REST - 1) % BLOCK_M + 1
-    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    TAIL: tl.constexpr = (
+        max(BLOCK_M // 2, 16) if VARLEN else 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    )
+    if VARLEN and BLOCK_M >= 32 and full + BLOCK_M // 2 < queries:
+        grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
+            k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, full, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
+            D, D0, D1, CHUNK, PRECISION, 0, BLOCK_M // 2, False,
+        )  # fmt: skip
+        full += BLOCK_M // 2
     if full < queries:
         grad_k0, grad_k1, grad_v0, grad_v1 = _grad_kv_tile(
             k, v, n, k0, k1, v0, v1, q, grad, lse_ptr, delta_ptr, full, log_scale, grad_k0, grad_k1, grad_v0, grad_v1,
@@ -552,8 +651,8 @@ def _grad_kv(
     grad_k0 *= scale
     if D1 > 0:
         grad_k1 *= scale
-    _store2(_head(grad_k_ptr, grad_k_strides, keys, b, h, WIDE), grad_k0, grad_k1, n, D, D0, D1)
-    _store2(_head(grad_v_ptr, grad_v_strides, keys, b, h, WIDE), grad_v0, grad_v1, n, D, D0, D1)
+    _store2(_head(grad_k_ptr, grad_k_strides, keys, kb, h, WIDE), grad_k0, grad_k1, n, D, D0, D1)
+    _store2(_head(grad_v_ptr, grad_v_strides, keys, kb, h, WIDE), grad_v0, grad_v1, n, D, D0, D1)
 
 
 def _pieces(D, float32):
@@ -570,7 +669,7 @@ def _pieces(D, float32):
 
 
 @functools.lru_cache(4096)
-def _configurations(kernel, target, D, float32, queries, keys):
+def _configurations(kernel, target, D, float32, queries, keys, only_the_default=False):
     """The tiles of `kernel` that do not spill on `target`, the default (see attention_tiles) first."""
     if float32:
         tiles = dict(BLOCK_M=32, BLOCK_N=32, EIGHTHS=0)
@@ -581,12 +680,19 @@ def _configurations(kernel, target, D, float32, queries, keys):
         if D < 128:  # what masks the columns beyond D takes the registers that 32 rows of both sides need
             tiles["BLOCK_M" if kernel == "grad_q" else "BLOCK_N"] = 16
         return configs((8, 1, tiles))
-    return configs(*attention_tiles.ordered(kernel, target, D, queries, keys))
+    tiles = attention_tiles.ordered(kernel, target, D, queries, keys)
+    return configs(*tiles[:1] if only_the_default else tiles)
 
 
-def _constants(kernel, q, k, walked, *arrays):
-    """Constants of a kernel and its configurations; `walked` is the length of the side that a program walks over."""
+def _constants(kernel, q, k, walked, *arrays, sequences=None):
+    """Constants of a kernel and its configurations; `walked` is the length of the side that a program walks over.
+
+    sequences: how many lie one after another. Tiles are then those of their mean length, and are not timed: each batch has
+    another mixture, and would be timed anew.
+    """
     D, queries, keys = q.shape[3], q.shape[1], k.shape[1]
+    if sequences is not None:
+        queries, keys = (max(1, rows // sequences) for rows in (queries, keys))
     float32 = q.dtype == torch.float32
     D0, D1 = _pieces(D, float32)
     chosen_for = launching.target(q.device)
@@ -597,8 +703,9 @@ def _constants(kernel, q, k, walked, *arrays):
         CHUNK=min(32, D0) if float32 else 0,
         PRECISION=dot_precision(q.dtype),
         WIDE=any((x.shape[1] - 1) * x.stride(1) + (D - 1) * x.stride(3) >= 2**31 for x in arrays),
-        REST=triton.cdiv(walked % 128, 16) * 16,
-        configs=_configurations(kernel, chosen_for, D, float32, queries, keys),
+        VARLEN=sequences is not None,
+        REST=0 if sequences is not None else triton.cdiv(walked % 128, 16) * 16,
+        configs=_configurations(kernel, chosen_for, D, float32, queries, keys, sequences is not None),
         key=("queries", "keys", "D"),
     )
     if kernel == "attention":
@@ -606,15 +713,38 @@ def _constants(kernel, q, k, walked, *arrays):
     return constants
 
 
-def _forward(q, k, v, scale):
+def _table(cu_seqlens, rows, block):
+    """Of every place for a tile of `block` rows the sequence, or -1: [rows // block + S] int32."""
+    S = cu_seqlens.shape[0] - 1
+    places = rows // block + S
+    table = torch.empty(places, dtype=torch.int32, device=cu_seqlens.device)
+    grid = (triton.cdiv(places, 128),)
+    launch(_tile_table, grid, cu_seqlens, table, S, places, S.bit_length(), configs=one(4, BLOCK=block, LANES=128))
+    return table
+
+
+def _places(side, rows, B, offsets, constants):
+    """(the grid, table and offsets) of a kernel whose programs own tiles of `rows` rows of B clips, or of sequences."""
+    name = "BLOCK_N" if side == "k" else "BLOCK_M"
+    if offsets is None:
+        return lambda tiles: triton.cdiv(rows, tiles[name]) * B, (None, None, None)
+    block = constants["configs"].default[name]
+    table = _table(offsets[side == "k"], rows, block)
+    return lambda tiles: table.shape[0], (table, *offsets)
+
+
+def _forward(q, k, v, scale, offsets=None):
     B, queries, H, D = q.shape
     keys = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, queries, dtype=torch.float32, device=q.device)
     if out.numel():
+        constants = _constants("attention", q, k, keys, q, k, v, out, sequences=_count(offsets))
+        places, tables = _places("q", queries, B, offsets, constants)
+        strides = [_strides(x, offsets) for x in (q, k, v, out)]
         launch(
             _attention,
-            lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B, H),
+            lambda tiles: (places(tiles), H),
             q,
             k,
             v,
@@ -624,28 +754,39 @@ def _forward(q, k, v, scale):
             H,
             queries,
             keys,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
+            *strides,
+            *tables,
             POSITIVE=scale >= 0,
-            **_constants("attention", q, k, keys, q, k, v, out),
+            **constants,
         )
     return out, lse
 
 
-def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
+def _count(offsets):
+    return None if offsets is None else offsets[0].shape[0] - 1
+
+
+def _strides(x, offsets):
+    """Of [B, N, H, D]; of sequences, which lie one after another in the one B, with rows in the place of B."""
+    strides = x.stride()
+    return strides if offsets is None else (strides[1], *strides[1:])
+
+
+def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v, offsets=None):
     B, queries, H, D = q.shape
     keys = k.shape[1]
     if not out.numel():
         grad_k.zero_()
         grad_v.zero_()
         return
+    sequences = _count(offsets)
     rows = torch.empty(2, B, H, queries, dtype=torch.float32, device=q.device)
-    strides = (grad_out.stride(), q.stride(), k.stride(), v.stride())
+    strides = [_strides(x, offsets) for x in (grad_out, q, k, v)]
+    constants = _constants("grad_q", q, k, keys, grad_out, q, k, v, out, grad_q, sequences=sequences)
+    places, tables = _places("q", queries, B, offsets, constants)
     launch(
         _grad_q,
-        lambda tiles: (triton.cdiv(queries, tiles["BLOCK_M"]) * B, H),
+        lambda tiles: (places(tiles), H),
         grad_out,
         q,
         k,
@@ -660,13 +801,16 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
         queries,
         keys,
         *strides,
-        out.stride(),
-        grad_q.stride(),
-        **_constants("grad_q", q, k, keys, grad_out, q, k, v, out, grad_q),
+        _strides(out, offsets),
+        _strides(grad_q, offsets),
+        *tables,
+        **constants,
     )
+    constants = _constants("grad_kv", q, k, queries, grad_out, q, k, v, grad_k, grad_v, sequences=sequences)
+    places, tables = _places("k", keys, B, offsets, constants)
     launch(
         _grad_kv,
-        lambda tiles: (triton.cdiv(keys, tiles["BLOCK_N"]) * B, H),
+        lambda tiles: (places(tiles), H),
         grad_out,
         q,
         k,
@@ -680,9 +824,10 @@ def _backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v):
         queries,
         keys,
         *strides,
-        grad_k.stride(),
-        grad_v.stride(),
-        **_constants("grad_kv", q, k, queries, grad_out, q, k, v, grad_k, grad_v),
+        _strides(grad_k, offsets),
+        _strides(grad_v, offsets),
+        *tables,
+        **constants,
     )
 
 
@@ -696,11 +841,37 @@ def attention_backward(grad_out, q, k, v, out, lse, scale):  # grad_out [B, N, H
     return grads
 
 
-def packed_attention(qkv, scale):  # [B, N, 3, H, D] -> out [B, N, H, D], lse [B, H, N] float32
+def attention_qkvpacked(qkv, scale):  # [B, N, 3, H, D] -> out [B, N, H, D], lse [B, H, N] float32
     return _forward(*qkv.unbind(2), scale)
 
 
-def packed_attention_backward(grad_out, qkv, out, lse, scale):  # grad_out [B, N, H, D] -> [B, N, 3, H, D]
+def attention_qkvpacked_backward(grad_out, qkv, out, lse, scale):  # grad_out [B, N, H, D] -> [B, N, 3, H, D]
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     _backward(grad_out, *qkv.unbind(2), out, lse, scale, *grad_qkv.unbind(2))
+    return grad_qkv
+
+
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
+    # q [total_q, H, D], k, v [total_k, H, D], offsets [S + 1] -> out [total_q, H, D], lse [H, total_q] float32
+    out, lse = _forward(q[None], k[None], v[None], scale, (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()))
+    return out[0], lse[0]
+
+
+def attention_varlen_backward(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale):
+    # grad_out [total_q, H, D] -> the shapes of q, k, v
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    _backward(*(x[None] for x in (grad_out, q, k, v, out, lse)), scale, *(x[None] for x in grads), offsets)
+    return grads
+
+
+def attention_varlen_qkvpacked(qkv, cu_seqlens, scale):  # [total, 3, H, D], [S + 1] -> out [total, H, D], lse [H, total] float32
+    return attention_varlen(*qkv.unbind(1), cu_seqlens, cu_seqlens, scale)
+
+
+def attention_varlen_qkvpacked_backward(grad_out, qkv, out, lse, cu_seqlens, scale):  # grad_out [total, H, D] -> [total, 3, H, D]
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    offsets = (cu_seqlens.contiguous(),) * 2
+    tensors = (grad_out, *qkv.unbind(1), out, lse)
+    _backward(*(x[None] for x in tensors), scale, *(x[None] for x in grad_qkv.unbind(1)), offsets)
     return grad_qkv

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 
 import torch
@@ -7,6 +8,7 @@ import triton.language as tl
 
 from .launching import launch, one
 from .pixels import channel_constants, is_channels_last, mean_scale
+from .sequences import strides_of, video_of, video_table
 
 # The P values of a patch are taken in two pieces, P0 the largest power of two in P and P1 what remains (768 = 512 + 256): one
 # tile of 1024 would mask a quarter of its lanes. P1 is 0 where P0 is all.
@@ -101,6 +103,64 @@ def _target(
 
 
 @triton.jit
+def _target_varlen(
+    table_ptr,
+    frames_ptr,
+    id,
+    valid,
+    S,
+    mean_scale,
+    C: tl.constexpr,
+    U: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PIXEL: tl.constexpr,
+    STEPS: tl.constexpr,
+    P: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """As _target, of tokens that are numbered through a list of videos: see sequences.py for the table and the list of frames."""
+    entry, token, _ = video_of(table_ptr, id.to(tl.int64), S, STEPS)
+    address, video_c, video_t, video_h, video_w = strides_of(entry, C, COLUMN, ALIGNED)
+    grid_h = tl.load(entry + 6).to(tl.int32)
+    grid_w = tl.load(entry + 7).to(tl.int32)
+    first_frame = tl.load(entry + 8)
+    it = token // (grid_h * grid_w)
+    ih = (token // grid_w % grid_h * PH).to(tl.int64)
+    iw = (token % grid_w * PW).to(tl.int64)
+    pixels = address.to(tl.pointer_type(PIXEL)) + (ih * video_h + iw * video_w)
+    if ALIGNED and PW * COLUMN % 16 == 0:
+        pixels = tl.multiple_of(pixels, 16)
+    e = FIRST + tl.arange(0, WIDTH)
+    inside = e < P
+    run: tl.constexpr = PW * C
+    u = e // (run * PH)
+    where = pixels[:, None] + (e // run % PH).to(tl.int64)[None, :] * video_h[:, None]
+    if CHANNELS_LAST:
+        where += (e % run)[None, :]
+    else:
+        where += (e // C % PW).to(tl.int64)[None, :] * video_w[:, None] + (e % C).to(tl.int64)[None, :] * video_c[:, None]
+    for i in tl.static_range(U):
+        frame = tl.load(frames_ptr + first_frame + it * U + i).to(tl.int64) * video_t
+        if U == 1:
+            where += frame[:, None]
+        else:
+            where += tl.where(u == i, 1, 0)[None, :] * frame[:, None]
+    mask = valid[:, None] if FIRST + WIDTH <= P else valid[:, None] & inside[None, :]
+    x = tl.load(where, mask=mask, other=0).to(tl.float32)
+    if where.dtype.element_ty == tl.uint8:
+        scale, shift = channel_constants(e % 8, e // 8 * 8 % C, mean_scale, C)
+        x = x * scale[None, :] + shift[None, :]
+        if FIRST + WIDTH > P:
+            x = tl.where(inside[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
 def _of_channel(i: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Which of values FIRST : FIRST + WIDTH are channel i's, as a row."""
     e = FIRST + tl.arange(0, WIDTH)
@@ -154,6 +214,9 @@ def _patch_loss(
     masked_b,
     masked_m,
     mean_scale,
+    table_ptr,
+    frames_ptr,
+    S,
     FRAMES: tl.constexpr,
     STEP: tl.constexpr,
     NORMALIZE: tl.constexpr,  # 0: not, 1: by the patch's mean and variance, 2: by each channel's
@@ -166,6 +229,12 @@ def _patch_loss(
     E: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
+    VARLEN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PIXEL: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """loss = mean over a patch of (pred - (x - m) r)^2, m and r its mean and 1 / sqrt(unbiased variance + 1e-6), or those of each
@@ -179,16 +248,28 @@ def _patch_loss(
     """
     P: tl.constexpr = U * PH * PW * C
     b, m, there, token, valid = _rows(masked_ptr, M, N, masked_b, masked_m, BLOCK_M)
-    x0 = _target(
-        video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
-        FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, 0, P0,
-    )  # fmt: skip
+    if VARLEN:
+        x0 = _target_varlen(
+            table_ptr, frames_ptr, token, valid, S, mean_scale,
+            C, U, PH, PW, CHANNELS_LAST, COLUMN, ALIGNED, PIXEL, STEPS, P, 0, P0,
+        )  # fmt: skip
+    else:
+        x0 = _target(
+            video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
+            FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, 0, P0,
+        )  # fmt: skip
     x1 = x0
     if P1 > 0:
-        x1 = _target(
-            video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
-            FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, P0, P1,
-        )  # fmt: skip
+        if VARLEN:
+            x1 = _target_varlen(
+                table_ptr, frames_ptr, token, valid, S, mean_scale,
+                C, U, PH, PW, CHANNELS_LAST, COLUMN, ALIGNED, PIXEL, STEPS, P, P0, P1,
+            )  # fmt: skip
+        else:
+            x1 = _target(
+                video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
+                FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, P0, P1,
+            )  # fmt: skip
     row = b * M + m
     if NORMALIZE == 2:
         for i in tl.static_range(C):
@@ -268,6 +349,9 @@ def _patch_loss_backward(
     masked_b,
     masked_m,
     mean_scale,
+    table_ptr,
+    frames_ptr,
+    S,
     FRAMES: tl.constexpr,
     STEP: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
@@ -280,6 +364,12 @@ def _patch_loss_backward(
     E: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
+    VARLEN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PIXEL: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """grad_pred = grad_loss 2 / P (pred - (x - m) r), with the target made again from the video and the saved m and r.
@@ -294,18 +384,30 @@ def _patch_loss_backward(
     grad = tl.load(grad_loss_ptr + b * grad_b + m.to(tl.int64) * grad_m, mask=there, other=0.0) * (2.0 / P)
     where = grad_pred_ptr + row * P
     pred = _pred(pred_ptr, b, m, there, pred_b, pred_m, pred_p, P, 0, P0)
-    x = _target(
-        video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
-        FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, 0, P0,
-    )  # fmt: skip
+    if VARLEN:
+        x = _target_varlen(
+            table_ptr, frames_ptr, token, valid, S, mean_scale,
+            C, U, PH, PW, CHANNELS_LAST, COLUMN, ALIGNED, PIXEL, STEPS, P, 0, P0,
+        )  # fmt: skip
+    else:
+        x = _target(
+            video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
+            FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, 0, P0,
+        )  # fmt: skip
     x = _normalised(x, mean_ptr, rstd_ptr, row, there, BY_CHANNEL, C, P, 0)
     _store_grad(where, there, grad[:, None] * (pred - x), P, 0)
     if P1 > 0:
         pred = _pred(pred_ptr, b, m, there, pred_b, pred_m, pred_p, P, P0, P1)
-        x = _target(
-            video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
-            FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, P0, P1,
-        )  # fmt: skip
+        if VARLEN:
+            x = _target_varlen(
+                table_ptr, frames_ptr, token, valid, S, mean_scale,
+                C, U, PH, PW, CHANNELS_LAST, COLUMN, ALIGNED, PIXEL, STEPS, P, P0, P1,
+            )  # fmt: skip
+        else:
+            x = _target(
+                video_ptr, token, valid, b, video_b, video_c, video_t, video_h, video_w, mean_scale,
+                FRAMES, STEP, C, U, PH, PW, TH, TW, E, P, P0, P1,
+            )  # fmt: skip
         x = _normalised(x, mean_ptr, rstd_ptr, row, there, BY_CHANNEL, C, P, P0)
         _store_grad(where, there, grad[:, None] * (pred - x), P, P0)
 
@@ -332,7 +434,25 @@ def _constants(grid, patch_size, C, frames, channels_last):
     run = pw * C
     E = min(8, run & -run) if channels_last else 1
     constants = dict(FRAMES=frames, STEP=step, C=C, U=u, PH=ph, PW=pw, TH=grid[1], TW=grid[2], E=E, P0=P0, P1=P1)
-    return constants | dict(configs=tiles)
+    return constants | dict(configs=tiles) | _DENSE
+
+
+_NO_TABLE = None, None, 0
+_DENSE = dict(VARLEN=False, CHANNELS_LAST=False, COLUMN=0, ALIGNED=False, PIXEL=tl.uint8, STEPS=0)
+
+
+def _varlen(videos, patch_size, frames, frame_counts):
+    """(number of tokens, table, list of frames, constants) of a list of videos."""
+    u, ph, pw = patch_size
+    ends = list(itertools.accumulate(frame_counts))
+    own = [frames[end - count : end] for end, count in zip(ends, frame_counts)]
+    table, listed, shared = video_table(videos, patch_size, own)
+    shared["COLUMN"] = shared.pop("WIDTH")
+    P0, P1 = _pieces(u * ph * pw * shared["C"])
+    tiles = one(4 if P0 <= 2048 else 8, BLOCK_M=max(1, _VALUES // P0))
+    unused = dict(FRAMES=(0,), STEP=1, TH=1, TW=1, E=1)
+    N = sum(count // u * (x.shape[2] // ph) * (x.shape[3] // pw) for x, count in zip(videos, frame_counts))
+    return N, table, listed, dict(U=u, PH=ph, PW=pw, P0=P0, P1=P1, VARLEN=True, configs=tiles) | shared | unused
 
 
 def _problem(video, patch_size, frames):
@@ -366,6 +486,7 @@ def patch_loss(pred, video, masked, patch_size, frames, normalize, mean, std):
             *video.stride(),
             *masked.stride(),
             mean_scale(mean, std),
+            *_NO_TABLE,
             NORMALIZE=normalize,
             **constants,
         )
@@ -395,7 +516,79 @@ def patch_loss_backward(grad_loss, pred, video, masked, patch_mean, patch_rstd, 
             *video.stride(),
             *masked.stride(),
             mean_scale(mean, std),
+            *_NO_TABLE,
             BY_CHANNEL=patch_mean.dim() == 3,
+            **constants,
+        )
+    return grad_pred
+
+
+def patch_loss_varlen(pred, videos, masked, cu_seqlens, patch_size, frames, frame_counts, normalize, mean, std):
+    # pred [sum M, P], videos S of [C, T, H, W], masked [sum M] -> loss, patch_mean, patch_rstd [sum M] or by channel [sum M, C]
+    statistics = (*masked.shape, len(mean)) if normalize == 2 else masked.shape
+    loss, patch_mean, patch_rstd = (
+        torch.empty(shape, dtype=torch.float32, device=pred.device) for shape in (masked.shape, statistics, statistics)
+    )
+    if pred.numel():
+        M = masked.shape[0]
+        N, table, listed, constants = _varlen(videos, patch_size, frames, frame_counts)
+        launch(
+            _patch_loss,
+            lambda tiles: (triton.cdiv(M, tiles["BLOCK_M"]),),
+            pred,
+            None,
+            masked,
+            loss,
+            patch_mean,
+            patch_rstd,
+            M,
+            N,
+            0,
+            *pred.stride(),
+            *(0,) * 5,
+            0,
+            *masked.stride(),
+            mean_scale(mean, std),
+            table,
+            listed,
+            len(videos),
+            NORMALIZE=normalize,
+            **constants,
+        )
+    return loss, patch_mean, patch_rstd
+
+
+def patch_loss_varlen_backward(
+    grad_loss, pred, videos, masked, cu_seqlens, patch_mean, patch_rstd, patch_size, frames, frame_counts, mean, std
+):  # grad_loss [sum M] -> grad_pred [sum M, P] in pred's dtype
+    grad_pred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    if pred.numel():
+        M = masked.shape[0]
+        N, table, listed, constants = _varlen(videos, patch_size, frames, frame_counts)
+        launch(
+            _patch_loss_backward,
+            lambda tiles: (triton.cdiv(M, tiles["BLOCK_M"]),),
+            grad_loss,
+            pred,
+            None,
+            masked,
+            patch_mean.contiguous(),
+            patch_rstd.contiguous(),
+            grad_pred,
+            M,
+            N,
+            0,
+            *grad_loss.stride(),
+            0,
+            *pred.stride(),
+            *(0,) * 5,
+            0,
+            *masked.stride(),
+            mean_scale(mean, std),
+            table,
+            listed,
+            len(videos),
+            BY_CHANNEL=patch_mean.dim() == 2,
             **constants,
         )
     return grad_pred

@@ -81,9 +81,9 @@ def attention(part, qkv):
     op = torch.ops.stmae
     B, N, _, H, D = qkv.shape
     scale = D**-0.5
-    out, lse = op.packed_attention(qkv, scale)
-    forward = {"ours": lambda: op.packed_attention(qkv, scale)}
-    backward = {"ours": lambda: op.packed_attention_backward(out, qkv, out, lse, scale)}
+    out, lse = op.attention_qkvpacked(qkv, scale)
+    forward = {"ours": lambda: op.attention_qkvpacked(qkv, scale)}
+    backward = {"ours": lambda: op.attention_qkvpacked_backward(out, qkv, out, lse, scale)}
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in qkv.unbind(2))
     for name, backend in SDPA.items():
 

@@ -71,4 +71,13 @@ void parallel_for_dynamic(int64_t count, int64_t chunk, int64_t grain, const Bod
   });
 }
 
+// Tasks of unlike size, the largest first: body(task), each taken when a thread is ready.
+template <typename Body>
+void parallel_for_tasks(int64_t count, int64_t workers, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min(count, workers), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+  });
+}
+
 }  // namespace stmae

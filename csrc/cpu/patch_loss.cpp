@@ -10,10 +10,13 @@ namespace stmae::STMAE_ISA {
 // The patch's pixels as floats, normalised if they are bytes. Returns their sum.
 template <typename T>
 static float read_target(const PatchLoss& l, int64_t index, float* target) {
-  const int64_t b = index / l.M, token = l.token(index);
+  const PatchLoss::Place at = l.place(index);
   T* raw = reinterpret_cast<T*>(target + (std::is_same_v<T, float> ? 0 : l.P));
-  read_channels_last(l.patches, b, token, raw);
-  if (index + 1 < l.count) prefetch_patch<T>(l.patches, (index + 1) / l.M, l.token(index + 1));
+  read_channels_last(*at.patches, at.b, at.token, raw);
+  if (index + 1 < l.count) {
+    const PatchLoss::Place next = l.place(index + 1);
+    prefetch_patch<T>(*next.patches, next.b, next.token);
+  }
   Accumulators sums = zero_accumulators();
   each_vector_unrolled(l.P, [&](int64_t i, auto lanes, int accumulator) STMAE_INLINE_BODY {
     vec x = load(raw + i, lanes);
@@ -176,12 +179,14 @@ static void patch_loss_range(const PatchLoss& l, float* target, int64_t begin, i
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
 #include "base/buffer.h"
 #include "base/check.h"
 #include "base/parallel.h"
+#include "base/sequences.h"
 #include "base/token_ids.h"
 #include "base/patches.h"
 
@@ -194,14 +199,26 @@ struct PatchLoss {
   int64_t statistics;  // where in the scratch memory of a thread, behind its target, those by channel are spread out
   int64_t normalize;   // 0: not, 1: by the patch's mean and variance, 2: by each channel's
   bool pred_float;
-  Patches patches;
+  Patches patches;                        // of a list of videos, the first's
+  const Patches* videos;                  // of a list of videos (then M counts all, and so do token ids), else null
+  const int64_t* first_tokens;            // of each of them
+  const int32_t* video_of_row;            // [M]
   const float *scale, *shift;             // [P], each channel's repeated
   float *loss, *patch_mean, *patch_rstd;  // [B, M], by channel the last two [B, M, C]; the backward only reads those
   const float* grad_loss;                 // [B, M], null in the forward
   int64_t grad_batch, grad_token;
   void* grad_pred;  // [B, M, P], null in the forward
 
-  int64_t token(int64_t index) const { return masked[index / M * masked_batch + index % M * masked_token]; }
+  struct Place {  // where a patch lies
+    const Patches* patches;
+    int64_t b, token;
+  };
+  Place place(int64_t index) const {
+    const int64_t id = masked[index / M * masked_batch + index % M * masked_token];
+    if (!videos) return {&patches, index / M, id};
+    const int32_t video = video_of_row[index];
+    return {videos + video, 0, id - first_tokens[video]};
+  }
 };
 
 }  // namespace stmae
@@ -254,6 +271,53 @@ PatchLoss describe(const char* op, const Tensor& pred, const Tensor& video, cons
   return l;
 }
 
+// The same for a list of videos; it points into what is kept here.
+struct ListOfVideos {
+  PatchesOfVideos patches;
+  std::vector<int32_t> video_of_row;
+  Values values;
+
+  ListOfVideos(const char* op, const Tensor& pred, const std::vector<Tensor>& videos, const std::vector<int64_t>& patch_size,
+               const std::vector<int64_t>& frames, const std::vector<int64_t>& frame_counts, const std::vector<double>& mean)
+      : patches(op, videos, static_cast<int64_t>(mean.size()), patch_size, frames, frame_counts) {}
+
+  PatchLoss describe(const char* op, const Tensor& pred, const Tensor& masked, const Tensor& cu_seqlens,
+                     const std::vector<int64_t>& patch_size, const std::vector<double>& mean, const std::vector<double>& std) {
+    check_tensor(op, "pred", pred, {kAny, kAny}, floating());
+    check_dense_rows(op, "pred", pred);
+    check_contiguous_tensor(op, "masked", masked, {pred.size(0)}, ScalarType::Long);
+    STMAE_CHECK(patch_size.size() == 3 && patch_size[0] > 0 && patch_size[1] > 0 && patch_size[2] > 0, op,
+                ": expected a patch of 3 sizes");
+    STMAE_CHECK(!mean.empty(), op, ": expected mean of one channel or more, got none");
+    const int64_t C = static_cast<int64_t>(mean.size());
+    PatchLoss l{};
+    l.P = checked_product(op, {patch_size[0], patch_size[1], patch_size[2], C});
+    STMAE_CHECK(pred.size(1) == l.P, op, ": expected pred [M, ", l.P, "], got ", shape(pred));
+    const auto offsets = sequence_offsets(op, "cu_seqlens", cu_seqlens, masked.size(0), "masked");
+    STMAE_CHECK(offsets.size() == patches.first_tokens.size(), op, ": expected cu_seqlens of ", patches.videos.size(),
+                " videos, got that of ", offsets.size() - 1);
+    check_own_tokens(op, "masked", masked.const_data_ptr<int64_t>(), 1, offsets, patches.first_tokens);
+    inverse_ids(op, "masked", torch::stable::view(masked, {1, masked.size(0)}), 1, patches.first_tokens.back());
+    video_of_row = sequence_of_rows(offsets);
+    values = Values(Normalization(op, mean, std, C), l.P);
+    if (!patches.videos.empty()) l.patches = patches.videos[0];
+    l.videos = patches.videos.data();
+    l.first_tokens = patches.first_tokens.data();
+    l.video_of_row = video_of_row.data();
+    l.pred = pred.const_data_ptr();
+    l.masked = masked.const_data_ptr<int64_t>();
+    l.count = l.M = masked.size(0);
+    l.C = C;
+    l.statistics = (2 * l.P + 31) / 16 * 16;
+    l.pred_token = pred.stride(0);
+    l.masked_token = 1;
+    l.pred_float = pred.scalar_type() == ScalarType::Float;
+    l.scale = values.scale.data();
+    l.shift = values.shift.data();
+    return l;
+  }
+};
+
 void run(const PatchLoss& l) {
   if (l.count == 0) return;
   const int64_t workers = num_workers(l.count, std::max<int64_t>(1, 16384 / l.P));
@@ -264,12 +328,30 @@ void run(const PatchLoss& l) {
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward(const char* op, PatchLoss l, const Tensor& pred, const Tensor& masked,
+                                           int64_t normalize);
+Tensor backward(const char* op, PatchLoss l, const Tensor& grad_loss, const Tensor& pred, const Tensor& masked,
+                const Tensor& patch_mean, const Tensor& patch_rstd);
+
 std::tuple<Tensor, Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& video, const Tensor& masked,
                                               std::vector<int64_t> patch_size, std::vector<int64_t> frames, int64_t normalize,
                                               std::vector<double> mean, std::vector<double> std) {
   const char* op = "patch_loss";
   Values values;
-  PatchLoss l = describe(op, pred, video, masked, patch_size, frames, mean, std, values);
+  return forward(op, describe(op, pred, video, masked, patch_size, frames, mean, std, values), pred, masked, normalize);
+}
+
+std::tuple<Tensor, Tensor, Tensor> patch_loss_varlen(const Tensor& pred, std::vector<Tensor> videos, const Tensor& masked,
+                                                     const Tensor& cu_seqlens, std::vector<int64_t> patch_size,
+                                                     std::vector<int64_t> frames, std::vector<int64_t> frame_counts,
+                                                     int64_t normalize, std::vector<double> mean, std::vector<double> std) {
+  const char* op = "patch_loss_varlen";
+  ListOfVideos list(op, pred, videos, patch_size, frames, frame_counts, mean);
+  return forward(op, list.describe(op, pred, masked, cu_seqlens, patch_size, mean, std), pred, masked, normalize);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const char* op, PatchLoss l, const Tensor& pred, const Tensor& masked,
+                                           int64_t normalize) {
   STMAE_CHECK(normalize >= 0 && normalize <= 2, op, ": expected normalize 0, 1 or 2, got ", normalize);
   const int64_t together = normalize == 2 ? l.P / l.C : l.P;
   STMAE_CHECK(!normalize || together > 1, op, ": expected at least 2 values to normalise, got ", together);
@@ -291,8 +373,23 @@ Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Te
                            std::vector<int64_t> frames, std::vector<double> mean, std::vector<double> std) {
   const char* op = "patch_loss_backward";
   Values values;
-  PatchLoss l = describe(op, pred, video, masked, patch_size, frames, mean, std, values);
-  l.normalize = patch_mean.dim() == 3 ? 2 : 1;
+  return backward(op, describe(op, pred, video, masked, patch_size, frames, mean, std, values), grad_loss, pred, masked, patch_mean,
+                  patch_rstd);
+}
+
+Tensor patch_loss_varlen_backward(const Tensor& grad_loss, const Tensor& pred, std::vector<Tensor> videos, const Tensor& masked,
+                                  const Tensor& cu_seqlens, const Tensor& patch_mean, const Tensor& patch_rstd,
+                                  std::vector<int64_t> patch_size, std::vector<int64_t> frames,
+                                  std::vector<int64_t> frame_counts, std::vector<double> mean, std::vector<double> std) {
+  const char* op = "patch_loss_varlen_backward";
+  ListOfVideos list(op, pred, videos, patch_size, frames, frame_counts, mean);
+  return backward(op, list.describe(op, pred, masked, cu_seqlens, patch_size, mean, std), grad_loss, pred, masked, patch_mean,
+                  patch_rstd);
+}
+
+Tensor backward(const char* op, PatchLoss l, const Tensor& grad_loss, const Tensor& pred, const Tensor& masked,
+                const Tensor& patch_mean, const Tensor& patch_rstd) {
+  l.normalize = patch_mean.dim() == masked.dim() + 1 ? 2 : 1;
   std::vector<int64_t> statistics = sizes_of(masked);
   if (l.normalize == 2) statistics.push_back(l.C);
   check_tensor(op, "grad_loss", grad_loss, sizes_of(masked), ScalarType::Float);
@@ -302,8 +399,8 @@ Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Te
   l.patch_mean = const_cast<float*>(patch_mean.const_data_ptr<float>());
   l.patch_rstd = const_cast<float*>(patch_rstd.const_data_ptr<float>());
   l.grad_loss = grad_loss.const_data_ptr<float>();
-  l.grad_batch = grad_loss.stride(0);
-  l.grad_token = grad_loss.stride(1);
+  l.grad_batch = masked.dim() == 2 ? grad_loss.stride(0) : 0;
+  l.grad_token = grad_loss.stride(masked.dim() - 1);
   l.grad_pred = grad_pred.mutable_data_ptr();
   run(l);
   return grad_pred;
@@ -312,6 +409,8 @@ Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Te
 STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
   m.impl("patch_loss", TORCH_BOX(&patch_loss));
   m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));
+  m.impl("patch_loss_varlen", TORCH_BOX(&patch_loss_varlen));
+  m.impl("patch_loss_varlen_backward", TORCH_BOX(&patch_loss_varlen_backward));
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ def _attention(attn: Any, x: torch.Tensor) -> torch.Tensor:
     gate = getattr(attn, "gate", None)
     qkv = linear(attn.qkv, x, ops).unflatten(2, (3, attn.num_heads, attn.head_dim))
     if _is_identity(attn.q_norm) and _is_identity(attn.k_norm):
-        out = ops.packed_attention(qkv, scale=attn.scale)
+        out = ops.attention_qkvpacked(qkv, scale=attn.scale)
     else:
         q, k, v = qkv.unbind(2)  # [B, N, H, D / H]
         out = ops.attention(attn.q_norm(q), attn.k_norm(k), v, scale=attn.scale)

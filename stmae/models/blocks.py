@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from stmae.models.layers import BackendModule, LayerScale, QKVLinear, add, add_layer_norm, is_plain, linear, mlp
 
 
-def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
+def drop_path(x: torch.Tensor, rate: float, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """Stochastic depth (Huang et al. 2016): zeroes samples of x [B, N, D] and scales the others by 1 /
-    (1 - rate)."""
-    keep = torch.rand(x.shape[0], 1, 1, device=x.device, dtype=torch.float32) >= rate
+    (1 - rate). With cu_seqlens [S + 1], samples lie one after another in x [1, total, D]."""
+    samples = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    keep = torch.rand(samples, 1, 1, device=x.device, dtype=torch.float32) >= rate
+    if cu_seqlens is not None:
+        keep = keep[:, 0].repeat_interleave(cu_seqlens.diff(), dim=0, output_size=x.shape[1])
     return x * (keep / (1 - rate)).to(x.dtype)
 
 
@@ -66,33 +69,47 @@ class Block(BackendModule):
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream x [B, N, D] after this block; with ``rows`` [B, M] int64 only that of those tokens, [B, M, D].
+
+        With ``cu_seqlens`` [S + 1], x [1, total, D] holds S sequences one after another; tokens attend to their own sequence.
 
         Tokens meet only in the attention, so what nobody reads afterwards need not pass through the projection
         and the MLP.
         """
-        return add(*self.residual(x, None, rows))
+        return add(*self.residual(x, None, rows, cu_seqlens))
 
     def residual(
-        self, x: torch.Tensor, branch: torch.Tensor | None, rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        rows: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``forward`` for a stream that is given and returned as a pair (x, branch): the sum x + branch, not yet taken."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(self._residual, x, branch, rows, use_reentrant=False)
-        return self._residual(x, branch, rows)
+            return checkpoint(self._residual, x, branch, rows, cu_seqlens, use_reentrant=False)
+        return self._residual(x, branch, rows, cu_seqlens)
 
     def _residual(
-        self, x: torch.Tensor, branch: torch.Tensor | None, rows: torch.Tensor | None
+        self, x: torch.Tensor, branch: torch.Tensor | None, rows: torch.Tensor | None, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ops = self._ops
         x, qkv = self._qkv(x, branch)
-        out = ops.packed_attention(qkv).flatten(2)
+        if cu_seqlens is None:
+            out = ops.attention_qkvpacked(qkv).flatten(2)
+        else:
+            out = ops.attention_varlen_qkvpacked(qkv[0], cu_seqlens).flatten(1)[None]
+        drop = self.training and self.drop_path > 0
         if rows is not None:
+            if drop and cu_seqlens is not None:
+                raise ValueError("Block: expected rows of sequences one after another only without drop_path")
             x, out = ops.gather_tokens(x, rows), ops.gather_tokens(out, rows)
-        branch = self._drop(self.ls1(linear(self.proj, out, ops)))
+        branch = self.ls1(linear(self.proj, out, ops))
+        branch = drop_path(branch, self.drop_path, cu_seqlens) if drop else branch
         x, normal = add_layer_norm(x, branch, self.norm2, ops)
-        return x, self._drop(self.ls2(mlp(self.fc1, self.act, self.fc2, normal, ops)))
+        branch = self.ls2(mlp(self.fc1, self.act, self.fc2, normal, ops))
+        return x, drop_path(branch, self.drop_path, cu_seqlens) if drop else branch
 
     def _qkv(self, x: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + branch, its queries, keys and values [B, N, 3, H, D / H])."""
@@ -106,9 +123,6 @@ class Block(BackendModule):
         with torch.autocast(x.device.type, enabled=False):
             return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
-    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
-        return drop_path(branch, self.drop_path) if self.training and self.drop_path > 0 else branch
-
 
 def run_blocks(
     blocks: Iterable[nn.Module],
@@ -117,6 +131,7 @@ def run_blocks(
     *,
     branch: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The stream (x, branch), [B, N, D] each, after ``blocks``; with ``rows`` [B, M] only that of those tokens,
     [B, M, D] each."""
@@ -124,10 +139,12 @@ def run_blocks(
     for index, block in enumerate(blocks):
         wanted = rows if index == len(blocks) - 1 else None
         if is_plain(block, Block):
-            x, branch = block.residual(x, branch, wanted)
+            x, branch = block.residual(x, branch, wanted, cu_seqlens)
             continue
         x, branch = add(x, branch), None
-        if wanted is None:
+        if cu_seqlens is not None:
+            x = block(x, wanted, cu_seqlens)
+        elif wanted is None:
             x = block(x)
         elif isinstance(block, Block):
             x = block(x, wanted)

@@ -1,3 +1,5 @@
+import warnings
+
 import torch
 
 from . import checks, library
@@ -43,7 +45,7 @@ def attention(
     return _op(q, k, v, scale)[0] if adapter is None else adapter(q, k, v, scale)
 
 
-def packed_attention(qkv: torch.Tensor, *, scale: float | None = None, impl: str = "auto") -> torch.Tensor:
+def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None, impl: str = "auto") -> torch.Tensor:
     """`attention` on a packed projection: q, k, v = qkv.unbind(2), and one packed gradient instead of three copied together.
 
     Args:
@@ -57,7 +59,7 @@ def packed_attention(qkv: torch.Tensor, *, scale: float | None = None, impl: str
     Raises:
         ValueError: wrong shape, dtype or stride.
     """
-    op = "packed_attention"
+    op = "attention_qkvpacked"
     if isinstance(qkv, torch.Tensor):
         (qkv,) = checks.autocast(op, qkv)
     checks.tensor(op, "qkv", qkv, "[B, N, 3, H, D]", (None, None, 3, None, None))
@@ -66,6 +68,12 @@ def packed_attention(qkv: torch.Tensor, *, scale: float | None = None, impl: str
     scale = _scale(op, scale, qkv.shape[4])
     adapter = _adapter(impl, qkv.device, qkv.dtype)
     return _packed_op(qkv, scale)[0] if adapter is None else adapter(*qkv.unbind(2), scale)
+
+
+def packed_attention(qkv: torch.Tensor, *, scale: float | None = None, impl: str = "auto") -> torch.Tensor:
+    """The name of `attention_qkvpacked` up to 0.1."""
+    warnings.warn("stmae.ops.packed_attention is now attention_qkvpacked", DeprecationWarning, stacklevel=2)
+    return attention_qkvpacked(qkv, scale=scale, impl=impl)
 
 
 def _adapter(impl, device, dtype):
@@ -144,10 +152,10 @@ _backward_op = library.define(
     kernels="attention",
 )
 _packed_op = library.define(
-    "packed_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)", fake=_packed_fake, kernels="attention"
+    "attention_qkvpacked", "(Tensor qkv, float scale) -> (Tensor, Tensor)", fake=_packed_fake, kernels="attention"
 )
 _packed_backward_op = library.define(
-    "packed_attention_backward",
+    "attention_qkvpacked_backward",
     "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
     fake=_packed_backward_fake,
     kernels="attention",

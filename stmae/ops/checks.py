@@ -96,6 +96,23 @@ def video(op, x):
         raise ValueError(f"{op}: expected video with at least one channel, got {describe(x)}")
 
 
+def videos(op, values, channels=None):
+    """A list of one video [C, T, H, W] or more, of one dtype and number of channels and of any sizes and strides."""
+    if isinstance(values, torch.Tensor) or not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{op}: expected videos a list of one tensor [C, T, H, W] or more, got {describe(values)}")
+    for s, x in enumerate(values):
+        name = f"videos[{s}]"
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: expected {name} that needs no gradient (it gets none), got requires_grad=True; detach it")
+        first = values[0] if s else x
+        dtypes = (torch.uint8, *floating(x)) if isinstance(x, torch.Tensor) else (torch.uint8, torch.float32, torch.bfloat16)
+        channels = channels if not s or channels is not None else first.shape[0]
+        tensor(op, name, x, "[C, T, H, W]", (channels, None, None, None), (first.dtype,) if s else dtypes)
+        if x.shape[0] == 0:
+            raise ValueError(f"{op}: expected {name} with at least one channel, got {describe(x)}")
+    return list(values)
+
+
 def ids(op, name, x, batch, limit):
     """Token ids [B, K] below `limit`, each at most once in a row. The CPU kernels check the values; on a GPU that would stop
     the device, so an id out of range is ignored there, and STMAE_DEBUG=1 has it checked here."""
@@ -108,6 +125,19 @@ def ids(op, name, x, batch, limit):
         ordered = x.sort(dim=1).values
         if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= limit or (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError(f"{op}: expected {name} in [0, {limit}) without repeats in a row, got {describe(x)} that has others")
+
+
+def offsets(op, name, x, total, rows, count=None):
+    """Offsets [S + 1] of sequences that lie one after another in `total` rows. The CPU kernels check the values; on a GPU that
+    would stop the device, and STMAE_DEBUG=1 has them checked here."""
+    tensor(op, name, x, "[S + 1]", (count,), (torch.int32, torch.int64))
+    if x.shape[0] == 0:
+        raise ValueError(f"{op}: expected {name} [S + 1], got {describe(x)}")
+    if DEBUG and x.device.type != "cpu" and not torch.compiler.is_compiling():
+        if x.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op}: the values of {name} cannot be checked while a CUDA graph is captured; unset STMAE_DEBUG")
+        if x[0] != 0 or x[-1] != total or (x[1:] < x[:-1]).any():
+            raise ValueError(f"{op}: expected {name} from 0, ascending, up to the {total} rows of {rows}, got others")
 
 
 def autocast_dtype(op, x):

@@ -41,13 +41,39 @@ def _attention_backward(grad_out, q, k, *_, **__):
     return 2 * _attention(q, k)
 
 
-def _packed_attention(qkv, *_, **__):
+def _attention_qkvpacked(qkv, *_, **__):
     batch, tokens, _, heads, head_dim = qkv
     return 4 * batch * tokens * tokens * heads * head_dim
 
 
-def _packed_attention_backward(grad_out, qkv, *_, **__):
-    return 2 * _packed_attention(qkv)
+def _attention_qkvpacked_backward(grad_out, qkv, *_, **__):
+    return 2 * _attention_qkvpacked(qkv)
+
+
+def _pairs(queries, cu_seqlens_q, keys, cu_seqlens_k):
+    """How many (query, key) pairs there are; of offsets without values, as many as with sequences of one length."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if any(x.device.type == "meta" or isinstance(x, FakeTensor) for x in (cu_seqlens_q, cu_seqlens_k)):
+        return queries * keys // max(1, cu_seqlens_q.shape[0] - 1)
+    return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
+
+
+def _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, **__):
+    return 4 * _pairs(q.shape[0], cu_seqlens_q, k.shape[0], cu_seqlens_k) * q.shape[1] * q.shape[2]
+
+
+def _attention_varlen_backward(grad_out, q, k, v, out, lse, *rest, **__):
+    return 2 * _attention_varlen(q, k, v, *rest)
+
+
+def _attention_varlen_qkvpacked(qkv, cu_seqlens, *_, **__):
+    q, k, v = qkv.unbind(1)
+    return _attention_varlen(q, k, v, cu_seqlens, cu_seqlens)
+
+
+def _attention_varlen_qkvpacked_backward(grad_out, qkv, out, lse, cu_seqlens, *_, **__):
+    return 2 * _attention_varlen_qkvpacked(qkv, cu_seqlens)
 
 
 def _masked_patchify(video, keep, weight, *_, **__):
@@ -65,19 +91,29 @@ FORMULAS = {
     "mlp_backward": _mlp_backward,
     "attention": _attention,
     "attention_backward": _attention_backward,
-    "packed_attention": _packed_attention,
-    "packed_attention_backward": _packed_attention_backward,
+    "attention_qkvpacked": _attention_qkvpacked,
+    "attention_qkvpacked_backward": _attention_qkvpacked_backward,
     "masked_patchify": _masked_patchify,
     "masked_patchify_backward": _masked_patchify_backward,
+}
+
+
+# Of ops whose work the values of offsets decide: called with the tensors, not with their shapes.
+RAW_FORMULAS = {
+    "attention_varlen": _attention_varlen,
+    "attention_varlen_backward": _attention_varlen_backward,
+    "attention_varlen_qkvpacked": _attention_varlen_qkvpacked,
+    "attention_varlen_qkvpacked_backward": _attention_varlen_qkvpacked_backward,
 }
 
 
 def _register():
     from torch.utils.flop_counter import register_flop_formula
 
-    for name, formula in FORMULAS.items():
-        register: Callable = register_flop_formula(getattr(torch.ops.stmae, name))
-        register(formula)
+    for formulas, get_raw in ((FORMULAS, False), (RAW_FORMULAS, True)):
+        for name, formula in formulas.items():
+            register: Callable = register_flop_formula(getattr(torch.ops.stmae, name), get_raw=get_raw)
+            register(formula)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

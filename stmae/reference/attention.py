@@ -1,3 +1,5 @@
+import warnings
+
 import torch
 
 
@@ -14,6 +16,12 @@ def attention(
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-def packed_attention(qkv: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:  # [B, N, 3, H, D] -> [B, N, H, D]
+def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:  # [B, N, 3, H, D] -> [B, N, H, D]
     q, k, v = qkv.unbind(2)
     return attention(q, k, v, scale=scale)
+
+
+def packed_attention(qkv: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """The name of `attention_qkvpacked` up to 0.1."""
+    warnings.warn("stmae.reference.packed_attention is now attention_qkvpacked", DeprecationWarning, stacklevel=2)
+    return attention_qkvpacked(qkv, scale=scale)

@@ -181,8 +181,8 @@ def _loss():
 
 def _attention():
     qkv = random(2, 33, 3, 2, 32, dtype=torch.bfloat16)
-    out, lse = launch("packed_attention", qkv, 0.3)
-    launch("packed_attention_backward", out, qkv, out, lse, 0.3)
+    out, lse = launch("attention_qkvpacked", qkv, 0.3)
+    launch("attention_qkvpacked_backward", out, qkv, out, lse, 0.3)
     q, k, v = random(1, 2, 41, 32).transpose(1, 2), random(1, 75, 2, 64)[..., ::2], random(1, 75, 3, 40)[:, :, 1:, 8:]
     out, lse = launch("attention", q, k, v, -0.7)
     launch("attention_backward", out, q, k, v, out, lse, -0.7)

@@ -160,11 +160,11 @@ def test_attention(N, D):
     qkv = random(1, N, 3, 1, D, dtype=BF16)
     _, useful = attention_work(1, N, 1, D)
     with interpreted.Traffic(memory=False) as traffic:
-        out, lse = launch("packed_attention", qkv, D**-0.5)
+        out, lse = launch("attention_qkvpacked", qkv, D**-0.5)
     useful *= 1 + 8 / (2 * D)  # and the row sums, a product with 8 columns of ones
     assert useful <= traffic.operations <= useful / least
     with interpreted.Traffic(memory=False) as traffic:
-        launch("packed_attention_backward", out, qkv, out, lse, D**-0.5)
+        launch("attention_qkvpacked_backward", out, qkv, out, lse, D**-0.5)
     # Three products for grad_q, four for grad_k and grad_v: the scores are made in each, so that no atomics are needed.
     _, useful = attention_work(1, N, 1, D, backward=True)
     assert useful <= traffic.operations <= useful / least

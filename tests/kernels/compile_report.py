@@ -28,6 +28,7 @@ from stmae.kernels import (
     gather_tokens,
     linear,
     masked_patchify,
+    masked_patchify_varlen,
     mlp,
     patch_loss,
     random_masking,
@@ -71,6 +72,33 @@ def _patchify(dtype, channels_last, patch, D, rest=False):
     masked_patchify.masked_patchify_backward(out, video, keep, weight, bias, position, MEAN, STD)
 
 
+def _videos(channels_last):
+    videos = [
+        meta(T, H, W, 3, dtype=torch.uint8).permute(3, 0, 1, 2) for T, H, W in ((16, 224, 224), (8, 192, 256), (32, 128, 96))
+    ]
+    return videos if channels_last else [video.contiguous() for video in videos]
+
+
+def _patchify_varlen(dtype, channels_last, D):
+    keep, cu_seqlens, weight = meta(400, dtype=torch.int64), meta(4, dtype=torch.int32), meta(D, 3, 2, 16, 16, dtype=dtype)
+    videos = _videos(channels_last)
+    parameters = weight, meta(D, dtype=dtype), meta(3104, D, dtype=F32)
+    out = masked_patchify_varlen.masked_patchify_varlen(videos, keep, cu_seqlens, *parameters, MEAN, STD)
+    masked_patchify_varlen.masked_patchify_varlen_backward(out, videos, keep, cu_seqlens, *parameters, MEAN, STD)
+
+
+def _patch_loss_varlen(dtype, channels_last):
+    masked, cu_seqlens, videos = meta(2000, dtype=torch.int64), meta(4, dtype=torch.int32), _videos(channels_last)
+    pred, frames = meta(2000, 768, dtype=dtype), ([1, 16, 16], [*range(0, 16, 2), *range(0, 8, 2), *range(0, 32, 2)], [8, 4, 16])
+    loss, mean, rstd = patch_loss.patch_loss_varlen(pred, videos, masked, cu_seqlens, *frames, 1, MEAN, STD)
+    patch_loss.patch_loss_varlen_backward(loss, pred, videos, masked, cu_seqlens, mean, rstd, *frames, MEAN, STD)
+
+
+def _random_masking_varlen():
+    offsets = meta(5, dtype=torch.int64)
+    random_masking.random_masking_varlen(meta(5000, dtype=F32), offsets, offsets, 500)
+
+
 def _patch_loss(dtype, channels_last, patch, normalize=1):
     frames = list(range(0, 16, 2))
     N = 8 // patch[0] * (224 // patch[1]) * (224 // patch[2])
@@ -96,8 +124,20 @@ def _mlp(dtype, F):
 def _attention(dtype, D):
     # A length that every tile divides well enough, so that all of them are offered.
     qkv = meta(4, 1569, 3, 8, D, dtype=dtype)
-    out, lse = attention.packed_attention(qkv, D**-0.5)
-    attention.packed_attention_backward(out, qkv, out, lse, D**-0.5)
+    out, lse = attention.attention_qkvpacked(qkv, D**-0.5)
+    attention.attention_qkvpacked_backward(out, qkv, out, lse, D**-0.5)
+
+
+def _varlen(dtype, D):
+    qkv, cu_seqlens = meta(4 * 1569, 3, 8, D, dtype=dtype), meta(5, dtype=torch.int32)
+    out, lse = attention.attention_varlen_qkvpacked(qkv, cu_seqlens, D**-0.5)
+    attention.attention_varlen_qkvpacked_backward(out, qkv, out, lse, cu_seqlens, D**-0.5)
+
+
+def _varlen_short(dtype, D):
+    qkv, cu_seqlens = meta(4 * 157, 3, 8, D, dtype=dtype), meta(5, dtype=torch.int32)
+    out, lse = attention.attention_varlen_qkvpacked(qkv, cu_seqlens, D**-0.5)
+    attention.attention_varlen_qkvpacked_backward(out, qkv, out, lse, cu_seqlens, D**-0.5)
 
 
 # case -> launches. The shapes are the published models'; ViT-H is the one with patches of 14. "tf32" in a name allows it.
@@ -131,6 +171,15 @@ CASES = {
     **{f"head {D} f32": lambda D=D: _attention(F32, D) for D in (64, 80, 128)},
     "head 64 f16": lambda: _attention(F16, 64),
     "head 64 tf32": lambda: _attention(F32, 64),
+    **{f"varlen head {D} bf16": lambda D=D: _varlen(BF16, D) for D in (32, 64, 80, 128)},
+    "varlen short head 64 bf16": lambda: _varlen_short(BF16, 64),
+    "varlen head 64 f32": lambda: _varlen(F32, 64),
+    "varlen channels-last bf16": lambda: _patchify_varlen(BF16, True, 768),
+    "varlen planar bf16": lambda: _patchify_varlen(BF16, False, 768),
+    "varlen channels-last f32": lambda: _patchify_varlen(F32, True, 768),
+    "varlen loss channels-last bf16": lambda: _patch_loss_varlen(BF16, True),
+    "varlen loss planar bf16": lambda: _patch_loss_varlen(BF16, False),
+    "varlen tokens": _random_masking_varlen,
 }
 # Where not every target, as nothing but the type of the operands is new: float16 compiles to what bfloat16 does, tf32 to
 # float32's with fewer products, head dim 80 in float32 to what 128 does, and patches of 14 to the loss of patches of 16.
@@ -148,6 +197,12 @@ ONLY = {
     "mlp 4096 f16": ("sm_90",),
     "head 64 f16": ("sm_90",),
     "head 64 tf32": ("sm_80",),
+    "varlen head 80 bf16": BOTH,
+    "varlen head 64 f32": BOTH,
+    "varlen planar bf16": BOTH,
+    "varlen channels-last f32": BOTH,
+    "varlen loss planar bf16": BOTH,
+    "varlen tokens": BOTH,
 }
 
 

@@ -332,6 +332,90 @@ def test_patch_loss(device, guarded, case):
     assert_all(("loss", "grad_pred"), (plain.detach(), plain_grad), (exact.detach(), exact_grad), (loss, grad_pred))
 
 
+# lists of videos
+
+
+def list_of_videos(patch, channels_last, dtype, device):
+    """Videos of three grids, ids of some of their tokens, the offsets of the ids, and the number of all tokens."""
+    videos, ids, counts, first = [], [], [], 0
+    for (t, h, w), count in zip(((2, 2, 3), (1, 1, 1), (3, 2, 2)), (5, 1, 7)):
+        video = torch.randint(0, 256, (3, t * patch[0], h * patch[1], w * patch[2]), dtype=torch.uint8)
+        video = video if dtype == torch.uint8 else (video / 255).to(dtype)
+        if channels_last:
+            video = video.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        videos.append(video.to(device))
+        ids.append(first + torch.randperm(t * h * w)[:count])
+        counts.append(count)
+        first += t * h * w
+    return videos, torch.cat(ids).to(device), torch.tensor([0, *counts]).cumsum(0).to(device), first
+
+
+# The kernels find videos by their addresses, in a table, which the sanitiser does not know: they are compared without it.
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "planar"])
+@pytest.mark.parametrize(
+    "pixels, dtype", [(torch.uint8, torch.bfloat16), (torch.uint8, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=id_of
+)
+@pytest.mark.parametrize("patch, D", [((2, 4, 4), 24), ((2, 16, 16), 72), ((1, 6, 14), 16)], ids=str)
+def test_masked_patchify_varlen(device, patch, D, pixels, dtype, channels_last):
+    videos, keep, cu_seqlens, N = list_of_videos(patch, channels_last, pixels, device)
+    parameters = [random(*shape, dtype=dtype, device=device) for shape in ((D, 3, *patch), (D,), (N, D))]
+    grad = random(13, D, dtype=dtype, device=device)
+    colour = MEAN[:3], STD[:3]
+    out = launch("masked_patchify_varlen", videos, keep, cu_seqlens, *parameters, *colour)
+    grads = launch("masked_patchify_varlen_backward", grad, videos, keep, cu_seqlens, *parameters, *colour)
+
+    def embed(*parameters):
+        return reference.masked_patchify_varlen(videos, keep, cu_seqlens, *parameters, mean=MEAN[:3], std=STD[:3])
+
+    plain, exact = expected(embed, parameters, {}, grad)
+    assert_all(("out", "grad_weight", "grad_bias", "grad_position"), plain, exact, (out, *grads))
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "planar"])
+@pytest.mark.parametrize("normalize", [False, True, "channel"], ids=str)
+@pytest.mark.parametrize("patch", [(1, 4, 4), (1, 16, 16)], ids=str)
+def test_patch_loss_varlen(device, patch, normalize, channels_last):
+    videos, masked, cu_seqlens, _ = list_of_videos((2, *patch[1:]), channels_last, torch.uint8, device)
+    frames = [[0, 3], [1], [0, 2, 5]]
+    pred, grad = random(13, 3 * patch[1] * patch[2], device=device), random(13, device=device)
+    constants = list(patch), [i for own in frames for i in own], [len(own) for own in frames]
+    kind, colour = {False: 0, True: 1, "channel": 2}[normalize], (MEAN[:3], STD[:3])
+    loss, *kept = launch("patch_loss_varlen", pred, videos, masked, cu_seqlens, *constants, kind, *colour)
+    grad_pred = launch("patch_loss_varlen_backward", grad, pred, videos, masked, cu_seqlens, *kept, *constants, *colour)
+
+    def error(pred):
+        options = dict(patch_size=patch, frames=frames, normalize=normalize, mean=MEAN[:3], std=STD[:3], reduction="none")
+        return reference.patch_loss_varlen(pred, videos, masked, cu_seqlens, **options)
+
+    plain, exact = expected(error, (pred,), {}, grad)
+    assert_all(("loss", "grad_pred"), plain, exact, (loss, grad_pred))
+
+
+def test_ids_of_no_video_touch_nothing(device):
+    videos, keep, cu_seqlens, N = list_of_videos((2, 4, 4), True, torch.uint8, device)
+    keep[3], keep[7] = -1, 2**40
+    weight, bias = random(8, 3, 2, 4, 4, device=device), random(8, device=device)
+    out = launch("masked_patchify_varlen", videos, keep, cu_seqlens, weight, bias, None, MEAN[:3], STD[:3])
+    assert torch.equal(out[3], bias) and torch.equal(out[7], bias) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths, num_keep", [([20, 0, 40], [5, 0, 30]), ([5000, 2], [777, 1]), ([3], [1])], ids=str)
+def test_random_masking_varlen(device, guarded, lengths, num_keep):
+    noise = torch.rand(sum(lengths), device=device)
+    cu_seqlens, cu_keep = (torch.tensor([0, *x], device=device).cumsum(0) for x in (lengths, num_keep))
+    with guarded():
+        result = launch("random_masking_varlen", noise, cu_seqlens, cu_keep, sum(num_keep))
+    for ours, theirs in zip(result, reference.random_masking_varlen(noise, cu_seqlens, num_keep)):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cu_keep", [[0, 30, 33], [0, 40, 10], [9, 0, 33]], ids=str)
+def test_random_masking_varlen_stays_within_its_tensors(device, guarded, cu_keep):
+    noise, cu_seqlens = torch.rand(60, device=device), torch.tensor([0, 20, 60], device=device)
+    with contextlib.suppress(RuntimeError), guarded():  # two programs may write one place
+        launch("random_masking_varlen", noise, cu_seqlens, torch.tensor(cu_keep, device=device), 33)
+
+
 # attention
 
 ATTENTION = [  # dtype, B, N, H, D
@@ -365,14 +449,61 @@ def attention_errors(device, guarded, q, k, v, scale):
 
 
 @pytest.mark.parametrize("dtype, B, N, H, D", ATTENTION, ids=id_of)
-def test_packed_attention(device, guarded, dtype, B, N, H, D):
+def test_attention_qkvpacked(device, guarded, dtype, B, N, H, D):
     qkv, grad = random(B, N, 3, H, D, dtype=dtype, device=device), random(B, N, H, D, dtype=dtype, device=device)
     scale = D**-0.5
     with guarded():
-        out, lse = launch("packed_attention", qkv, scale)
-        grad_qkv = launch("packed_attention_backward", grad, qkv, out, lse, scale)
-    plain, exact = expected(reference.packed_attention, (qkv,), dict(scale=scale), grad)
+        out, lse = launch("attention_qkvpacked", qkv, scale)
+        grad_qkv = launch("attention_qkvpacked_backward", grad, qkv, out, lse, scale)
+    plain, exact = expected(reference.attention_qkvpacked, (qkv,), dict(scale=scale), grad)
     assert_all(("out", "grad_qkv"), plain, exact, (out, grad_qkv))
+
+
+LENGTHS = [  # of queries and of keys
+    ([65, 0, 1, 130, 40], None),
+    ([200], None),
+    ([0, 0, 7, 0], None),
+    ([33, 1, 0, 70], [20, 90, 5, 64]),
+]
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("dtype, D", [(torch.bfloat16, 64), (torch.bfloat16, 80), (torch.float32, 32)], ids=id_of)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_attention_varlen(device, guarded, lengths, dtype, D, index_dtype):
+    queries, keys = lengths[0], lengths[1] or lengths[0]
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).to(index_dtype).to(device) for x in (queries, keys))
+    q, k, v = (random(sum(n), 2, D, dtype=dtype, device=device) for n in (queries, keys, keys))
+    grad, scale = random(*q.shape, dtype=dtype, device=device), D**-0.5
+    with guarded():
+        out, lse = launch("attention_varlen", q, k, v, cu_q, cu_k, scale)
+        grads = launch("attention_varlen_backward", grad, q, k, v, out, lse, cu_q, cu_k, scale)
+    plain, exact = expected(lambda *x: reference.attention_varlen(*x, cu_q, cu_k, scale=scale), (q, k, v), {}, grad)
+    assert_all(("out", "grad_q", "grad_k", "grad_v"), plain, exact, (out, *grads))
+
+
+def test_attention_varlen_qkvpacked(device, guarded):
+    cu_seqlens = torch.tensor([0, 35, 35, 130, 131], device=device)
+    qkv, grad = (random(131, *s, 2, 64, dtype=torch.bfloat16, device=device) for s in ((3,), ()))
+    with guarded():
+        out, lse = launch("attention_varlen_qkvpacked", qkv, cu_seqlens, 0.125)
+        grad_qkv = launch("attention_varlen_qkvpacked_backward", grad, qkv, out, lse, cu_seqlens, 0.125)
+        alone, alone_lse = launch("attention_qkvpacked", qkv[None, 35:130], 0.125)
+    plain, exact = expected(lambda x: reference.attention_varlen_qkvpacked(x, cu_seqlens, scale=0.125), (qkv,), {}, grad)
+    assert_all(("out", "grad_qkv"), plain, exact, (out, grad_qkv))
+    assert_as_good_as(plain[0][35:130], exact[0][35:130], alone[0], name="one by itself")
+    torch.testing.assert_close(lse[:, 35:130], alone_lse[0], rtol=1e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("offsets", [[0, 70, 30, 90], [5, -200, 10**6, 90], [0, 0, 0, 0], [90, 0, 90, 0]], ids=str)
+def test_attention_varlen_stays_within_its_tensors(device, guarded, offsets):
+    """Whatever the offsets, which nobody looks at on a GPU."""
+    qkv, offsets = random(90, 3, 1, 32, dtype=torch.bfloat16, device=device), torch.tensor(offsets, device=device)
+    out, lse = random(90, 1, 32, dtype=torch.bfloat16, device=device), random(1, 90, device=device)
+    with contextlib.suppress(RuntimeError), guarded():  # two programs may write one place
+        launch("attention_varlen_qkvpacked", qkv, offsets, 0.2)
+    with contextlib.suppress(RuntimeError), guarded():
+        launch("attention_varlen_qkvpacked_backward", out, qkv, out, lse, offsets, 0.2)
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.0, -0.3])
@@ -690,8 +821,8 @@ def test_offsets_beyond_32_bits(device, guarded, op, monkeypatch):
     elif op == "attention":
 
         def call(qkv, grad):
-            out, lse = launch("packed_attention", qkv, 0.3)
-            return out, launch("packed_attention_backward", grad, qkv, out, lse, 0.3)
+            out, lse = launch("attention_qkvpacked", qkv, 0.3)
+            return out, launch("attention_qkvpacked_backward", grad, qkv, out, lse, 0.3)
 
         near = (random(3, 5, 3, 1, 16, dtype=torch.bfloat16), random(3, 5, 1, 16, dtype=torch.bfloat16))
     elif op == "add_layer_norm":  # rows far apart
@@ -745,8 +876,8 @@ def test_empty(device, guarded):
         losses = launch("patch_loss", tokens, video, ids, [1, 4, 4], [0], True, [0.5], [0.2])
         assert all(x.shape == (B, K) for x in losses)
         qkv = random(B, K, 3, 2, 8, device=device)
-        out, lse = launch("packed_attention", qkv, 1.0)
-        assert launch("packed_attention_backward", out, qkv, out, lse, 1.0).shape == qkv.shape
+        out, lse = launch("attention_qkvpacked", qkv, 1.0)
+        assert launch("attention_qkvpacked_backward", out, qkv, out, lse, 1.0).shape == qkv.shape
     for rows, D in ((0, 16), (2, 0)):
         x, weight = random(rows, D, device=device), random(D, device=device)
         sum, out, mean, rstd = launch("add_layer_norm", x, x, weight, weight, 1e-6, torch.bfloat16)
@@ -772,8 +903,8 @@ def test_same_bits_every_time(device, guarded, op):
     def run():
         if op == "attention":
             qkv = random(1, 45, 3, 1, 32, dtype=torch.bfloat16, device=device)
-            out, lse = launch("packed_attention", qkv, 0.2)
-            return [launch("packed_attention_backward", out, qkv, out, lse, 0.2)]
+            out, lse = launch("attention_qkvpacked", qkv, 0.2)
+            return [launch("attention_qkvpacked_backward", out, qkv, out, lse, 0.2)]
         if op == "add_layer_norm":
             x, statistics = random(90, 24, device=device), torch.rand(90, device=device)
             return launch("add_layer_norm_backward", x, x, x, statistics, statistics, x[0], torch.bfloat16)

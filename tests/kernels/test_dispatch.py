@@ -6,6 +6,7 @@ suite.py goes through the same dispatcher entries with real data.
 import contextlib
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,17 @@ ALL_OPS = [
     "gather_tokens_backward",
     "attention",
     "attention_backward",
-    "packed_attention",
-    "packed_attention_backward",
+    "attention_qkvpacked",
+    "attention_qkvpacked_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_qkvpacked",
+    "attention_varlen_qkvpacked_backward",
+    "masked_patchify_varlen",
+    "masked_patchify_varlen_backward",
+    "patch_loss_varlen",
+    "patch_loss_varlen_backward",
+    "random_masking_varlen",
     "patch_loss",
     "patch_loss_backward",
     "add_layer_norm",
@@ -53,7 +63,9 @@ def test_registered_for_cuda_with_the_launchers_signature(op):
 
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"stmae::{op}", "CUDA")
     schema = getattr(torch.ops.stmae, op).default._schema
-    module = "add_layer_norm" if op == "_layer_norm" else op.removeprefix("packed_").removesuffix("_backward")
+    module = "add_layer_norm" if op == "_layer_norm" else op.removesuffix("_backward")
+    if module != "masked_patchify_varlen":  # the others' kernels are those without
+        module = re.sub("(_varlen|_qkvpacked)+$", "", module)
     launcher = getattr(importlib.import_module(f"stmae.kernels.{module}"), op)
     assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
 
@@ -73,7 +85,7 @@ def test_public_ops_on_tensors_that_hold_nothing(device):
         keep, masked = ops.random_masking(torch.empty(2, 16, device=device), 3)
         parameters = new(64, 3, 2, 16, 16), new(64), new(16, 64, dtype=torch.float32)
         tokens = ops.masked_patchify(video, keep, *parameters)
-        x = ops.packed_attention(new(2, 3, 3, 2, 32))
+        x = ops.attention_qkvpacked(new(2, 3, 3, 2, 32))
         restored = ops.restore_tokens(x.flatten(2), keep, new(64), new(16, 64))
         pred = ops.gather_tokens(restored, masked)
         loss = ops.patch_loss(new(2, 13, 768), video, masked, patch_size=(1, 16, 16), frames=[0, 2, 4, 7])
@@ -100,7 +112,7 @@ def test_compiled_for_a_gpu_in_one_graph():
         graphs.append(graph)
         return graph.forward
 
-    def step(video, noise, weight, mask_token, position, qkv, q, k, v, pred, square):
+    def step(video, noise, weight, mask_token, position, qkv, q, k, v, pred, square, sequences):
         keep, masked = ops.random_masking(noise, 3)
         x = ops.masked_patchify(video, keep, weight, None, position)
         x = ops.restore_tokens(x, keep, mask_token, position)
@@ -108,7 +120,13 @@ def test_compiled_for_a_gpu_in_one_graph():
         loss = ops.patch_loss(pred, video, masked, patch_size=(1, 16, 16), frames=[0, 2, 4, 7])
         x, normal = ops.add_layer_norm(x, None, mask_token, mask_token)
         normal = ops.mlp(ops.linear(normal, square), square, mask_token, square, mask_token)
-        return ops.add_layer_norm(x, normal, mask_token, mask_token)[1], loss, ops.packed_attention(qkv), ops.attention(q, k, v)
+        videos, cu, row, packed, one, one_pred = sequences
+        loss += ops.attention_varlen_qkvpacked(packed, cu).sum() + ops.attention_varlen(one, one, one, cu).sum()
+        own, rest = ops.random_masking_varlen(row, cu, [3])
+        loss += ops.masked_patchify_varlen(videos, own, cu, weight, None, None).sum()
+        loss += ops.patch_loss_varlen(one_pred, videos, rest, cu, patch_size=(1, 16, 16), frames=[[0, 2, 4, 7]])
+        layer = ops.add_layer_norm(x, normal, mask_token, mask_token)[1]
+        return layer, loss, ops.attention_qkvpacked(qkv), ops.attention(q, k, v)
 
     with FakeTensorMode(), torch.no_grad():
         new = functools.partial(torch.empty, device="cuda")
@@ -116,7 +134,9 @@ def test_compiled_for_a_gpu_in_one_graph():
         parameters = new(64, 3, 2, 16, 16), new(64), new(16, 64)
         projections = new(2, 3, 3, 2, 32), *(new(2, 3, 2, 32) for _ in range(3))
         compiled = torch.compile(step, backend=keep_graph, fullgraph=True)
-        results = compiled(video, new(2, 16), *parameters, *projections, new(2, 13, 768), new(64, 64))
+        clips = [new(3, 8, 32, 32, dtype=torch.uint8)]
+        sequences = clips, new(2, dtype=torch.int64), new(16), new(6, 3, 2, 32), new(6, 2, 32), new(13, 768)
+        results = compiled(video, new(2, 16), *parameters, *projections, new(2, 13, 768), new(64, 64), sequences)
     assert all(x.device.type == "cuda" for x in results)
     assert [tuple(x.shape) for x in results] == [(2, 13, 64), (), (2, 3, 2, 32), (2, 3, 2, 32)]
     (graph,) = graphs
@@ -188,8 +208,8 @@ with compiler.compiling("sm_90", every_config=False) as compiled:
     (y,) = check("gather_tokens", x, masked)
     check("gather_tokens_backward", y, masked, 392)
     qkv = meta(2, 392, 3, 2, 32)
-    out, lse = check("packed_attention", qkv, 0.2)
-    check("packed_attention_backward", out, qkv, out, lse, 0.2)
+    out, lse = check("attention_qkvpacked", qkv, 0.2)
+    check("attention_qkvpacked_backward", out, qkv, out, lse, 0.2)
     x, branch, norm = meta(2, 39, 64, dtype=torch.float32), meta(2, 39, 64), meta(64, dtype=torch.float32)
     total, out, mean, rstd = check("add_layer_norm", x, branch, norm, norm, 1e-6, torch.bfloat16)
     check("add_layer_norm", branch, x, norm.bfloat16(), norm.bfloat16(), 1e-6, torch.float32)
@@ -209,6 +229,21 @@ with compiler.compiling("sm_90", every_config=False) as compiled:
         parameters = taken, fc1_bias, kept2 if kept2.dim() == 2 else fc2, fc2_bias
         for wanted in ([True] * 5, [False, True, False, False, True]):
             check("mlp_backward", x, x, hidden, activation, *parameters, dtype, dtype, wanted)
+    cu, videos = meta(3, dtype=torch.int32), [video[0], video[1, :, :8, :96, :64]]
+    keep, masked = check("random_masking_varlen", meta(490, dtype=torch.float32), cu, meta(3, dtype=torch.int64), 48)
+    embedding = meta(64, 3, 2, 16, 16), meta(64), meta(488, 64, dtype=torch.float32)
+    varlen = videos, keep, cu, *embedding, [0.45] * 3, [0.225] * 3
+    (tokens,) = check("masked_patchify_varlen", *varlen)
+    check("masked_patchify_varlen_backward", tokens, *varlen)
+    rest = [2, 16, 16], [*range(16), *range(8)], [16, 8]
+    pred = meta(masked.shape[0], 1536)
+    loss, mean, rstd = check("patch_loss_varlen", pred, videos, masked, cu, *rest, 1, [0.45] * 3, [0.225] * 3)
+    check("patch_loss_varlen_backward", loss, pred, videos, masked, cu, mean, rstd, *rest, [0.45] * 3, [0.225] * 3)
+    out, lse = check("attention_varlen_qkvpacked", qkv[0], cu, 0.2)
+    check("attention_varlen_qkvpacked_backward", out, qkv[0], out, lse, cu, 0.2)
+    q, k, v = qkv[0].unbind(1)
+    out, lse = check("attention_varlen", q, k, v, cu, cu, 0.2)
+    check("attention_varlen_backward", out, q, k, v, out, lse, cu, cu, 0.2)
     q, k, v = qkv.unbind(2)
     out, lse = check("attention", q, k, v, 0.2)
     check("attention_backward", out, q, k, v, out, lse, 0.2)

@@ -25,9 +25,9 @@ def test_tuned_configurations_give_the_same(device):
     """Outside deterministic mode the launcher times its configurations: whichever wins has to be right."""
     torch.use_deterministic_algorithms(False)
     qkv = random(2, 1568, 3, 8, 64, dtype=torch.bfloat16, device=device)
-    out, _ = launch("packed_attention", qkv, 0.125)
+    out, _ = launch("attention_qkvpacked", qkv, 0.125)
     torch.use_deterministic_algorithms(True)
-    plain, _ = launch("packed_attention", qkv, 0.125)
+    plain, _ = launch("attention_qkvpacked", qkv, 0.125)
     torch.testing.assert_close(out, plain, rtol=2e-2, atol=2e-3)
 
 
@@ -55,7 +55,7 @@ def test_captured_in_a_cuda_graph(device, op):
         "random_masking": lambda: ops.random_masking(noise, 3),
         "masked_patchify": lambda: ops.masked_patchify(video, keep, weight, None, position),
         "restore_tokens": lambda: ops.restore_tokens(tokens, keep, position[0], position),
-        "attention": lambda: ops.packed_attention(qkv),
+        "attention": lambda: ops.attention_qkvpacked(qkv),
         "patch_loss": lambda: ops.patch_loss(pred, video, masked, patch_size=(2, 16, 16)),
         "mlp": mlp,
     }
@@ -96,7 +96,7 @@ def test_debugging_checks_ids(device, monkeypatch):
 def test_opcheck(device, op):
     if op == "attention":
         arguments = (random(1, 40, 3, 2, 32, device=device), 0.2)
-        torch.library.opcheck(torch.ops.stmae.packed_attention.default, arguments)
+        torch.library.opcheck(torch.ops.stmae.attention_qkvpacked.default, arguments)
     else:
         video = video_of("planar", torch.uint8, (2, 1, 2, 16, 16), device)
         keep, _ = masks(2, 8, 3, device)

@@ -86,7 +86,7 @@ def test_attention_takes_sdpa_on_fake_cuda_tensors(triton, gpu, monkeypatch):
     with FakeTensorMode():
         qkv = torch.empty(1, 5, 3, 2, 16, device="cuda", dtype=torch.float16)
         gpu("NVIDIA T4", 7, 5)
-        ops.packed_attention(qkv)
+        ops.attention_qkvpacked(qkv)
         ops.attention(*qkv.unbind(2))
     assert len(called) == 2
 

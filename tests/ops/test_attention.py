@@ -5,7 +5,7 @@ from stmae import ops, reference
 from tests.support.tolerance import assert_as_good_as, largest
 
 OP, BACKWARD = torch.ops.stmae.attention.default, torch.ops.stmae.attention_backward.default
-PACKED, PACKED_BACKWARD = torch.ops.stmae.packed_attention.default, torch.ops.stmae.packed_attention_backward.default
+PACKED, PACKED_BACKWARD = torch.ops.stmae.attention_qkvpacked.default, torch.ops.stmae.attention_qkvpacked_backward.default
 
 HEAD_DIMS = [8, 16, 32, 40, 64, 80, 96, 112, 128]
 SIZES = [(1, 1), (1, 7), (2, 1), (7, 2), (63, 64), (65, 63), (64, 158), (158, 158), (13, 513), (513, 200)]
@@ -154,16 +154,16 @@ def test_gradient_of_a_sum(capability):
 def test_packed_is_the_same_as_separate(scale, dtype, capability, nan_filled):
     q, k, v, grad_out = inputs(2, 70, 70, 3, 24, dtype)
     qkv = torch.stack([q, k, v], dim=2).requires_grad_()
-    out = ops.packed_attention(qkv, scale=scale)
+    out = ops.attention_qkvpacked(qkv, scale=scale)
     (grad_qkv,) = torch.autograd.grad(out, qkv, grad_out)
     expected, *grads = results(ops.attention, q, k, v, grad_out, scale=scale)
     assert torch.equal(out, expected)
     assert grad_qkv.is_contiguous() and torch.equal(grad_qkv, torch.stack(grads, dim=2))
 
     wide = torch.nn.functional.pad(qkv.detach(), (0, 8))[..., :-8].requires_grad_()
-    assert torch.equal(ops.packed_attention(wide, scale=scale), expected)
+    assert torch.equal(ops.attention_qkvpacked(wide, scale=scale), expected)
     tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
-    torch.testing.assert_close(out, reference.packed_attention(qkv, scale=scale), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out, reference.attention_qkvpacked(qkv, scale=scale), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("B, H, N", [(1, 1, 700), (1, 3, 400), (2, 20, 60)])
@@ -221,8 +221,8 @@ def test_compile_without_graph_breaks():
     for e, o in zip(results(ops.attention, q, k, v, grad_out), results(compiled, q, k, v, grad_out)):
         assert torch.equal(e, o)
     qkv = torch.randn(1, 12, 3, 2, 16, requires_grad=True)
-    compiled = torch.compile(ops.packed_attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(*(torch.autograd.grad(f(qkv), qkv, grad_out)[0] for f in (ops.packed_attention, compiled)))
+    compiled = torch.compile(ops.attention_qkvpacked, fullgraph=True, backend="aot_eager")
+    assert torch.equal(*(torch.autograd.grad(f(qkv), qkv, grad_out)[0] for f in (ops.attention_qkvpacked, compiled)))
 
 
 def test_autocast():
@@ -230,17 +230,17 @@ def test_autocast():
     low = [x.bfloat16() for x in (q, k, v)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, *grads = results(ops.attention, q, k, v, grad_out.bfloat16())
-        packed = ops.packed_attention(torch.stack([k, k, v], dim=2))
+        packed = ops.attention_qkvpacked(torch.stack([k, k, v], dim=2))
     expected, *expected_grads = results(ops.attention, *low, grad_out.bfloat16())
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected) and packed.dtype == torch.bfloat16
     for g, e in zip(grads, expected_grads):
         assert g.dtype == torch.float32 and torch.equal(g, e.float())
 
 
-@pytest.mark.parametrize("name", ["attention", "packed_attention"])
+@pytest.mark.parametrize("name", ["attention", "attention_qkvpacked"])
 def test_double_backward_is_refused(name):
     qkv = torch.randn(1, 5, 3, 2, 8, requires_grad=True)
-    out = ops.packed_attention(qkv) if name == "packed_attention" else ops.attention(*qkv.unbind(2))
+    out = ops.attention_qkvpacked(qkv) if name == "attention_qkvpacked" else ops.attention(*qkv.unbind(2))
     (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported"):
         grad.sum().backward()
@@ -254,7 +254,7 @@ def test_empty(B, N, H):
     out.sum().backward()
     assert q.grad.shape == q.shape
     qkv = torch.randn(B, N, 3, H, 8, requires_grad=True)
-    ops.packed_attention(qkv).sum().backward()
+    ops.attention_qkvpacked(qkv).sum().backward()
     assert qkv.grad.shape == qkv.shape
 
 
@@ -295,16 +295,16 @@ def test_bad_input(q, k, v, message):
 @pytest.mark.parametrize(
     "qkv, message",
     [
-        (torch.zeros(2, 5, 2, 3, 16), r"packed_attention: expected qkv \[B, N, 3, H, D\] .*got \[2, 5, 2, 3, 16\] float32"),
-        (torch.zeros(2, 5, 9, 16), r"packed_attention: expected qkv .*got \[2, 5, 9, 16\]"),
-        (torch.zeros(2, 5, 3, 3, 4), "packed_attention: expected a head dim D .*got 4"),
-        (torch.zeros(2, 5, 3, 3, 16).long(), "packed_attention: expected qkv .*got .* int64"),
-        (torch.zeros(2, 5, 3, 16, 8).transpose(3, 4), "packed_attention: expected qkv with a contiguous last dimension"),
+        (torch.zeros(2, 5, 2, 3, 16), r"attention_qkvpacked: expected qkv \[B, N, 3, H, D\] .*got \[2, 5, 2, 3, 16\] float32"),
+        (torch.zeros(2, 5, 9, 16), r"attention_qkvpacked: expected qkv .*got \[2, 5, 9, 16\]"),
+        (torch.zeros(2, 5, 3, 3, 4), "attention_qkvpacked: expected a head dim D .*got 4"),
+        (torch.zeros(2, 5, 3, 3, 16).long(), "attention_qkvpacked: expected qkv .*got .* int64"),
+        (torch.zeros(2, 5, 3, 16, 8).transpose(3, 4), "attention_qkvpacked: expected qkv with a contiguous last dimension"),
     ],
 )
 def test_bad_packed_input(qkv, message):
     with pytest.raises(ValueError, match=message):
-        ops.packed_attention(qkv)
+        ops.attention_qkvpacked(qkv)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", torch.tensor(1.0)])

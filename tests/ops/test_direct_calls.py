@@ -35,7 +35,15 @@ def call(name, arguments):
 
 
 def plain(value):
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return [plain(x) for x in value]
     return value.clone(memory_format=torch.contiguous_format) if isinstance(value, torch.Tensor) else value
+
+
+def faked(value, mode):
+    if isinstance(value, list):
+        return [faked(x, mode) for x in value]
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def refused_or_right(name, arguments, mode, must=False):
@@ -48,7 +56,7 @@ def refused_or_right(name, arguments, mode, must=False):
     assert not must, f"{name} took it"
     again = call(name, {key: plain(value) for key, value in arguments.items()})
     with mode:  # on the CPU: on the meta device the shape functions speak of GPUs
-        fake = {key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+        fake = {key: faked(value, mode) for key, value in arguments.items()}
         shapes = [tuple(x.shape) for x in call(name, fake)]
     for index, (result, expected) in enumerate(zip(results, again, strict=True)):
         if name.startswith(("linear", "mlp")):  # a library sums transposed or stepped operands in another order
@@ -117,12 +125,60 @@ def test_bad_tensors(name, capability):
             if bad is None and kind != "missing":
                 continue
             try:
-                refused_or_right(name, {**CALLS[name](), argument: bad}, mode, must=kind in MUST_FAIL and value.numel() > 0)
+                allowed = argument.startswith("cu_") and kind == "torch.int32"  # offsets are int32 or int64
+                must = kind in MUST_FAIL and value.numel() > 0 and not allowed
+                refused_or_right(name, {**CALLS[name](), argument: bad}, mode, must=must)
             except AssertionError as error:
                 raise AssertionError(f"{name}({argument} {kind}): {error}") from error
 
 
-@pytest.mark.parametrize("name", sorted(name for name in CALLS if {"keep", "masked", "ids"} & set(CALLS[name]())))
+def test_bad_offsets(capability):
+    """Offsets that do not start at 0, ascend and end at the total, of every op that takes some."""
+    found = 0
+    for name in sorted(CALLS):
+        for argument, good in CALLS[name]().items():
+            if not argument.startswith("cu_"):
+                continue
+            found += 1
+            last = int(good[-1])
+            for bad in ([0, last + 1, last], [0] * 4, [1, 1, last], [0, 1, last - 1], [0, 1, last + 1], [-1, 0, last],
+                        [0, 2**31 - 1, last], [last], []):  # fmt: skip
+                if len(bad) == len(good) and sorted(bad) == bad and bad[0] == 0 and bad[-1] == last:
+                    continue
+                with pytest.raises(RuntimeError, match=f"{name}: expected"):
+                    call(name, {**CALLS[name](), argument: torch.tensor(bad, dtype=good.dtype)})
+    assert found >= 14
+
+
+@pytest.mark.parametrize("bad", [-1, 8, 20, 2**62, -(2**63), "repeated", "of the other video"])
+@pytest.mark.parametrize("name", sorted(name for name in CALLS if "videos" in CALLS[name]()))
+def test_bad_ids_in_a_list_of_videos(name, bad, capability):
+    good = CALLS[name]()
+    argument = "keep" if "keep" in good else "masked"
+    good[argument][2] = {"repeated": good[argument][0], "of the other video": 9}.get(bad, bad)
+    with pytest.raises(RuntimeError, match=f"{name}: expected {argument} (of sequence 0 in \\[0, 8\\)|without repeats)"):
+        call(name, good)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in CALLS if "videos" in CALLS[name]()))
+def test_bad_videos_in_a_list(name, capability):
+    mode = FakeTensorMode()
+    for kind, make in KINDS.items():
+        for index in (0, 1):
+            arguments = CALLS[name]()
+            bad = make(arguments["videos"][index])
+            if kind in ("on meta", "missing", "not a tensor") or bad is None:
+                continue
+            arguments["videos"][index] = bad
+            try:
+                refused_or_right(name, arguments, mode, must=kind in MUST_FAIL - {"misaligned"})
+            except AssertionError as error:
+                raise AssertionError(f"{name}(videos[{index}] {kind}): {error}") from error
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in CALLS if {"keep", "masked", "ids"} & set(CALLS[name]()) and "videos" not in CALLS[name]())
+)
 @pytest.mark.parametrize("bad", [-1, 8, 9, 2**31, 2**62, -(2**63), "repeated"])
 def test_bad_ids(name, bad, capability):
     good = CALLS[name]()
@@ -137,6 +193,8 @@ def test_bad_ids(name, bad, capability):
 
 BAD_VALUES = {
     "num_keep": [0, -1, 10, 11, 2**40, 2**62, -(2**63)],
+    "total_keep": [-1, 2, 4, 11, 2**40, 2**62, -(2**63)],
+    "frame_counts": [[4], [4, 6, 0], [5, 5], [4, 7], [-4, 14], [2**62, 6], [4, -(2**63)]],
     "num_tokens": [-1, 3, 2**31, 2**62, -(2**63)],
     "patch_size": [[], [2, 4], [2, 4, 4, 1], [0, 4, 4], [-2, 4, 4], [2, 3, 4], [1, 4, 4], [2**62, 2**62, 2**62]],
     "frames": [[], [0], [0, 1, 2], [0, 1, 2, 4], [0, 1, 2, -1], [0, 1, 2, 2**62], [0] * 5],

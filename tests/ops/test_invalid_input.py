@@ -14,7 +14,7 @@ def test_float16_autocast_is_refused_on_a_cpu():
         "mlp": lambda: ops.mlp(x, torch.rand(8, 16), torch.rand(8), torch.rand(16, 8), torch.rand(16)),
         "add_layer_norm": lambda: ops.add_layer_norm(x, x, torch.ones(16), torch.zeros(16)),
         "attention": lambda: ops.attention(*(torch.rand(3, 1, 4, 2, 8))),
-        "packed_attention": lambda: ops.packed_attention(torch.rand(1, 4, 3, 2, 8)),
+        "attention_qkvpacked": lambda: ops.attention_qkvpacked(torch.rand(1, 4, 3, 2, 8)),
         "masked_patchify": lambda: ops.masked_patchify(
             torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8), torch.tensor([[1]]), torch.rand(4, 3, 2, 4, 4), None, None
         ),
@@ -96,7 +96,7 @@ def test_transposed_parameters_keep_the_dispatcher_contract():
 
 def test_ops_on_meta_tensors_give_shapes():
     with torch.device("meta"):
-        out = ops.packed_attention(torch.rand(2, 6, 3, 2, 8))
+        out = ops.attention_qkvpacked(torch.rand(2, 6, 3, 2, 8))
         assert ops.linear(out.flatten(2), torch.rand(4, 16)).shape == (2, 6, 4)
 
 

@@ -194,8 +194,8 @@ def packed_cases(draw):
 
 
 @drawn(packed_cases(), 12)
-def test_packed_attention(capability, case):
-    compare(lambda module, qkv: module.packed_attention(qkv), case, ["qkv"], factor=4)
+def test_attention_qkvpacked(capability, case):
+    compare(lambda module, qkv: module.attention_qkvpacked(qkv), case, ["qkv"], factor=4)
 
 
 @st.composite

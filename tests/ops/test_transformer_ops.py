@@ -205,7 +205,7 @@ def test_a_weight_gradient_without_rows_is_zero_or_what_there_was():
         assert (out == float(add)).all()
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp", "attention", "packed_attention"])
+@pytest.mark.parametrize("op", ["linear", "mlp", "attention", "attention_qkvpacked"])
 def test_before_what_has_no_gradient(op):
     class Cut(torch.autograd.Function):
         @staticmethod
@@ -218,7 +218,7 @@ def test_before_what_has_no_gradient(op):
 
     if op == "attention":
         arguments = [torch.rand(1, 5, 2, 8) for _ in range(3)]
-    elif op == "packed_attention":
+    elif op == "attention_qkvpacked":
         arguments = [torch.rand(1, 5, 3, 2, 8)]
     else:
         arguments = tensors(op, 5, 8, 16, torch.float32)

@@ -33,7 +33,7 @@ OPS = {
         (rand(B, N, D), rand(B, N, D), rand(D), rand(D)),
     ),
     "attention": (lambda m, q, k, v: m.attention(q, k, v), tuple(rand(B, n, 2, 8) for n in (5, 6, 6))),
-    "packed_attention": (lambda m, qkv: m.packed_attention(qkv), (rand(B, N, 3, 2, 8),)),
+    "attention_qkvpacked": (lambda m, qkv: m.attention_qkvpacked(qkv), (rand(B, N, 3, 2, 8),)),
     "gather_tokens": (lambda m, x: m.gather_tokens(x, KEEP[: len(x)] % N), (rand(B, N, D),)),
     "linear": (lambda m, x, w, b: m.linear(x, w, b), (rand(B, N, D), rand(F, D), rand(F))),
     "mlp": (
@@ -159,7 +159,7 @@ def test_flops_are_those_of_the_reference(name, frozen):
     if name == "masked_patchify":  # the reference projects all 8 patches of each clip, of which 3 are kept
         counts[reference] = tuple(count * 3 / 8 for count in counts[reference])
     assert counts[ops] == counts[reference]
-    assert (counts[ops][0] > 0) == (name in ("attention", "packed_attention", "linear", "mlp", "masked_patchify"))
+    assert (counts[ops][0] > 0) == (name in ("attention", "attention_qkvpacked", "linear", "mlp", "masked_patchify"))
 
 
 @pytest.mark.parametrize("first", ["stmae", "torch.utils.flop_counter"])

@@ -157,7 +157,7 @@ def sanitized():
         clash = np.flatnonzero(pairs[0, 1:] == pairs[0, :-1])
         if clash.size:
             raise RuntimeError(f"programs {pairs[1, clash[0]]} and {pairs[1, clash[0] + 1]} store to one address")
-        if loads:
+        if loads and pairs.size:
             address, program = (np.concatenate(x) for x in zip(*loads))
             at = np.minimum(np.searchsorted(pairs[0], address.astype(np.int64)), pairs.shape[1] - 1)
             clash = np.flatnonzero((pairs[0, at] == address.astype(np.int64)) & (pairs[1, at] != program))

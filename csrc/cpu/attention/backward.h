@@ -36,7 +36,7 @@ struct PackedQueries {
       pack_rows<E>(grad_out, a.grad_out.token, rows, D, g_down);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      lse.data()[i] = static_cast<float>(a.lse[head * rows + i] * 1.4426950408889634 / to_log2);
+      lse.data()[i] = static_cast<float>(a.lse[head * a.lse_head + i] * 1.4426950408889634 / to_log2);
       prefetch(out, (i + kPrefetchRows) * a.out.token, D);
       vec dot = zero();
       each_vector(D, [&](int64_t d, auto lanes) STMAE_INLINE_BODY {

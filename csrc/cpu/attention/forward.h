@@ -59,7 +59,7 @@ void attention_forward(const Forward<T>& a, int64_t first, int64_t last) {
       const float inverse =
           highest == -std::numeric_limits<float>::infinity() ? std::numeric_limits<float>::quiet_NaN() : 1.f / total;
       store_rows(sums.data() + r * padded, padded, 1, D, inverse, a.out.at(b, h) + (first_query + r) * a.out.token, 0);
-      a.lse[head * a.Nq + first_query + r] =
+      a.lse[head * a.lse_head + first_query + r] =
           static_cast<float>(static_cast<double>(highest) * std::abs(to_log2) * 0.6931471805599453 + std::log(total));
     }
   }

@@ -17,6 +17,7 @@ struct Heads {
   T* data;
   int64_t batch, token, head;
   T* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+  Heads from(int64_t first_token) const { return {data + first_token * token, batch, token, head}; }
 };
 
 template <typename T>
@@ -24,6 +25,7 @@ struct Forward {
   Heads<const T> q, k, v;  // [B, Nq, H, D], [B, Nk, H, D] twice
   Heads<T> out;            // [B, Nq, H, D]
   float* lse;              // [B, H, Nq], the log-sum-exp of each query's scaled scores
+  int64_t lse_head;        // from head to head of it
   int64_t H, Nq, Nk;
   int D;
   double scale;
@@ -35,6 +37,7 @@ template <typename T>
 struct Backward {
   Heads<const T> grad_out, q, k, v, out;
   const float* lse;
+  int64_t lse_head;
   Heads<T> grad_q, grad_k, grad_v;
   int64_t H, Nq, Nk;
   int D;

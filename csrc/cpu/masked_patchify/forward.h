@@ -32,12 +32,19 @@ STMAE_INLINE int64_t token_of(const Patchify& p, int64_t index) {
 // Patch `index` of the batch as normalised floats [P]; `row` has the size of two patches.
 template <typename T>
 static void read_patch(const Patchify& p, int64_t index, float* row) {
-  const int64_t b = index / p.K, token = token_of(p, index);
+  int64_t b = index / p.K, token = token_of(p, index);
+  const Patches* patches = &p.patches;
+  if (p.videos) {
+    const int32_t video = p.video_of_row[index];
+    patches = p.videos + video;
+    token -= p.first_tokens[video];
+    b = 0;
+  }
   if constexpr (std::is_same_v<T, float>) {
-    read_channels_first(p.patches, b, token, row);
+    read_channels_first(*patches, b, token, row);
   } else {
     T* raw = reinterpret_cast<T*>(row + p.P);
-    read_channels_first(p.patches, b, token, raw);
+    read_channels_first(*patches, b, token, raw);
     const int64_t plane = p.P / p.patches.C;
     for (int64_t c = 0; c < p.patches.C; ++c) {
       const vec scale = set(p.scale[c]), shift = set(p.shift[c]);

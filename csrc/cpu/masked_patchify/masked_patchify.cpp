@@ -23,6 +23,7 @@
 #include "base/buffer.h"
 #include "base/check.h"
 #include "base/parallel.h"
+#include "base/sequences.h"
 #include "base/token_ids.h"
 #include "base/patches.h"
 #include "cpu/masked_patchify/params.h"
@@ -66,16 +67,55 @@ Patchify describe(const char* op, const Tensor& video, const Tensor& keep, const
   return p;
 }
 
-Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& weight, std::optional<Tensor> bias,
-                       std::optional<Tensor> position, std::vector<double> mean, std::vector<double> std) {
-  const char* op = "masked_patchify";
-  check_tensor(op, "keep", keep, {kAny, kAny}, ScalarType::Long);
-  check_video(op, video);
-  const Normalization normalization(op, mean, std, video.size(1));
-  Patchify p = describe(op, video, keep, weight, bias, normalization);
-  inverse_ids(op, "keep", keep, p.B, p.N);
+// A list of videos, described; the description points into what is kept here.
+struct ListOfVideos {
+  PatchesOfVideos patches;
+  std::vector<int32_t> video_of_row;
+
+  ListOfVideos(const char* op, const std::vector<Tensor>& videos, const Tensor& weight)
+      : patches(op, videos, weight.size(1), {weight.size(2), weight.size(3), weight.size(4)}) {}
+
+  Patchify describe(const char* op, const Tensor& keep, const Tensor& cu_seqlens, const Tensor& weight,
+                    const std::optional<Tensor>& bias, const Normalization& normalization) {
+    if (bias) check_contiguous_tensor(op, "bias", *bias, {weight.size(0)}, weight.scalar_type());
+    const auto offsets = sequence_offsets(op, "cu_seqlens", cu_seqlens, keep.size(0), "keep");
+    STMAE_CHECK(offsets.size() == patches.first_tokens.size(), op, ": expected cu_seqlens of ", patches.videos.size(),
+                " videos, got that of ", offsets.size() - 1);
+    check_own_tokens(op, "keep", keep.const_data_ptr<int64_t>(), keep.stride(0), offsets, patches.first_tokens);
+    video_of_row = sequence_of_rows(offsets);
+    Patchify p{};
+    if (!patches.videos.empty()) p.patches = patches.videos[0];
+    p.videos = patches.videos.data();
+    p.first_tokens = patches.first_tokens.data();
+    p.video_of_row = video_of_row.data();
+    p.scale = normalization.scale.data();
+    p.shift = normalization.shift.data();
+    p.keep = keep.const_data_ptr<int64_t>();
+    p.keep_token = keep.stride(0);
+    p.B = 1;
+    p.K = p.total = keep.size(0);
+    p.N = patches.first_tokens.back();
+    p.D = weight.size(0);
+    p.P = checked_product(op, {weight.size(1), weight.size(2), weight.size(3), weight.size(4)});
+    p.weight_float = weight.scalar_type() == ScalarType::Float;
+    return p;
+  }
+};
+
+void check_weight(const char* op, const Tensor& weight) {
+  check_contiguous_tensor(op, "weight", weight, {kAny, kAny, kAny, kAny, kAny}, floating());
+}
+
+// keep [K] as one row of ids.
+Buffer<int32_t> inverse_of_row(const char* op, const Tensor& keep, int64_t tokens) {
+  return inverse_ids(op, "keep", torch::stable::view(keep, {1, keep.size(0)}), 1, tokens);
+}
+
+// out [B, K, D], or of a list of videos [K, D].
+Tensor forward(const char* op, Patchify p, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& position, const std::vector<int64_t>& sizes) {
   if (position) check_contiguous_tensor(op, "position", *position, {p.N, p.D}, output_dtypes(p));
-  Tensor out = torch::stable::new_empty(position ? *position : weight, {p.B, p.K, p.D});
+  Tensor out = torch::stable::new_empty(position ? *position : weight, sizes);
   p.out_float = out.scalar_type() == ScalarType::Float;
   p.out = out.mutable_data_ptr();
   p.weight = weight.const_data_ptr();
@@ -107,17 +147,34 @@ Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& we
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_out, const Tensor& video, const Tensor& keep,
-                                                            const Tensor& weight, std::optional<Tensor> bias,
-                                                            std::optional<Tensor> position, std::vector<double> mean,
-                                                            std::vector<double> std) {
-  const char* op = "masked_patchify_backward";
+Tensor masked_patchify(const Tensor& video, const Tensor& keep, const Tensor& weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> position, std::vector<double> mean, std::vector<double> std) {
+  const char* op = "masked_patchify";
   check_tensor(op, "keep", keep, {kAny, kAny}, ScalarType::Long);
   check_video(op, video);
   const Normalization normalization(op, mean, std, video.size(1));
-  Patchify p = describe(op, video, keep, weight, bias, normalization);
-  auto inverse = inverse_ids(op, "keep", keep, p.B, p.N);
-  check_contiguous_tensor(op, "grad_out", grad_out, {p.B, p.K, p.D}, output_dtypes(p));
+  const Patchify p = describe(op, video, keep, weight, bias, normalization);
+  inverse_ids(op, "keep", keep, p.B, p.N);
+  return forward(op, p, weight, bias, position, {p.B, p.K, p.D});
+}
+
+Tensor masked_patchify_varlen(std::vector<Tensor> videos, const Tensor& keep, const Tensor& cu_seqlens, const Tensor& weight,
+                              std::optional<Tensor> bias, std::optional<Tensor> position, std::vector<double> mean,
+                              std::vector<double> std) {
+  const char* op = "masked_patchify_varlen";
+  check_contiguous_tensor(op, "keep", keep, {kAny}, ScalarType::Long);
+  check_weight(op, weight);
+  const Normalization normalization(op, mean, std, weight.size(1));
+  ListOfVideos list(op, videos, weight);
+  const Patchify p = list.describe(op, keep, cu_seqlens, weight, bias, normalization);
+  inverse_of_row(op, keep, p.N);
+  return forward(op, p, weight, bias, position, {p.K, p.D});
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const char* op, Patchify p, Buffer<int32_t> inverse, const Tensor& grad_out,
+                                            const Tensor& weight, const std::optional<Tensor>& bias,
+                                            const std::optional<Tensor>& position, const std::vector<int64_t>& sizes) {
+  check_contiguous_tensor(op, "grad_out", grad_out, sizes, output_dtypes(p));
   if (position) check_contiguous_tensor(op, "position", *position, {p.N, p.D}, grad_out.scalar_type());
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   Tensor grad_bias = torch::stable::new_empty(weight, {bias ? p.D : 0});
@@ -162,9 +219,37 @@ std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_o
   return {grad_weight, grad_bias, grad_position};
 }
 
+std::tuple<Tensor, Tensor, Tensor> masked_patchify_backward(const Tensor& grad_out, const Tensor& video, const Tensor& keep,
+                                                            const Tensor& weight, std::optional<Tensor> bias,
+                                                            std::optional<Tensor> position, std::vector<double> mean,
+                                                            std::vector<double> std) {
+  const char* op = "masked_patchify_backward";
+  check_tensor(op, "keep", keep, {kAny, kAny}, ScalarType::Long);
+  check_video(op, video);
+  const Normalization normalization(op, mean, std, video.size(1));
+  const Patchify p = describe(op, video, keep, weight, bias, normalization);
+  return backward(op, p, inverse_ids(op, "keep", keep, p.B, p.N), grad_out, weight, bias, position, {p.B, p.K, p.D});
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_patchify_varlen_backward(const Tensor& grad_out, std::vector<Tensor> videos,
+                                                                   const Tensor& keep, const Tensor& cu_seqlens,
+                                                                   const Tensor& weight, std::optional<Tensor> bias,
+                                                                   std::optional<Tensor> position, std::vector<double> mean,
+                                                                   std::vector<double> std) {
+  const char* op = "masked_patchify_varlen_backward";
+  check_contiguous_tensor(op, "keep", keep, {kAny}, ScalarType::Long);
+  check_weight(op, weight);
+  const Normalization normalization(op, mean, std, weight.size(1));
+  ListOfVideos list(op, videos, weight);
+  const Patchify p = list.describe(op, keep, cu_seqlens, weight, bias, normalization);
+  return backward(op, p, inverse_of_row(op, keep, p.N), grad_out, weight, bias, position, {p.K, p.D});
+}
+
 STABLE_TORCH_LIBRARY_IMPL(stmae, CPU, m) {
   m.impl("masked_patchify", TORCH_BOX(&masked_patchify));
   m.impl("masked_patchify_backward", TORCH_BOX(&masked_patchify_backward));
+  m.impl("masked_patchify_varlen", TORCH_BOX(&masked_patchify_varlen));
+  m.impl("masked_patchify_varlen_backward", TORCH_BOX(&masked_patchify_varlen_backward));
 }
 
 }  // namespace

@@ -13,7 +13,10 @@ constexpr int64_t kGroup = 16;  // patches that are transposed into a panel toge
 constexpr int64_t kPart = 960;  // patches that are gathered before they are multiplied, so that they take some megabytes
 
 struct Patchify {
-  Patches patches;
+  Patches patches;                 // of a list of videos, the first's
+  const Patches* videos;           // of a list of videos (then B is 1, and tokens are numbered through all), else null
+  const int64_t* first_tokens;     // of each of them
+  const int32_t* video_of_row;     // [K]
   const float *scale, *shift;      // of each channel
   const int64_t* keep;             // [B, K]
   int64_t keep_batch, keep_token;  // its strides
