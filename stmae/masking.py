@@ -10,14 +10,17 @@ Source: Feichtenhofer et al., "Masked Autoencoders As Spatiotemporal Learners", 
 (random "agnostic", space-only = tube, time-only = frame, block).
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from stmae import ops as _kernels
 
-STRATEGIES = ("random", "tube", "frame", "block")
+STRATEGIES = ("random", "tube", "frame", "block")  # with one number of visible tokens for a grid
+ALL_STRATEGIES = (*STRATEGIES, "multi_block")  # with which every clip has its own
 
 _BLOCK_AREA = (0.1, 0.4)  # of the frame, per block
 _BLOCK_ASPECT = (0.3, 1 / 0.3)  # height : width, log-uniform, as in BEiT's block-wise masking
@@ -33,6 +36,16 @@ class Mask(NamedTuple):
 
     keep: torch.Tensor
     masked: torch.Tensor
+
+
+class Blocks(NamedTuple):
+    """What ``multi_block`` masks: ``number`` blocks, each with a fraction of a frame's patches in ``scale``, a height over width
+    in ``aspect`` and a fraction of the time slices in ``length``, ranges from which they are drawn, anew for each block."""
+
+    number: int = 8
+    scale: tuple[float, float] = (0.15, 0.15)
+    aspect: tuple[float, float] = (0.75, 1.5)
+    length: tuple[float, float] = (1.0, 1.0)
 
 
 class TokenCounts(NamedTuple):
@@ -110,6 +123,114 @@ def make_mask(
             phase = torch.zeros(batch, dtype=torch.int64, device=noise.device)
         masked = reconstructed(masked, noise, grid, decoder_ratio, phase=phase)
     return Mask(keep, masked)
+
+
+def make_masks(
+    strategy: str,
+    grids: Sequence[tuple[int, int, int]],
+    ratios: Sequence[float],
+    *,
+    decoder_ratio: float = 0.0,
+    blocks: Blocks | None = None,
+    noise: Sequence[torch.Tensor] | None = None,
+    phase: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    ops: Any = _kernels,
+) -> list[Mask]:
+    """The masks of clips of any grids, each with its own number of visible tokens: ``Mask(keep [K], masked [M])`` of each.
+
+    Args:
+        strategy: one of ``ALL_STRATEGIES``.
+        grids: (t, h, w) of each clip.
+        ratios: masked fraction of each; ``multi_block`` does not use them.
+        decoder_ratio: as for ``make_mask``.
+        blocks: of ``multi_block``.
+        noise: [N] float32 of each, as ``sample_noise`` draws it; default: drawn here. Not for ``multi_block``.
+        phase, generator, device, ops: as for ``make_mask``, ``phase`` [S].
+
+    Raises:
+        ValueError, RuntimeError: as ``make_mask``.
+    """
+    if strategy == "multi_block":
+        if noise is not None:
+            raise ValueError("make_masks: expected no noise with strategy 'multi_block', whose blocks it cannot say")
+        return [multi_block(grid, blocks or Blocks(), generator=generator, device=device) for grid in grids]
+    counts = [num_keep(strategy, grid, ratio) for grid, ratio in zip(grids, ratios, strict=True)]
+    tokens, drawn = [math.prod(grid) for grid in grids], noise is None
+    if noise is None:
+        noise = [
+            sample_noise(strategy, 1, grid, ratio, generator=generator, device=device)[0] for grid, ratio in zip(grids, ratios)
+        ]
+    if len(noise) != len(grids) or not all(isinstance(x, torch.Tensor) and x.shape == (n,) for x, n in zip(noise, tokens)):
+        raise ValueError(f"make_masks: expected noise of {tokens} tokens, one tensor [N] a clip, got others")
+    first = list(itertools.accumulate(tokens, initial=0))
+    cu_seqlens = torch.tensor(first).to(noise[0].device, non_blocking=True)
+    keep, masked = ops.random_masking_varlen(torch.cat(list(noise)), cu_seqlens, counts)
+    kept = keep.split(counts)
+    hidden = masked.split([n - count for n, count in zip(tokens, counts)])
+    masks = [Mask(k - start, m - start) for k, m, start in zip(kept, hidden, first)]
+    if not drawn:
+        for grid, mask in zip(grids, masks):
+            _check_strategy(strategy, grid, mask.keep[None])
+    if decoder_ratio == 0:
+        return masks
+    if phase is None:
+        phase = sample_phase(len(grids), generator=generator) if drawn else torch.zeros(len(grids), dtype=torch.int64)
+    phase = phase.to(keep.device)
+    chosen = zip(masks, noise, grids, phase.split(1), strict=True)
+    return [
+        Mask(mask.keep, reconstructed(mask.masked[None], own[None], grid, decoder_ratio, phase=at)[0])
+        for mask, own, grid, at in chosen
+    ]
+
+
+def multi_block(
+    grid: tuple[int, int, int],
+    blocks: Blocks,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Mask:
+    """V-JEPA's mask of one clip: masked is the union of some blocks, ``Mask(keep [K], masked [M])``. Where the blocks cover all
+    they are drawn anew, and after a hundred times one token is left visible.
+
+    In V-JEPA all blocks of a batch have one size; here each is drawn for itself. A block lies within the clip.
+
+    Args:
+        grid: (t, h, w), the patch grid, of two tokens or more.
+        blocks: how many and how large.
+        generator: source of randomness.
+        device: where the mask lies; default: the generator's device, or torch's default device.
+
+    Source: Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Representations from Video", section 3.3.
+    """
+    t, h, w = grid
+    if t * h * w < 2:
+        raise ValueError(f"masking: expected a grid of two tokens or more, got {t}x{h}x{w}")
+    source = generator.device if generator is not None else device
+    for _ in range(100):
+        draw = torch.rand(blocks.number, 6, generator=generator, device=source, dtype=torch.float32).tolist()
+        hidden = torch.zeros(t, h, w, dtype=torch.bool)
+        for length, scale, aspect, *place in draw:
+            depth = _between(blocks.length, length) * t
+            area = _between(blocks.scale, scale) * h * w
+            ratio = math.exp(_between([math.log(x) for x in blocks.aspect], aspect))
+            sizes = [min(max(1, round(x)), n) for x, n in zip((depth, (area * ratio) ** 0.5, (area / ratio) ** 0.5), grid)]
+            at = [min(int(x * (n - size + 1)), n - size) for x, n, size in zip(place, grid, sizes)]
+            hidden[tuple(slice(a, a + size) for a, size in zip(at, sizes))] = True
+        if not hidden.all():
+            break
+    else:
+        hidden.view(-1)[0] = False
+    flat = hidden.flatten()
+    target = device if device is not None else source
+    keep, masked = (~flat).nonzero()[:, 0], flat.nonzero()[:, 0]
+    return Mask(keep, masked) if target is None else Mask(keep.to(target), masked.to(target))
+
+
+def _between(bounds: Sequence[float], x: float) -> float:
+    return bounds[0] + x * (bounds[1] - bounds[0])
 
 
 def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
@@ -248,6 +369,11 @@ def reconstructed(
 
 
 def _check(strategy: str, grid: tuple[int, int, int], ratio: float) -> tuple[int, int, int]:
+    if strategy == "multi_block":
+        raise ValueError(
+            "masking: expected a strategy with one number of visible tokens for a grid, got 'multi_block', with which every clip "
+            "has its own: see make_masks, and the model's forward for a list of clips"
+        )
     if strategy not in STRATEGIES:
         raise ValueError(f"masking: expected a strategy of {', '.join(STRATEGIES)}, got {strategy!r}")
     if len(grid) != 3 or any(size < 1 for size in grid):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
-from stmae.masking import STRATEGIES, TokenCounts, num_reconstructed, token_counts
+from stmae.masking import ALL_STRATEGIES, TokenCounts, num_reconstructed, token_counts
 from stmae.models.hog import BINS, CELL
 from stmae.ops.attention import takes_head_dim
 
@@ -202,9 +202,16 @@ class MaskedAutoencoderConfig(EncoderConfig):
         decoder_norm_eps: of the decoder's final LayerNorm; None: ``layer_norm_eps``.
         mask_ratio: masked fraction of the tokens, in (0, 1), unless the forward call says otherwise.
         mask_strategy: which tokens are masked: ``random``; ``tube``: the same places in every time slice; ``frame``: all of some
-            time slices; ``block``: boxes in space and time. See ``stmae.masking``.
+            time slices; ``block``: boxes in space and time; ``multi_block``: V-JEPA's, the union of several blocks, so that every
+            clip has its own number of visible tokens and ``mask_ratio`` has no say. See ``stmae.masking``.
+        mask_blocks: of ``multi_block``: how many blocks are masked.
+        mask_block_scale: of ``multi_block``: the range of a block's fraction of a frame's patches.
+        mask_block_aspect: of ``multi_block``: the range of a block's height over its width.
+        mask_block_length: of ``multi_block``: the range of a block's fraction of the time slices; 1: the full length.
         decoder_mask_ratio: fraction of the masked tokens that the decoder neither sees nor reconstructs, 0, 0.25, 0.5 or
             0.75: dual masking with running cells (VideoMAE V2); see ``stmae.masking.reconstructed``.
+        loss_reduction: ``patch``: the loss is the mean over the reconstructed patches of all clips, so that a clip with more of
+            them weighs more; ``clip``: the mean over clips of the mean over each one's. The same where all clips have as many.
     """
 
     decoder_width: int = 512
@@ -220,8 +227,13 @@ class MaskedAutoencoderConfig(EncoderConfig):
     decoder_mlp_ratio: float | None = None
     decoder_norm_eps: float | None = None
     mask_ratio: float = 0.9
-    mask_strategy: Literal["random", "tube", "frame", "block"] = "random"
+    mask_strategy: Literal["random", "tube", "frame", "block", "multi_block"] = "random"
+    mask_blocks: int = 8
+    mask_block_scale: tuple[float, float] = (0.15, 0.15)
+    mask_block_aspect: tuple[float, float] = (0.75, 1.5)
+    mask_block_length: tuple[float, float] = (1.0, 1.0)
     decoder_mask_ratio: float = 0.0
+    loss_reduction: Literal["patch", "clip"] = "patch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,9 +243,10 @@ class MaskedAutoencoderConfig(EncoderConfig):
         for field, choices in (
             ("decoder_class_token", ("own", "encoder")),
             ("frame_choice", ("linspace", "stride")),
-            ("mask_strategy", STRATEGIES),
+            ("mask_strategy", ALL_STRATEGIES),
             ("target", TARGETS),
             ("target_range", ("normalized", "unit")),
+            ("loss_reduction", ("patch", "clip")),
         ):
             if getattr(self, field) not in choices:
                 _fail(self, field, f"to be one of {', '.join(choices)}", getattr(self, field))
@@ -245,6 +258,16 @@ class MaskedAutoencoderConfig(EncoderConfig):
             if self.predicted_frames % self.grid[0] or self.predicted_frames > self.num_frames:
                 expected = f"to be a multiple of the {self.grid[0]} time slices, at most {self.num_frames}"
                 _fail(self, "predicted_frames", expected, self.predicted_frames)
+        self._check_count("mask_blocks")
+        for field, top in (("mask_block_scale", 1), ("mask_block_aspect", math.inf), ("mask_block_length", 1)):
+            values = getattr(self, field)
+            values = tuple(values) if isinstance(values, (list, tuple)) else ()
+            if len(values) != 2 or not all(isinstance(x, (int, float)) for x in values) or not 0 < values[0] <= values[1] <= top:
+                most = " up to 1" if top == 1 else ""
+                _fail(self, field, f"to be a range (lowest, highest) above 0{most}", getattr(self, field))
+            object.__setattr__(self, field, tuple(float(x) for x in values))
+        if self.mask_strategy == "multi_block" and self.decoder_mask_ratio:
+            _fail(self, "decoder_mask_ratio", "to be 0 with mask_strategy 'multi_block'", self.decoder_mask_ratio)
         if not 0 < self.mask_ratio < 1:
             _fail(self, "mask_ratio", "to lie between 0 and 1 (exclusive)", self.mask_ratio)
         try:
@@ -265,11 +288,15 @@ class MaskedAutoencoderConfig(EncoderConfig):
     @property
     def frames(self) -> list[int]:
         """Indices of the clip's frames that are reconstructed: the target clip."""
-        count = self.predicted_frames or self.grid[0]
+        return self.frames_of(self.num_frames)
+
+    def frames_of(self, num_frames: int) -> list[int]:
+        """``frames`` of a clip of another length: as many for each time slice, chosen in the same way."""
+        count = self.target_patch_size[0] * (num_frames // self.tubelet_size)
         if self.frame_choice == "stride":
-            return [index * self.num_frames // count for index in range(count)]
+            return [index * num_frames // count for index in range(count)]
         # torch's own linspace: its rounding decides the truncation, and the weights were trained with it.
-        return torch.linspace(0, self.num_frames - 1, count, device="cpu", dtype=torch.float32).long().tolist()
+        return torch.linspace(0, num_frames - 1, count, device="cpu", dtype=torch.float32).long().tolist()
 
     def token_counts(self, mask_ratio: float | None = None, decoder_mask_ratio: float | None = None) -> TokenCounts:
         """How many tokens there are, are visible, masked and reconstructed, without the class token.

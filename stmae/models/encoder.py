@@ -1,7 +1,8 @@
 """The video encoder: a plain ViT on the visible patches only, and what the two models built on it have in common."""
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from stmae.hub import HubMixin
 from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import EncoderConfig, as_pair
 from stmae.models.layers import BackendModule, add, add_layer_norm, is_plain
+from stmae.models.packing import check_clips, check_ids, grid_of, numbered, offsets, split
 from stmae.models.position import Position
 
 
@@ -27,8 +29,21 @@ class PatchEmbed(BackendModule):
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, video: torch.Tensor, keep: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings [B, K, D] of the patches ``keep`` [B, K] of ``video`` [B, C, T, H, W], plus ``position`` [N, D] if given."""
+    def forward(
+        self,
+        video: torch.Tensor | list[torch.Tensor],
+        keep: torch.Tensor,
+        position: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings [B, K, D] of the patches ``keep`` [B, K] of ``video`` [B, C, T, H, W], plus ``position`` [N, D] if given.
+
+        With ``cu_seqlens`` [S + 1]: [sum K, D] of the patches ``keep`` [sum K] of S clips [C, T, H, W], plus ``position``
+        [sum N, D].
+        """
+        if cu_seqlens is not None:
+            parameters = self.weight, self.bias, position
+            return self._ops.masked_patchify_varlen(video, keep, cu_seqlens, *parameters, mean=self.mean, std=self.std)
         return self._ops.masked_patchify(video, keep, self.weight, self.bias, position, mean=self.mean, std=self.std)
 
 
@@ -73,20 +88,63 @@ class Encoder(BackendModule):
         for block in self.blocks:
             initialize_block(cast(Block, block))
 
-    def forward(self, video: torch.Tensor, keep: torch.Tensor | None = None, *, norm: bool = True) -> torch.Tensor:
+    @overload
+    def forward(self, video: torch.Tensor, keep: torch.Tensor | None = None, *, norm: bool = True) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, video: Sequence[torch.Tensor], keep: Sequence[torch.Tensor] | None = None, *, norm: bool = True
+    ) -> list[torch.Tensor]: ...
+
+    def forward(self, video: Any, keep: Any = None, *, norm: bool = True) -> Any:
         """Tokens after the last block, [B, K, D] or, with a class token (first), [B, 1 + K, D].
 
         Args:
-            video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides.
-            keep: [B, K] int64, the patches to encode; default: all.
+            video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides. Or a list of clips
+                [C, T, H, W] and pictures [C, H, W] of any sizes that are multiples of the patch, all of one dtype.
+            keep: [B, K] int64, the patches to encode; default: all. For a list, a list of [K], ids within each clip.
             norm: whether the final LayerNorm is applied.
+
+        Returns:
+            A tensor; for a list of clips a list of [(1 +) K, D].
 
         Raises:
             ValueError: a video of another shape or dtype than the configuration's, or ids of the wrong shape or dtype.
             RuntimeError: an id out of range or repeated (on CPUs).
         """
+        if not isinstance(video, torch.Tensor):
+            x, counts = self.packed(video, keep, norm=norm)
+            return split(x, counts)
         x, branch = run_blocks(self.blocks, self.embed(video, keep), self._ops)
         return add_layer_norm(x, branch, self.norm, self._ops)[1] if norm else add(x, branch)
+
+    def packed(
+        self, clips: Sequence[torch.Tensor], keep: Sequence[torch.Tensor] | None = None, *, norm: bool = True
+    ) -> tuple[torch.Tensor, list[int]]:
+        """``forward`` of a list of clips as one tensor: tokens [1, total, D], those of one clip after another's, and how many
+        each has, with its class token."""
+        clips = check_clips(type(self).__name__, self.config, clips)
+        grids = [grid_of(self.config, clip) for clip in clips]
+        tokens = [math.prod(grid) for grid in grids]
+        device = clips[0].device
+        if keep is None:
+            keep = [torch.arange(n, device=device) for n in tokens]
+        keep = check_ids(f"{type(self).__name__}: keep", keep, len(clips))
+        kept, first = [len(row) for row in keep], int(self.config.class_token)
+        positions = self.position(grids)
+        position = torch.cat([own[first:] for own in positions])
+        arguments = clips, numbered(keep, tokens)
+        if is_plain(self.patch_embed, PatchEmbed):
+            x = self.patch_embed.forward(*arguments, position, offsets(kept, device))
+        else:
+            x = self.patch_embed(*arguments, None, offsets(kept, device))
+            x = x + position[arguments[1]].to(torch.promote_types(x.dtype, position.dtype))
+        if first:
+            class_token = (self.class_token + positions[0][:1]).to(x.dtype)
+            x = torch.cat([part for own in x.split(kept) for part in (class_token, own)])
+        counts = [first + n for n in kept]
+        x, branch = run_blocks(self.blocks, x[None], self._ops, cu_seqlens=offsets(counts, device))
+        return add_layer_norm(x, branch, self.norm, self._ops)[1] if norm else add(x, branch), counts
 
     def forward_features(self, video: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """The normalised tokens, [B, (1 +) K, D]: ``forward`` by the name that timm gives it."""

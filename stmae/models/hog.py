@@ -49,10 +49,20 @@ def hog_loss(
 ) -> torch.Tensor:
     """Mean squared error of pred [B, M, P] against the histograms of the patches masked [B, M]: a float32 scalar, 0 for an
     empty batch."""
-    with torch.no_grad():
-        target = hog_patches(video, frames, patch_size)
-        target = target.gather(1, masked[:, :, None].expand(-1, -1, target.shape[2]))
-    return (pred.float() - target).square().sum() / max(1, pred.numel())
+    return (pred.float() - _targets(video, masked, frames, patch_size)).square().sum() / max(1, pred.numel())
+
+
+def hog_errors(
+    pred: torch.Tensor, video: torch.Tensor, masked: torch.Tensor, frames: list[int], patch_size: tuple[int, int, int]
+) -> torch.Tensor:
+    """The same of each patch: [B, M] float32."""
+    return (pred.float() - _targets(video, masked, frames, patch_size)).square().mean(dim=-1)
+
+
+@torch.no_grad()
+def _targets(video: torch.Tensor, masked: torch.Tensor, frames: list[int], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    target = hog_patches(video, frames, patch_size)
+    return target.gather(1, masked[:, :, None].expand(-1, -1, target.shape[2]))
 
 
 def draw(histograms: torch.Tensor) -> torch.Tensor:

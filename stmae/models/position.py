@@ -1,6 +1,7 @@
 """Position embeddings, learned (separable or joint) or fixed, and how learned ones are carried over to another patch grid."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class Position(nn.Module):
         self.separable = separable
         self.has_class_token = class_token
         self.table_grid = table_grid
+        self._tables: dict[tuple, torch.Tensor] = {}  # the fixed table of other grids
         if table_grid is not None:
             self.register_buffer("table", torch.empty(t * h * w + class_token, width), persistent=False)
             self.reset_buffers()
@@ -58,18 +60,36 @@ class Position(nn.Module):
     def _joint(self) -> torch.Tensor:
         return self.joint if self.table_grid is None else self.table
 
-    def of_patches(self) -> torch.Tensor:
-        """[N, D]."""
+    def of_patches(self, grid: tuple[int, int, int] | None = None) -> torch.Tensor:
+        """[N, D] of a patch grid, by default its own. Learned ones are interpolated, so that gradients go through; the fixed
+        table is computed once for a grid."""
+        if grid is None or grid == self.grid:
+            if self.separable:
+                return (self.temporal[:, None] + self.spatial).flatten(0, 1)
+            return self._joint()[1:] if self.has_class_token else self._joint()
+        t, h, w = grid
         if self.separable:
-            return (self.temporal[:, None] + self.spatial).flatten(0, 1)
-        return self._joint()[1:] if self.has_class_token else self._joint()
+            space = interpolate_position(self.spatial, (1, *self.grid[1:]), (1, h, w))
+            time = interpolate_position(self.temporal, (self.grid[0], 1, 1), (t, 1, 1))
+            return (time[:, None] + space).flatten(0, 1)
+        if self.table_grid is None:
+            return interpolate_position(self.of_patches(), self.grid, grid)
+        key = grid, self.table.device, self.table.dtype
+        if key not in self._tables:
+            table = interpolate_position(sincos_position(math.prod(self.table_grid), self.table.shape[1]), self.table_grid, grid)
+            self._tables[key] = table.to(self.table)
+        return self._tables[key]
 
     def of_class_token(self) -> torch.Tensor:
         """[1, D]; only where there is a class token."""
         return self.class_token if self.separable else self._joint()[:1]
 
-    def forward(self) -> torch.Tensor:
-        """[N, D] or, with a class token, [1 + N, D]."""
+    def forward(self, grids: Sequence[tuple[int, int, int]] | None = None) -> torch.Tensor | list[torch.Tensor]:
+        """[N, D] or, with a class token, [1 + N, D]. For a list of patch grids a list of those, computed once for equal grids."""
+        if grids is not None:
+            first = [self.of_class_token()] if self.has_class_token else []
+            own = {grid: torch.cat([*first, self.of_patches(grid)]) for grid in dict.fromkeys(grids)}
+            return [own[grid] for grid in grids]
         if self.separable and self.has_class_token:
             return torch.cat([self.class_token, self.of_patches()])
         return self.of_patches() if self.separable else self._joint()

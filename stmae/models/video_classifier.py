@@ -1,6 +1,9 @@
 """The video classifier that the pre-trained encoder is fine-tuned as: mean of the patch tokens, LayerNorm,
 dropout, linear."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,6 +11,9 @@ from torch import nn
 from stmae.models.config import VideoClassifierConfig
 from stmae.models.encoder import Encoder, VideoModel
 from stmae.models.layers import add_layer_norm, linear
+
+Clips = torch.Tensor | Sequence[torch.Tensor]
+Keep = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 class VideoClassifier(VideoModel):
@@ -39,38 +45,51 @@ class VideoClassifier(VideoModel):
         nn.init.zeros_(head.bias)
         self.head = head
 
-    def forward(self, video: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, video: Clips, *, keep: Keep = None) -> torch.Tensor:
         """Logits [B, num_classes]; with ``num_classes=0`` the pooled features [B, D].
 
         Args:
-            video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides.
-            keep: [B, K] the visible tokens, for masked fine-tuning; default: all.
+            video: [B, C, T, H, W]; uint8, or floating point and already normalised. Any strides. Or a list of S clips
+                [C, T, H, W] and pictures [C, H, W] of any sizes that are multiples of the patch: logits [S, num_classes].
+            keep: [B, K] the visible tokens, for masked fine-tuning; default: all. For a list, a list of [K].
         """
         return self.forward_head(self.forward_features(video, keep=keep))
 
-    def forward_features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_features(self, video: Clips, *, keep: Keep = None) -> Any:
         """All tokens [B, N, D], or [B, 1 + N, D] with the class token first, after the last block and before the norm, which
-        is that of their mean (timm's ``fc_norm``). Arguments as in ``forward``."""
+        is that of their mean (timm's ``fc_norm``). Arguments as in ``forward``; for a list of clips a list of [(1 +) N, D]."""
+        if not isinstance(video, torch.Tensor):
+            if keep is not None and any(len(row) == 0 for row in keep):
+                raise ValueError("VideoClassifier: expected keep with at least one token a clip, got one with none")
+            return self.encoder(video, keep, norm=False)
         self._check_video(video)
-        if keep is not None and keep.numel() == 0 and len(video):
+        if isinstance(keep, torch.Tensor) and keep.numel() == 0 and len(video):
             raise ValueError(f"VideoClassifier: expected keep with at least one token a clip, got {list(keep.shape)}")
         return self.encoder(video, keep, norm=False)
 
-    def forward_head(self, tokens: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, tokens: torch.Tensor | list[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
         """Logits [B, num_classes] of what ``forward_features`` gives; with ``pre_logits`` what the head would get, [B, D]."""
+        if not isinstance(tokens, torch.Tensor):  # one by one: a product of other rows adds up in another order
+            return torch.cat([self.forward_head(own[None], pre_logits) for own in tokens])
         x = F.dropout(self._pooled(tokens), self.config.dropout, self.training)
         return x if pre_logits else linear(self.head, x, self._ops)
 
-    def features(self, video: torch.Tensor, *, keep: torch.Tensor | None = None, pooled: bool = True) -> torch.Tensor:
+    def features(self, video: Clips, *, keep: Keep = None, pooled: bool = True) -> Any:
         """What the head sees: the normalised mean of the patch tokens, [B, D].
 
         ``pooled=False`` gives the tokens that are averaged, [B, N, D] in grid order ([B, K, D] with
         ``keep``), before the norm.
         """
         tokens = self.forward_features(video, keep=keep)
-        return self._pooled(tokens) if pooled else self._patch_tokens(tokens)
+        if pooled:
+            return self._pooled(tokens)
+        return (
+            self._patch_tokens(tokens) if isinstance(tokens, torch.Tensor) else [self._patch_tokens(x[None])[0] for x in tokens]
+        )
 
-    def _pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _pooled(self, tokens: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        if not isinstance(tokens, torch.Tensor):
+            return torch.cat([self._pooled(x[None]) for x in tokens])
         if self.config.pooling == "first":
             return add_layer_norm(tokens[:, 0], None, self.encoder.norm, self._ops)[1]
         return self.pool(self._patch_tokens(tokens))

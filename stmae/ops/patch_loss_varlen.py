@@ -40,13 +40,13 @@ def patch_loss_varlen(
             STMAE_DEBUG for GPUs).
     """
     op = "patch_loss_varlen"
-    patch_size = checks.whole_numbers(op, "patch_size", patch_size, 3)
+    patch_size = checks.integers(op, "patch_size", patch_size, 3)
     videos = checks.videos(op, videos)
     C = videos[0].shape[0]
     frames = [range(video.shape[1]) for video in videos] if frames is None else frames
     if not isinstance(frames, Sequence) or len(frames) != len(videos):
         raise ValueError(f"{op}: expected frames of each of the {len(videos)} videos, got {frames!r}")
-    chosen = [checks.whole_numbers(op, f"frames[{s}]", own) for s, own in enumerate(frames)]
+    chosen = [checks.integers(op, f"frames[{s}]", own) for s, own in enumerate(frames)]
     for s, (video, own) in enumerate(zip(videos, chosen)):
         if any(not 0 <= i < video.shape[1] for i in own):
             raise ValueError(f"{op}: expected frames[{s}] in [0, {video.shape[1]}), got {own}")

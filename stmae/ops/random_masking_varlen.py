@@ -31,7 +31,7 @@ def random_masking_varlen(
     checks.tensor(op, "noise", noise, "[sum N]", (None,), (torch.float32,))
     checks.offsets(op, "cu_seqlens", cu_seqlens, noise.shape[0], "noise")
     checks.same_device(op, noise=noise, cu_seqlens=cu_seqlens)
-    counts = checks.whole_numbers(op, "num_keep", num_keep, cu_seqlens.shape[0] - 1)
+    counts = checks.integers(op, "num_keep", num_keep, cu_seqlens.shape[0] - 1)
     if any(count < 0 for count in counts) or sum(counts) > noise.shape[0]:
         raise ValueError(f"{op}: expected num_keep of at most the {noise.shape[0]} tokens, none below 0, got {counts}")
     if checks.DEBUG and noise.device.type != "cpu" and not torch.compiler.is_compiling() and noise.isnan().any():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(support.TRITON_PROBLEM is not None, reason=f"not
 
 HERE = Path(__file__).parent
 UPDATE = "python tests/kernels/compile_report.py --update"
-PRODUCTS = ("masked_patchify", "grad_weight", "attention", "grad_q", "grad_kv")
+PRODUCTS = ("masked_patchify", "grad_weight", "masked_patchify_varlen", "grad_weight_varlen", "attention", "grad_q", "grad_kv")
 # The most shared memory that one block may have, and what consumer cards of the sm_80 family (sm_86, sm_89) have at most.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 CONSUMER = 99 * 1024
@@ -122,7 +122,7 @@ def test_products_run_on_tensor_cores(report):
 
     def holds(key, x):
         tiles = dict(tile.split("=") for tile in key[2].split())
-        rows = int(tiles["N" if key[0] == "grad_kv" else "D" if key[0] == "grad_weight" else "M"])
+        rows = int(tiles["N" if key[0] == "grad_kv" else "D" if key[0].startswith("grad_weight") else "M"])
         large = rows >= 64
         kind = {"sm_80": "HMMA", "sm_90": "HGMMA" if large else "HMMA", "sm_100": "UTCMMA" if large else "HMMA"}.get(
             key[3], "MFMA"
