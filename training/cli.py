@@ -16,6 +16,10 @@ COMMANDS = {  # name: (module with Config and run, what it does)
     "plan": ("plan", "batch, learning rate, steps, memory and command of a recipe on the GPUs that there are"),
     "reconstruct": ("reconstruct", "pictures of what a pre-trained model makes of a video"),
     "data check": ("data_check", "list the videos that cannot be used and why, and summarise the others"),
+    "data prepare": (
+        "data_prepare",
+        "encode videos once more, small, so that clips of them cost little to decode",
+    ),
     "convert": ("convert", "convert weights between code bases, and report what was recognised and assumed"),
     "demo": ("demo", "pre-train a small model on clips that ship with the package, and show what it learnt"),
 }
@@ -40,7 +44,7 @@ def main(argv=None):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"stmae: there is no command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    if command == "data check" and argv and not argv[0].startswith("-"):
+    if command.startswith("data ") and argv and not argv[0].startswith("-"):
         argv = ["--data", *argv]
     if command == "convert" and len(argv) > 1 and not any(word.startswith("-") for word in argv[:2]):
         argv = ["--input", argv[0], "--output", *argv[1:]]

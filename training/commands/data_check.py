@@ -14,7 +14,7 @@ from ..config import ClipConfig, DataLocationConfig
 from ..data.clip_sampling import clip_indices, clip_span, spaced_clips
 from ..data.dataset import length_of, within
 from ..data.decoders import choose_decoder, open_entry
-from ..data.loader import Batches, LoaderError, watched_loader
+from ..data.loader import LoaderError, results
 from ..data.video import MAX_CLIP_PIXELS, VideoError
 from ..data.video_list import find_videos
 
@@ -55,7 +55,8 @@ def run(config):
     entries = find_videos(config.data, config.data_root, config.data_labels)
     decoder = choose_decoder(config.decoder)
     good, errors, infos = [], [], []
-    for entry, result in zip(entries, tqdm(check_results(entries, config), total=len(entries), unit="video", disable=None)):
+    checked = results(VideoCheck(entries, config), config)
+    for entry, result in zip(entries, tqdm(checked, total=len(entries), unit="video", disable=None)):
         if isinstance(result, VideoError):
             errors.append(result)
             tqdm.write(str(result))
@@ -100,24 +101,6 @@ def print_short(config, lengths):
         fits = (min(short) - 1) // max(config.frames - 1, 1)
         stride = f"; a stride of {fits} fits all" if fits else ""
         print(f"  short:   {len(short)} have fewer than the {needed} frames of a clip and {done}{stride}")
-
-
-def check_results(entries, config):
-    """The items of VideoCheck, in order. One that ends its data worker is an error like any other, and the check goes on with new
-    workers."""
-    check, done = VideoCheck(entries, config), 0
-    while done < len(entries):
-        order = range(done, len(entries))
-        loader = watched_loader(check, config.workers, batch_size=None, sampler=order, collate_fn=identity)
-        with Batches(loader, timeout=config.timeout) as batches:
-            try:
-                for _ in order:
-                    yield next(batches)
-                    done += 1
-            except LoaderError as error:
-                if error.number is None or error.number in check.ended:
-                    raise
-                check.ended[error.number] = str(error).removeprefix("no more data: ")
 
 
 def exit_status(config, result):
@@ -183,11 +166,6 @@ def line_of(entry):
     if entry.frames or entry.label >= 0:
         words.append(str(entry.label))
     return " ".join(words)
-
-
-def identity(item):
-    """Instead of PyTorch's own conversion, which turns tuples into lists."""
-    return item
 
 
 def value_range(values, form):

@@ -297,3 +297,21 @@ class Batches:
 
     def _path(self, number):
         return printable(self.loader.dataset.entries[number].path)
+
+
+def results(work, config):
+    """The items of the data set ``work`` in order, from ``config.workers`` processes. One that ends its data worker is noted in
+    ``work.ended``, by which the data set is to know it, and the rest goes on with new workers."""
+    done = 0
+    while done < len(work):
+        order = range(done, len(work))
+        loader = watched_loader(work, config.workers, batch_size=None, sampler=order, collate_fn=_as_it_is)
+        with Batches(loader, timeout=config.timeout) as batches:
+            try:
+                for _ in order:
+                    yield next(batches)
+                    done += 1
+            except LoaderError as error:
+                if error.number is None or error.number in work.ended:
+                    raise
+                work.ended[error.number] = str(error).removeprefix("no more data: ")

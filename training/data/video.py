@@ -93,7 +93,7 @@ class Video:
         except BaseException:
             self.close()
             raise
-        self._converter = FrameConverter(self._stream.codec_context.name, exact=exact)
+        self.converter = FrameConverter(self._stream.codec_context.name, exact=exact)
 
     def _open(self):
         self.close()
@@ -247,7 +247,7 @@ class Video:
             )
         require_pixels(self.path, self.size, len(indices))
         found = {}
-        self._read(indices, found.clear, lambda index, frame: found.update({index: self._converter.rgb(frame)}))
+        self._read(indices, found.clear, lambda index, frame: found.update({index: self.converter.rgb(frame)}))
         first = found[min(found)]
         return np.stack([match_size(found[i], first.shape[:2]) for i in indices])
 
@@ -260,8 +260,18 @@ class Video:
         """
         together = np.concatenate(indices)
         require_pixels(self.path, self.size, len(together))
-        writer = ClipWriter(indices, crops, out, self._converter)
+        writer = ClipWriter(indices, crops, out, self.converter)
         self._read(together.tolist(), writer.restart, writer.write)
+
+    def each_frame(self, restart, take):
+        """Calls take(index, av.VideoFrame) for every frame in order; restart() before them, and where all begins anew. The limit
+        on time is for each frame."""
+
+        def take_one(index, frame):
+            take(index, frame)
+            self._until = time_limit()
+
+        self._read(range(len(self)), restart, take_one)
 
     def _read(self, indices, restart, take):
         """Calls take(index, frame) for each of ``indices`` once, in order; restart() before them, and where all begins anew."""
