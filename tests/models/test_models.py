@@ -604,7 +604,7 @@ def test_configurations_turn_into_json_and_back():
         ({"decoder_mask_ratio": 0.6}, "decoder_mask_ratio to be 0, 0.25, 0.5 or 0.75, got 0.6"),
         ({"target": "tokens"}, "target to be one of pixels, normalized_pixels, channel_normalized_pixels, hog, got 'tokens'"),
         ({"target": "hog"}, r"patch_size to be a multiple of 8, the cell of target hog,, got \(4, 8\)"),
-        ({"mask_strategy": "cube"}, "mask_strategy to be one of random, tube, frame, block, got 'cube'"),
+        ({"mask_strategy": "cube"}, "mask_strategy to be one of random, tube, frame, block, multi_block, got 'cube'"),
         ({"frame_choice": "all"}, "frame_choice to be one of linspace, stride, got 'all'"),
         ({"decoder_class_token": "none"}, "decoder_class_token to be one of own, encoder"),
     ],
