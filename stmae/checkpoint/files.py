@@ -26,6 +26,9 @@ _KINDS: dict[str, tuple[type[VideoModel], type[EncoderConfig]]] = {
     "VideoClassifier": (VideoClassifier, VideoClassifierConfig),
 }
 
+# What odd values in a file make the code stumble over that takes them for a model's: numbers of any size, lists for numbers, depth.
+_ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, AssertionError)
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
@@ -130,13 +133,14 @@ def load(path: str | os.PathLike, *, ema: bool = False, **overrides: Any) -> Vid
             model, changes = build_foreign(
                 weights, report, arguments=found.arguments, hub_config=found.hub_config, stated=overrides
             )
-        except CheckpointMismatch:
+        except (CheckpointMismatch, CheckpointError):
             raise
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise CheckpointError(f"cannot read {found.path}: {error}") from error
+        except _ODD as error:
+            raise CheckpointError(f"cannot read {found.path}: {_line(error)}") from error
         model.load_report = report
-        for note in report.notes:
-            warnings.warn(f"{found.path}: {note}", stacklevel=2)
+    assert model.load_report is not None
+    for note in model.load_report.notes:
+        warnings.warn(f"{found.path}: {note}", stacklevel=2)
     return resize(model, **changes) if changes else model
 
 
@@ -146,14 +150,26 @@ def _build_own(found: Weights) -> VideoModel:
     model_class, config_class = _KINDS[kind]
     try:
         config = config_class.from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"cannot read {found.path}: its stmae configuration is damaged: {error}") from error
+    except _ODD as error:
+        raise CheckpointError(f"cannot read {found.path}: its stmae configuration is damaged: {_line(error)}") from error
     integers = [name for name, value in found.state.items() if not value.is_floating_point()]
     if integers:
         raise CheckpointError(f"cannot read {found.path}: expected floating-point weights, got others: {integers}")
-    model = build(model_class, config, found.state, found.path).eval()
+    try:
+        model = build(model_class, config, found.state, found.path).eval()
+    except CheckpointMismatch:
+        raise
+    except _ODD as error:
+        raise CheckpointError(f"cannot read {found.path}: no model can be built as it says: {_line(error)}") from error
     model.load_report = LoadReport("stmae", found.path, inferred={"config": "all of it, from the file"})
+    model.load_report.check_values(found.state, zeros=False)  # a model that was saved untrained has zeros by right
     return model
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line of a length to read."""
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def load_classifier(path: str | os.PathLike[str], **overrides: Any) -> VideoClassifier:

@@ -42,12 +42,13 @@ class LoadReport:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def check_values(self, weights: dict[str, torch.Tensor]) -> None:
-        """Adds a note for every tensor that no training leaves behind: all zero, or with values that are not finite."""
+    def check_values(self, weights: dict[str, torch.Tensor], *, zeros: bool = True) -> None:
+        """Adds a note for every tensor that no training leaves behind: with values that are not finite or, where ``zeros`` is
+        true, all zero."""
         for name, value in weights.items():
             if value.numel() == 0 or value.device.type == "meta":
                 continue
             if not torch.isfinite(value).all():
                 self.notes.append(f"{name} holds values that are not finite")
-            elif not value.any():
+            elif zeros and not value.any():
                 self.notes.append(f"{name} is all zeros, which trained weights are not")

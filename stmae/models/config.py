@@ -19,6 +19,26 @@ Config = TypeVar("Config", bound="EncoderConfig")
 TARGETS = ("pixels", "normalized_pixels", "channel_normalized_pixels", "hog")
 POSITIONS = ("learned", "sincos")
 
+# The largest that is built. No model comes near; a damaged or hostile file says more, which would take hours or all memory.
+LARGEST = {
+    "image_size": 2**16,
+    "patch_size": 2**16,
+    "in_channels": 2**12,
+    "num_frames": 2**16,
+    "tubelet_size": 2**16,
+    "predicted_frames": 2**16,
+    "width": 2**16,
+    "decoder_width": 2**16,
+    "depth": 1000,
+    "decoder_depth": 1000,
+    "num_heads": 2**13,
+    "decoder_num_heads": 2**13,
+    "num_classes": 10**6,
+}
+LARGEST_HIDDEN = 2**20  # width of a block's hidden layer
+LARGEST_PATCH = 2**24  # values in a patch
+LARGEST_POSITIONS = 2**28  # values of position embeddings, tokens times width: 1 GB
+
 
 def _fail(config: "EncoderConfig", field: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{type(config).__name__}: expected {field} {expected}, got {got!r}")
@@ -34,6 +54,8 @@ def _pair(config: "EncoderConfig", field: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
         _fail(config, field, "to be a positive size or (height, width)", value)
+    if max(pair) > LARGEST[field]:
+        _fail(config, field, f"to be at most {LARGEST[field]:,}", value)
     return pair
 
 
@@ -100,8 +122,11 @@ class EncoderConfig:
             expected = f"to be a multiple of tubelet_size {self.tubelet_size}"
             _fail(self, "num_frames", expected, self.num_frames)
         self._check_heads("width", "num_heads")
-        if not self.mlp_ratio > 0:
-            _fail(self, "mlp_ratio", "to be positive", self.mlp_ratio)
+        self._check_hidden("width", "mlp_ratio")
+        values = math.prod((self.in_channels, self.tubelet_size, *as_pair(self.patch_size)))
+        if values > LARGEST_PATCH:
+            _fail(self, "patch_size", f"to give a patch of at most {LARGEST_PATCH:,} values", self.patch_size)
+        self._check_positions("width", self.grid)
         self._check_eps("layer_norm_eps")
         self._check_eps("norm_eps")
         if self.layer_scale is not None and not math.isfinite(self.layer_scale):
@@ -114,6 +139,7 @@ class EncoderConfig:
                 _fail(self, "position_grid", "to be a patch grid (t, h, w)", self.position_grid)
             if self.position != "sincos":
                 _fail(self, "position_grid", "to be None unless position is 'sincos'", self.position_grid)
+            self._check_positions("width", grid)
             object.__setattr__(self, "position_grid", None if grid == self.grid else grid)
         if self.position == "sincos" and self.separable_position:
             _fail(self, "separable_position", "to be false with position 'sincos'", self.separable_position)
@@ -130,11 +156,25 @@ class EncoderConfig:
         value = getattr(self, field)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             _fail(self, field, "to be a positive integer", value)
+        if value > LARGEST[field]:
+            _fail(self, field, f"to be at most {LARGEST[field]:,}", value)
+
+    def _check_hidden(self, width: str, field: str) -> None:
+        """``field``: the ratio of a block's hidden width to ``width``."""
+        ratio = getattr(self, field)
+        if not (ratio > 0 and math.isfinite(ratio)):
+            _fail(self, field, "to be positive and finite", ratio)
+        if not 1 <= getattr(self, width) * ratio <= LARGEST_HIDDEN:
+            _fail(self, field, f"times {width} {getattr(self, width)} to lie between 1 and {LARGEST_HIDDEN:,}", ratio)
+
+    def _check_positions(self, width: str, grid: tuple[int, int, int]) -> None:
+        if math.prod(grid) * getattr(self, width) > LARGEST_POSITIONS:
+            _fail(self, width, f"times the tokens of a grid {grid} to be at most {LARGEST_POSITIONS:,}", getattr(self, width))
 
     def _check_eps(self, field: str) -> None:
         value = getattr(self, field)
-        if value is not None and not value >= 0:
-            _fail(self, field, "to be at least 0", value)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            _fail(self, field, "to be at least 0 and finite", value)
 
     def _check_heads(self, width: str, heads: str) -> None:
         if getattr(self, width) % getattr(self, heads):
@@ -251,8 +291,8 @@ class MaskedAutoencoderConfig(EncoderConfig):
             if getattr(self, field) not in choices:
                 _fail(self, field, f"to be one of {', '.join(choices)}", getattr(self, field))
         self._check_eps("decoder_norm_eps")
-        if self.decoder_mlp_ratio is not None and not self.decoder_mlp_ratio > 0:
-            _fail(self, "decoder_mlp_ratio", "to be positive", self.decoder_mlp_ratio)
+        self._check_hidden("decoder_width", "mlp_ratio" if self.decoder_mlp_ratio is None else "decoder_mlp_ratio")
+        self._check_positions("decoder_width", self.position_grid or self.grid)
         if self.predicted_frames is not None:
             self._check_count("predicted_frames")
             if self.predicted_frames % self.grid[0] or self.predicted_frames > self.num_frames:
