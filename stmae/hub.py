@@ -3,6 +3,7 @@
 A folder holds ``config.json``, ``model.safetensors`` and a model card; the hub itself is reached through huggingface_hub.
 """
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ Model = TypeVar("Model", bound="HubMixin")
 _CONFIG = ["config.json"]
 _SAFE = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLES = ["*.bin", "*.bin.index.json", "*.pth", "*.pyth", "*.pt"]
+_FILES = (".safetensors", ".bin", ".pth", ".pyth", ".pt", ".ckpt", ".tar", ".json", ".yaml")
 
 
 class HubMixin:
@@ -87,6 +89,7 @@ class HubMixin:
 
         path = Path(name_or_path)
         if not path.exists():
+            require_no_path(path)
             path = download(str(name_or_path), revision=revision, token=token, cache_dir=cache_dir, offline=local_files_only)
         # An autoencoder becomes a classifier only where a new head is asked for.
         classifier = issubclass(cls, VideoClassifier)
@@ -185,6 +188,21 @@ model = {kind}.from_pretrained("OWNER/NAME")
 
 {license or "Not stated."}
 """
+
+
+def require_no_path(path: Path) -> None:
+    """Raises CheckpointError where ``path``, which is not there, is a mistyped path and no repository's name: its folder is
+    there, or it ends as a file of weights does. So a typing error does not ask the hub for a stranger's weights."""
+    from stmae.checkpoint import CheckpointError
+
+    folder = path.parent
+    if path.suffix in _FILES or (folder != Path(".") and folder.is_dir()):
+        names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        hint = f"; did you mean {folder / near[0]}?" if near else ""
+        why = "" if path.suffix in _FILES else f": there is a folder {folder}"
+        reason = f", and no repository's name (owner/name){why}"
+        raise CheckpointError(f"cannot read {path}: no such file or folder{reason}{hint}")
 
 
 def download(

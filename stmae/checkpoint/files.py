@@ -26,7 +26,7 @@ _KINDS: dict[str, tuple[type[VideoModel], type[EncoderConfig]]] = {
     "VideoClassifier": (VideoClassifier, VideoClassifierConfig),
 }
 
-# What odd values in a file make the code stumble over that takes them for a model's: numbers of any size, lists for numbers, depth.
+# What odd values in a file lead to in code that takes them for a model's: numbers of any size, lists for numbers, depth.
 _ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, AssertionError)
 
 

@@ -161,6 +161,8 @@ def _own_config(path: Path, about: object) -> tuple[str, dict]:
     """(kind, configuration) out of what ``describe`` wrote."""
     try:
         kind, format, config = about["kind"], about["format"], about["config"]  # type: ignore[index]
+        if type(format) is not int or format < 1 or not isinstance(kind, str) or not isinstance(config, dict):
+            raise TypeError("expected kind, format (a whole number from 1 on) and config")
         newer = format > FORMAT or kind not in KINDS
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {path}: its stmae configuration is damaged: {error}") from error

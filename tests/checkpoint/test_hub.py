@@ -114,6 +114,24 @@ def test_a_name_that_is_none_is_refused(tmp_path):
         VideoModel.from_pretrained("a/b/c/d.pth", local_files_only=True)
 
 
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    from stmae import hub
+    from stmae.training.engine.run_folder import weights_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(hub, "download", lambda name, **options: asked.append(name))
+    for read in (weights_file, VideoClassifier.from_pretrained):
+        with pytest.raises(CheckpointError, match="runs/bsae: no such file or folder, and no repository.*did you mean runs/base"):
+            read("runs/bsae")
+        with pytest.raises(CheckpointError, match="cannot read weights/model.pth: no such file or folder"):
+            read("weights/model.pth")
+    assert asked == []
+    weights_file("someone/model")
+    assert asked == ["someone/model"]
+
+
 def test_push_to_hub_uploads_what_is_saved(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     calls = {}

@@ -1,6 +1,5 @@
 """``stmae data check``: which videos of a data set cannot be used and why, and what the others are like."""
 
-import os
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..data.decoders import choose_decoder, open_entry
 from ..data.loader import LoaderError, results
 from ..data.video import MAX_CLIP_PIXELS, VideoError
 from ..data.video_list import find_videos
+from ..engine.outputs import is_list_of, require_own, write_list
 
 
 @dataclass(kw_only=True)
@@ -53,6 +53,8 @@ ERRORS = (LoaderError,)
 def run(config):
     """Prints what is broken and a summary; returns (usable entries, VideoErrors)."""
     entries = find_videos(config.data, config.data_root, config.data_labels)
+    if config.output:
+        require_own(config.output, is_list_of("data check"))
     decoder = choose_decoder(config.decoder)
     good, errors, infos = [], [], []
     checked = results(VideoCheck(entries, config), config)
@@ -86,8 +88,7 @@ def run(config):
     if any(error.reason.startswith("too short") for error in errors):
         print("  short ones can be used with a smaller stride, or with --clips.short loop or pad")
     if config.output:
-        lines = "".join(f"{line_of(entry)}\n" for entry in good)
-        Path(config.output).write_bytes(os.fsencode(lines))  # names as the disk has them, be they UTF-8 or not
+        write_list(config.output, map(line_of, good), "data check")
         print(f"  list of the usable ones: {config.output}")
     return good, errors
 

@@ -1,7 +1,6 @@
 """``stmae features``: what a frozen encoder makes of each video, as one file for other tools."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from stmae import checkpoint
 
 from ..config import EncodingConfig
 from ..data.video_list import find_videos
+from ..engine.outputs import is_features, is_list_of, require_own, write_list
 from ..evaluation.features import encode
 
 
@@ -24,7 +24,8 @@ class FeaturesConfig(EncodingConfig):
     data: str
     """videos: a folder, searched recursively, a list file, or Something-Something's json"""
     output: str
-    """FILE.safetensors (features, labels, paths) or FILE.npy (features; paths and labels in FILE.txt)"""
+    """FILE.safetensors (features, labels, paths) or FILE.npy (features; paths and labels in FILE.txt).
+    Nothing that this command did not write is overwritten"""
 
 
 Config = FeaturesConfig
@@ -35,12 +36,14 @@ def run(config):
     output = Path(config.output)
     if output.suffix not in (".safetensors", ".npy"):
         raise ValueError(f"output: expected a name in .safetensors or .npy, got {output.name}")
+    require_unwritten(output)
     entries = find_videos(config.data, config.data_root, config.data_labels)
     features, labels, paths, errors = encode(config.checkpoint, entries, config)
     for error in errors:
         print(f"left out: {error}")
     if not paths:
         raise ValueError(f"none of the videos in {config.data} could be used")
+    require_unwritten(output)  # nor by whoever wrote there meanwhile
     with checkpoint.atomic_write(output) as temporary:
         if output.suffix == ".npy":
             with open(temporary, "wb") as file:
@@ -49,6 +52,16 @@ def run(config):
             metadata = {"paths": json.dumps(paths), "checkpoint": str(config.checkpoint)}
             save_file({"features": features.contiguous(), "labels": labels}, temporary, metadata)
     if output.suffix == ".npy":  # an array holds no names
-        listing = output.with_suffix(".txt")
-        listing.write_bytes(os.fsencode("".join(f"{path} {label}\n" for path, label in zip(paths, labels.tolist()))))
+        lines = (f"{path} {label}" for path, label in zip(paths, labels.tolist()))
+        write_list(output.with_suffix(".txt"), lines, "features")
     print(f"{output}: {len(paths)} videos x {features.shape[1]} features, {len(errors)} left out")
+
+
+def require_unwritten(output):
+    """Raises ValueError where ``output``, or the list beside an array, is a file that this command did not write."""
+    if output.suffix == ".npy":
+        listing = output.with_suffix(".txt")
+        require_own(listing, is_list_of("features"))
+        require_own(output, lambda path: listing.exists())  # an array says not whose it is: its list does
+    else:
+        require_own(output, is_features)

@@ -1,8 +1,6 @@
 """``stmae probe``: what frozen features are worth: nearest neighbours, a linear and an attentive classifier on them."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,6 +10,7 @@ from stmae.models import VideoClassifier, VideoClassifierConfig
 from ..config import EncodingConfig
 from ..data.video_list import find_train_and_test
 from ..engine.device import choose_device
+from ..engine.outputs import is_results, require_own, write_results
 from ..engine.run_folder import weights_file
 from ..evaluation.features import encode, encode_tokens
 from ..evaluation.probes import attentive, knn, linear
@@ -51,6 +50,8 @@ def run(config):
     kinds = [kind.strip() for kind in config.kinds.split(",")]
     if not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, separated by commas, got {config.kinds!r}")
+    if config.output:
+        require_own(config.output, is_results("chance", "videos"))
     train, test = find_train_and_test(config.data, config.test_data, config.data_root, config.data_labels)
     model = None
     if config.random_weights:
@@ -86,5 +87,5 @@ def run(config):
         + f"always the most common class {results['chance']:.1%}"
     )
     if config.output:
-        Path(config.output).write_text(json.dumps(results, indent=1) + "\n")
+        write_results(config.output, results)
     return results

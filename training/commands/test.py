@@ -1,7 +1,6 @@
 """``stmae test``: a classifier's accuracy on videos, each seen in several views."""
 
 import functools
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from stmae.models import VideoClassifier
 from ..config import DataLocationConfig, ViewConfig
 from ..data.video_list import find_labelled_videos
 from ..engine.device import choose_device, choose_precision
+from ..engine.outputs import is_results, require_own, write_results
 from ..engine.run_folder import clips_of, weights_file
 from ..evaluation.classification import predict, topk_accuracy
 
@@ -46,6 +46,8 @@ Config = TestConfig
 
 def run(config):
     """Prints top-1 and top-5 of the averaged views and of single ones; returns them as a dict."""
+    if config.output:
+        require_own(config.output, is_results("top1", "views"))
     device = choose_device(config.device)
     dtype, precision = choose_precision(config.precision, device)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
@@ -74,7 +76,7 @@ def run(config):
         f"top-5 {results['top5']:.2%} with the scores of {results['views']} views averaged; top-1 of a single view {single:.2%}"
     )
     if config.output:
-        Path(config.output).write_text(json.dumps(results, indent=1) + "\n")
+        write_results(config.output, results)
     return results
 
 

@@ -402,6 +402,7 @@ def weights_file(path):
     """
     path = Path(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        hub.require_no_path(path)
         try:
             return hub.download(str(path))
         except ImportError as error:

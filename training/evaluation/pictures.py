@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from stmae import checkpoint
 from stmae.masking import sample_noise
@@ -15,6 +16,7 @@ from ..data.dataset import ViewClips, as_video
 from ..data.video import VideoError, printable
 from ..data.video_list import find_videos
 from ..engine.device import choose_device
+from ..engine.outputs import SOFTWARE, is_picture, require_own
 from ..engine.run_folder import clips_of, weights_file
 
 GAP, LABEL = 4, 20  # pixels between pictures, and of the line of text above them
@@ -83,7 +85,11 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
         if names[name] > 1:  # videos of one name in several folders
             name = f"{name}-{number}"
         png, gif = output / f"{name}.png", output / f"{name}.gif"
-        grid(rows, labels).save(png)
+        for path in (png, gif):
+            require_own(path, is_picture)
+        about = PngInfo()
+        about.add_text("Software", SOFTWARE)
+        grid(rows, labels).save(png, pnginfo=about)
         animate(rows, labels, gif)
         print(f"loss {out.loss.item():.3f} on {printable(entry.path)}: {png}, {gif}")
         written += [png, gif]
@@ -139,4 +145,4 @@ def animate(rows, labels, path):
             )
             sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (column * (width + GAP), LABEL))
         frames.append(sheet)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0, comment=SOFTWARE.encode())
