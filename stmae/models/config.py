@@ -123,8 +123,8 @@ class EncoderConfig:
             _fail(self, "num_frames", expected, self.num_frames)
         self._check_heads("width", "num_heads")
         self._check_hidden("width", "mlp_ratio")
-        values = math.prod((self.in_channels, self.tubelet_size, *as_pair(self.patch_size)))
-        if values > LARGEST_PATCH:
+        in_patch = math.prod((self.in_channels, self.tubelet_size, *as_pair(self.patch_size)))
+        if in_patch > LARGEST_PATCH:
             _fail(self, "patch_size", f"to give a patch of at most {LARGEST_PATCH:,} values", self.patch_size)
         self._check_positions("width", self.grid)
         self._check_eps("layer_norm_eps")
