@@ -6,7 +6,8 @@
 - a list file with one video a line: ``path label``, ``path,label`` or the path alone, as mae_st and VideoMAE write them, or
   VideoMAE's ``frame_folder total_frames label`` for videos that were taken apart into numbered images. A first line with the
   names of columns is passed over, and so is a line that begins with ``#``, but where it names a file;
-- Something-Something's ``train.json`` or ``validation.json``.
+- Something-Something's ``train.json`` or ``validation.json``;
+- the split files of UCF101 and HMDB51, see ``split_files``.
 
 Paths in a list are relative to the list, or to the ``root`` given. They may hold spaces and commas, so a line is split at its
 **last** separators, and only where what follows is an integer or where nothing else fits.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .images import IMAGE_EXTENSIONS
+from .split_files import is_split, read_class_index, read_split
 from .video import EXTENSIONS
 
 # Something-Something v2 as it is distributed, looked for beside its train.json and one folder up.
@@ -148,6 +150,9 @@ def _find(source, root, labels, labelled):
         raise ValueError(f"data_root: there is no folder {root}")
     if source.is_dir():
         return _in_folder(source)
+    if is_split(source):
+        numbers = None if labels is None else read_class_index(labels) or read_labels(labels)
+        return [Entry(path, label) for path, label in read_split(source, root, numbers, labelled)]
     suffix = source.suffix.lower()
     if suffix in EXTENSIONS | IMAGE_EXTENSIONS and source.is_file():
         if labelled:
