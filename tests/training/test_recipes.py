@@ -111,8 +111,8 @@ def test_every_preset_makes_its_configuration_and_model(name):
     source = made if name in PRETRAINING else config_of(config.preset_header(name)["pretrained"])
     with torch.device("meta"):
         assert sum(p.numel() for p in MaskedAutoencoder(source.model).parameters()) > 1e5
-    # What a classifier sees must be what its weights were trained on; it would load without a word.
-    if name in FINETUNING and made.clips.spacing != "segments":
+    # What a classifier sees must be what its weights were trained on; it would load without a word. A still has no stride.
+    if name in FINETUNING and made.clips.spacing != "segments" and made.model.num_frames != 1:
         assert (made.clips.stride, made.clips.spacing) == (source.clips.stride, source.clips.spacing)
 
 
@@ -149,6 +149,12 @@ def test_no_preset_repeats_its_base(name):
         ("videomae-base-finetune", 75, 384, 7.5e-4, 5),  # 5e-4 * 384 / 256
         ("videomae-large-finetune", 35, 128, 1e-3, 5),
         ("videomae-huge-finetune", 50, 512, 2e-3, 5),
+        ("videomae-base-ucf101", 3200, 192, 2.25e-4, 40),  # 3e-4 * 192 / 256
+        ("videomae-base-hmdb51", 4800, 192, 2.25e-4, 40),
+        ("videomae-base-finetune-ucf101", 100, 128, 2.5e-4, 5),  # 5e-4 * 128 / 256
+        ("videomae-base-finetune-hmdb51", 50, 128, 5e-4, 5),  # 1e-3 * 128 / 256
+        ("paper-base-finetune-imagenet", 100, 1024, 2e-3, 5),  # 5e-4 * 1024 / 256
+        ("paper-large-finetune-imagenet", 50, 1024, 4e-3, 5),
     ],
 )
 def test_steps_and_rate_on_kinetics_400_are_the_sources(name, passes, batch, peak, warmup):
@@ -160,6 +166,22 @@ def test_steps_and_rate_on_kinetics_400_are_the_sources(name, passes, batch, pea
     counted = batch if name in PRETRAINING else batch * repeats  # clips in fine-tuning, videos in pre-training
     assert optimizer.peak_learning_rate(settings, counted) == pytest.approx(peak)
     assert settings.min_lr < 0.1 * peak
+
+
+@pytest.mark.parametrize("value", ["0", "1.2"])
+def test_a_crop_beyond_the_frame_is_refused(value, capsys):
+    argv = ["--data", "d", "--output", "o", "--checkpoint", "c", "--views.crop_pct", value]
+    with pytest.raises(SystemExit):
+        parse(FinetuneConfig, argv, prog="stmae finetune", description="")
+    assert f"views.crop_pct: expected more than 0 and at most 1, got {value}" in capsys.readouterr().err
+
+
+def test_an_image_preset_makes_an_image_model():
+    made = config_of("paper-large-finetune-imagenet")
+    encoder = config_of("paper-large").model
+    shape = encoder.replace(num_frames=made.model.num_frames, tubelet_size=made.model.tubelet_size)
+    assert shape.grid == (1, 14, 14) and shape.video_shape == (3, 1, 224, 224)
+    assert (made.views.temporal, made.views.spatial, made.views.crop_pct) == (1, 1, 224 / 256)
 
 
 def test_the_papers_sizes():

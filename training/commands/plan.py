@@ -15,7 +15,7 @@ from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
 from ..planning.memory import GB, estimate
 
-KINETICS_400 = 240_000  # videos to train on, about: the data set that a plan assumes
+KINETICS_400 = 240_000  # videos to train on, about: the data set that a plan assumes, where the recipe names none
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,8 @@ class Config:
     data: str | None = None
     """videos to count, and to name in the command; null: as the recipe says"""
     videos: int | None = None
-    """their number; null: as in data, without data about as many as Kinetics-400 has (240,000)"""
+    """their number; null: as in data, without data as many as the recipe's data set has, Kinetics-400's 240,000 if it names
+    none"""
     batch: int | None = None
     """videos a step; null: the recipe's"""
     encoder: str | None = None
@@ -56,7 +57,8 @@ def run(config):
             raise ValueError(f"{name}: expected 1 or more, got {getattr(config, name)}")
     command, recipe, header = read_recipe(config.recipe)
     model = recipe.model if command == "pretrain" else classifier_config(config, recipe, header)
-    videos = config.videos or (len(find_videos(config.data)) if config.data else KINETICS_400)
+    dataset, size = header.get("dataset") or "Kinetics-400", header.get("videos") or KINETICS_400
+    videos = config.videos or (len(find_videos(config.data)) if config.data else size)
     batch = config.batch or recipe.optimizer.batch
     if batch % config.gpus:
         lower = batch // config.gpus * config.gpus
@@ -92,9 +94,9 @@ def run(config):
         "GB of a GPU: activations": memory.clip * clips / GB,
         "GB of a GPU: in all, expected": memory.total(clips) / GB,
     }
-    source = numbers(KINETICS_400, recipe.optimizer.batch, header["gpus"] or "-")
+    source = numbers(size, recipe.optimizer.batch, header["gpus"] or "-")
     words = command_line(config, command, batch, micro_batches, recipe)
-    print(table(plan, source, config.recipe))
+    print(table(plan, source, f"{config.recipe}, on {dataset}"))
     counted = "clips (repeats are counted)" if command == "finetune" else "videos (repeats are not counted)"
     print(f"\nThe learning rate is base_lr * {counted} / base_batch. The memory is an estimate: see planning/memory.py.")
     print("\n" + words)
@@ -109,7 +111,7 @@ def read_recipe(name):
     elif file.suffix in (".yaml", ".yml", ".json"):
         own, _ = read_settings(file)
         base = preset_header(own["preset"]) if own.get("preset") in presets() else {}
-        header, argument = {"command": None, "pretrained": None, "gpus": None, **base, **own}, f"--config={name}"
+        header, argument = {**dict.fromkeys(("command", "pretrained", "gpus")), **base, **own}, f"--config={name}"
     else:
         raise ValueError(f"recipe: expected a file of settings or one of the presets {', '.join(presets())}, got {name!r}")
     classes = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
@@ -130,7 +132,7 @@ def classifier_config(config, recipe, header):
     else:
         encoder = checkpoint.load(weights_file(source)).config
     shape = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(EncoderConfig)}
-    for name in ("num_frames", "image_size"):
+    for name in ("num_frames", "image_size", "tubelet_size"):
         if getattr(recipe.model, name) is not None:
             shape[name] = getattr(recipe.model, name)
     return VideoClassifierConfig(**shape, num_classes=recipe.model.num_classes or 400)
@@ -194,6 +196,6 @@ def table(plan, source, recipe):
             return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    rows = [("", "this plan", f"{recipe}, on Kinetics-400"), *((k, text(v), text(source.get(k, ""))) for k, v in plan.items())]
+    rows = [("", "this plan", recipe), *((k, text(v), text(source.get(k, ""))) for k, v in plan.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows)

@@ -91,6 +91,10 @@ class ViewConfig:
     """clips, spread evenly over the video"""
     spatial: int = 1
     """crops of each, along the longer side"""
+    crop_pct: float = 1.0
+    """side of a crop over the frame's shorter side: 0.875 is what resizing to 256 and cropping 224 gives"""
 
     def __post_init__(self):
         require_positive(self, "temporal", "spatial")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct:g}")

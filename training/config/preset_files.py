@@ -1,8 +1,8 @@
 """Presets and configuration files: YAML or JSON that holds what differs from the defaults, or from the preset it starts from.
 
 A path in such a file is relative to the file. At its top it may name the preset that it starts from (``preset: NAME``), the
-command it is for (``command``), the number of GPUs that its source ran it on (``gpus``) and, for fine-tuning, the preset that
-made the weights (``pretrained``).
+command it is for (``command``), the number of GPUs that its source ran it on (``gpus``), the data set that it is for
+(``dataset``, and its training ``videos``) and, for fine-tuning, the preset that made the weights (``pretrained``).
 """
 
 from pathlib import Path
@@ -12,7 +12,8 @@ import yaml
 from .checks import nearest
 
 PRESETS = Path(__file__).parents[1] / "presets"
-HEADER = ("command", "preset", "pretrained", "gpus")  # at the top of a preset or configuration file: not settings
+# At the top of a preset or configuration file: not settings.
+HEADER = ("command", "preset", "pretrained", "gpus", "dataset", "videos")
 PATH_FIELDS = (  # in a file, relative to it
     "data",
     "data_root",
@@ -73,8 +74,9 @@ def preset_path(name, command=None):
 
 
 def preset_header(name):
-    """{"command": ..., "pretrained": ..., "gpus": ...} of a preset, its own or its base's; None where neither has it."""
-    header = {"command": None, "pretrained": None, "gpus": None}
+    """{"command": ..., "pretrained": ..., "gpus": ..., "dataset": ..., "videos": ...} of a preset, its own or its base's; None
+    where neither has it."""
+    header = dict.fromkeys(name for name in HEADER if name != "preset")
     for _, own, _ in with_bases(PRESETS / f"{name}.yaml"):
         header.update({key: value for key, value in own.items() if key in header})
     return header

@@ -158,6 +158,9 @@ class ClassifierConfig:
     """stochastic depth of the last block, growing from 0 in the first"""
     num_frames: int | None = None
     """frames of a clip; null: as pre-trained. Positions are interpolated"""
+    tubelet_size: int | None = None
+    """frames of a patch; null: as pre-trained. The patch kernel is resampled: with num_frames 1 and tubelet_size 1 the classifier
+    is one of images, its kernel the sum over time"""
     image_size: int | tuple[int, int] | None = None
     """frame height and width; null: as pre-trained. Positions are interpolated"""
 
@@ -184,8 +187,8 @@ class PretrainConfig(DataLocationConfig):
     """The run: what is read, what is written."""
 
     data: str
-    """videos: a folder, searched recursively, a list file with a line 'path' or 'path label' each, or
-    Something-Something's json"""
+    """videos: a folder, searched recursively, a list file with a line 'path' or 'path label' each,
+    Something-Something's json, or split files of UCF101 or HMDB51 ('splits/*_test_split1.txt:train')"""
     output: str
     """folder of the run; the same command again continues what is there"""
     held_out: str | None = None
@@ -215,8 +218,8 @@ class FinetuneConfig(DataLocationConfig):
     """The run: what is read, what is written."""
 
     data: str
-    """labelled videos: a list file with a line 'path label' each, Something-Something's json, or a folder
-    with a folder for each class"""
+    """labelled videos: a list file with a line 'path label' each, Something-Something's json, split files of UCF101 or
+    HMDB51 ('splits/*_test_split1.txt:train'), or a folder with a folder for each class"""
     output: str
     """folder of the run; the same command again continues what is there"""
     checkpoint: str

@@ -154,17 +154,17 @@ class LabelledClips(RandomClips):
 
 class ViewClips(Dataset):
     """Deterministic views for evaluation: ``temporal`` clips spread over the video times ``spatial`` crops along the longer side.
-    A single clip lies at ``start``, from 0 (the video's start) to 1 (its end).
+    A single clip lies at ``start``, from 0 (the video's start) to 1 (its end). ``crop_pct``: see ViewConfig.
 
     Item i is a dict: ``clips`` uint8 [temporal * spatial, T, H, W, C] (temporal outermost), ``label`` int, ``number`` i.
     A video that cannot be read raises VideoError: an evaluation never puts another in its place. Data that are away are waited
     for, ``patience`` seconds at the longest; then it raises DataAwayError.
     """
 
-    def __init__(self, entries, clips, *, frames, size, temporal=1, spatial=1, start=0.5, patience=PATIENCE):
+    def __init__(self, entries, clips, *, frames, size, temporal=1, spatial=1, start=0.5, crop_pct=1.0, patience=PATIENCE):
         self.entries, self.clips, self.frames, self.size = entries, clips, frames, tuple(size)
         self.patient = PatientReader(patience)
-        self.temporal, self.spatial, self.start = temporal, spatial, start
+        self.temporal, self.spatial, self.start, self.crop_pct = temporal, spatial, start, crop_pct
 
     def __len__(self):
         return len(self.entries)
@@ -182,7 +182,8 @@ class ViewClips(Dataset):
             wanted = spaced_clips(self.temporal, length, self.frames, settings.stride, settings.spacing, self.start)
 
             def crops(height, width):
-                return [Crop(view_box(height, width, self.size, p), self.size) for p in positions] * self.temporal
+                boxes = [view_box(height, width, self.size, position, self.crop_pct) for position in positions]
+                return [Crop(box, self.size) for box in boxes] * self.temporal
 
             video.clips([within(video, clip, settings) for clip in wanted for _ in positions], crops, clips.numpy())
         return {"clips": clips, "label": entry.label, "number": number}

@@ -36,14 +36,17 @@ def random_crop_box(rng, height, width, scale, aspect):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def view_box(height, width, size, position=0.5):
-    """The largest box (top, left, h, w) with the aspect of ``size`` (h, w): deterministic, for evaluation.
+def view_box(height, width, size, position=0.5, crop_pct=1.0):
+    """The largest box (top, left, h, w) with the aspect of ``size`` (h, w), times ``crop_pct``: deterministic, for evaluation.
 
     ``position`` in [0, 1] slides it along the longer side: 0 top or left, 0.5 centre, 1 bottom or right (the spatial views).
+    Along the other side it is in the middle.
     """
-    scale = min(height / size[0], width / size[1])
+    down, right = height / size[0], width / size[1]
+    scale = min(down, right) * crop_pct
     h, w = min(height, max(1, round(size[0] * scale))), min(width, max(1, round(size[1] * scale)))
-    return round((height - h) * position), round((width - w) * position), h, w
+    top, left = (position if down >= right else 0.5), (position if right >= down else 0.5)
+    return round((height - h) * top), round((width - w) * left), h, w
 
 
 def resized_crop(frames, box, size):

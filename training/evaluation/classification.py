@@ -18,6 +18,7 @@ def predict(model, entries, clips, views, device, autocast):
         size=model.config.image_size,
         temporal=views.temporal,
         spatial=views.spatial,
+        crop_pct=views.crop_pct,
     )
     model.eval()
     scores, labels, skipped = [], [], []

@@ -53,6 +53,7 @@ def _encode(path, entries, config, model, collect):
         size=model.config.image_size,
         temporal=config.views.temporal,
         spatial=config.views.spatial,
+        crop_pct=config.views.crop_pct,
     )
     workers = choose_workers(config.workers, device)
     loader = DataLoader(ReadableViews(views), batch_size=None, num_workers=workers)

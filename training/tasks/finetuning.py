@@ -94,9 +94,10 @@ def finetuning_task(config, entries, classes, device, hooks=()):
 
 
 def classifier(config, classes):
-    """The classifier to train: the checkpoint's encoder (positions interpolated where the clips differ) and a new head."""
+    """The classifier to train: the checkpoint's encoder (positions interpolated and the kernel resampled where the clips differ)
+    and a new head."""
     changes = {"num_classes": classes, "dropout": config.model.dropout, "drop_path": config.model.drop_path}
-    for name in ("num_frames", "image_size"):
+    for name in ("num_frames", "image_size", "tubelet_size"):
         if getattr(config.model, name) is not None:
             changes[name] = getattr(config.model, name)
     model = checkpoint.load_classifier(weights_file(config.checkpoint), **changes)

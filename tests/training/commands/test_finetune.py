@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -28,7 +29,7 @@ from stmae.training.evaluation import features as encoding
 from stmae.training.evaluation import probes
 from stmae.training.evaluation.classification import topk_accuracy
 from stmae.training.tasks import finetuning
-from tests.support.synthetic_video import write_video
+from tests.support.synthetic_video import numbered_frame, write_video
 
 SIZES = {"image_size": 32, "num_frames": 4, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
 TINY = """
@@ -130,6 +131,34 @@ def test_other_clip_lengths_and_sizes_interpolate_positions(videos, pretrained, 
     more = ["--model.num_frames", "8", "--model.image_size", "48", "--optimizer.epochs", "4", "--optimizer.warmup_epochs", "1"]
     finetune.run(configure(videos, pretrained, tmp_path / "run", *more))
     assert checkpoint.load(tmp_path / "run" / "model.safetensors").config.grid == (4, 6, 6)
+
+
+def write_stills(folder, count=4):
+    """Two classes, dark and bright, in class folders of images."""
+    for name, ground in (("bright", 200), ("dark", 20)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = numbered_frame(number, 48, 64, ground=ground)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_images_are_fine_tuned_from_a_model_of_clips(pretrained, tmp_path, capsys):
+    """The preset for ImageNet-1K, with fewer and smaller images: RandAugment, mixing, erasing and all."""
+    stills, output = write_stills(tmp_path / "stills"), tmp_path / "run"
+    argv = ["--preset", "paper-base-finetune-imagenet", "--data", str(stills), "--test_data", str(stills)]
+    argv += ["--checkpoint", str(pretrained), "--output", str(output), "--optimizer.batch", "8", "--optimizer.base_lr", "0.02"]
+    argv += ["--optimizer.epochs", "40", "--run.workers", "0", "--run.device", "cpu", "--run.tensorboard", "false"]
+    assert cli.main(["finetune", *argv]) == 0
+    assert "top-1 on" in capsys.readouterr().out
+    model, video = checkpoint.load(output / "model.safetensors"), checkpoint.load(pretrained)
+    assert model.config.grid == (1, 4, 4) and model.config.tubelet_size == 1
+    assert cli.main(["test", "--checkpoint", str(output), "--data", str(stills), "--views.crop_pct", "0.875"]) == 0
+    assert "top-1 100.00%" in capsys.readouterr().out
+    # Before the first step, the kernel is that of the clips summed over time.
+    config = parse(FinetuneConfig, argv, prog="stmae finetune", description="")
+    start = finetuning.classifier(config, 2).encoder.patch_embed.weight
+    torch.testing.assert_close(start, video.encoder.patch_embed.weight.sum(2, keepdim=True), rtol=0, atol=1e-6)
 
 
 def test_masked_finetuning_hides_less_and_less(videos, pretrained, tmp_path):

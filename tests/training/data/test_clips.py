@@ -261,6 +261,22 @@ def test_view_boxes_slide_along_the_longer_side(position, left):
     assert transforms.view_box(180, 320, (224, 224), position) == (0, left, 180, 180)
 
 
+@pytest.mark.parametrize("position, left", [(0.0, 0), (0.5, 110), (1.0, 220)])
+def test_smaller_view_boxes_are_in_the_middle_of_the_shorter_side(position, left):
+    assert transforms.view_box(480, 640, (224, 224), position, 0.875) == (30, left, 420, 420)
+    assert transforms.view_box(640, 480, (224, 224), position, 0.875) == (left, 30, 420, 420)
+
+
+def test_a_crop_of_seven_eighths_is_a_resize_to_256_and_a_crop_of_224():
+    frames = torch.randint(0, 256, (1, 512, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    resized = transforms.resized_crop(frames, (0, 0, 512, 640), (256, 320))
+    expected = resized[:, 16:240, 48:272]
+    box = transforms.view_box(512, 640, (224, 224), 0.5, 0.875)
+    clip = transforms.resized_crop(frames, box, (224, 224))
+    # At the edges the one sees pixels beyond the crop, and the other does not.
+    torch.testing.assert_close(clip[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1], rtol=0, atol=0)
+
+
 def test_resized_crop_is_uint8_and_close_to_float_resizing():
     frames = torch.randint(0, 256, (4, 90, 120, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     out = transforms.resized_crop(frames.numpy(), (10, 20, 60, 80), (32, 48))
