@@ -156,7 +156,7 @@ def model_card(model: "VideoModel", *, license: str | None = None, recipe: str |
     clip = f"{config.num_frames}x{config.image_size[0]}x{config.image_size[1]}"
     patch = f"{config.tubelet_size}x{config.patch_size[0]}x{config.patch_size[1]}"
     rows = {"clip": clip, "patch": patch, "width": config.width, "depth": config.depth, "heads": config.num_heads}
-    if kind == "VideoClassifier":
+    if kind != "MaskedAutoencoder":
         rows["classes"] = config.num_classes
     else:
         rows["decoder"] = f"{config.decoder_width} wide, {config.decoder_depth} blocks"

@@ -17,6 +17,7 @@ import importlib
 _MODULES = {  # name: the module it is in
     "AugmentationConfig": "config",
     "ClipConfig": "config",
+    "DetectionConfig": "config",
     "EvaluationHook": "engine.loop",
     "FinetuneConfig": "config",
     "LabelledClips": "data.dataset",
@@ -34,6 +35,7 @@ _MODULES = {  # name: the module it is in
     "find_labelled_videos": "data.video_list",
     "find_videos": "data.video_list",
     "finetune": "tasks.finetuning",
+    "finetune_detector": "tasks.detection",
     "from_preset": "config",
     "pretrain": "tasks.pretraining",
     "training_loader": "data.loader",

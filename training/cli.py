@@ -10,7 +10,9 @@ import sys
 COMMANDS = {  # name: (module with Config and run, what it does)
     "pretrain": ("pretrain", "pre-train a masked autoencoder on a folder or list of videos"),
     "finetune": ("finetune", "train a classifier from a pre-trained model on labelled videos"),
+    "finetune detector": ("finetune_detector", "train an action detector from a pre-trained model on AVA's boxes"),
     "test": ("test", "measure a classifier's accuracy on videos, in several views each"),
+    "test detector": ("test_detector", "measure an action detector's mean average precision on AVA's boxes"),
     "probe": ("probe", "nearest neighbours, a linear and an attentive classifier on frozen features"),
     "features": ("features", "write a frozen encoder's features of videos to a file"),
     "plan": ("plan", "batch, learning rate, steps, memory and command of a recipe on the GPUs that there are"),

@@ -1,14 +1,14 @@
 """Reading and writing weights, and bridges to other code bases."""
 
 from stmae.checkpoint.errors import CheckpointError
-from stmae.checkpoint.files import atomic_write, load, load_classifier, save
+from stmae.checkpoint.files import atomic_write, load, load_classifier, load_detector, save
 from stmae.checkpoint.formats import UnknownFormat
 from stmae.checkpoint.huggingface import from_huggingface, to_huggingface
 from stmae.checkpoint.image_mae import from_image_mae
 from stmae.checkpoint.initialize import initialize
 from stmae.checkpoint.mae_st import from_mae_st, to_mae_st
 from stmae.checkpoint.report import LoadReport
-from stmae.checkpoint.resize import classifier_from_autoencoder, resize
+from stmae.checkpoint.resize import classifier_from_autoencoder, detector_from_classifier, resize
 from stmae.checkpoint.slowfast import from_slowfast
 from stmae.checkpoint.state import CheckpointMismatch
 from stmae.checkpoint.videomae import from_videomae, to_videomae
@@ -20,6 +20,7 @@ __all__ = [
     "UnknownFormat",
     "atomic_write",
     "classifier_from_autoencoder",
+    "detector_from_classifier",
     "from_huggingface",
     "from_image_mae",
     "from_mae_st",
@@ -28,6 +29,7 @@ __all__ = [
     "initialize",
     "load",
     "load_classifier",
+    "load_detector",
     "resize",
     "save",
     "to_huggingface",

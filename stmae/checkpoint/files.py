@@ -14,9 +14,10 @@ from stmae.checkpoint.errors import CheckpointError
 from stmae.checkpoint.formats import build_foreign
 from stmae.checkpoint.reading import FORMAT, Weights, import_safetensors, read
 from stmae.checkpoint.report import LoadReport
-from stmae.checkpoint.resize import classifier_from_autoencoder, resize
+from stmae.checkpoint.resize import classifier_from_autoencoder, detector_from_classifier, resize
 from stmae.checkpoint.state import CheckpointMismatch, build
-from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.action_detector import ActionDetector
+from stmae.models.config import ActionDetectorConfig, EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
 from stmae.models.video_classifier import VideoClassifier
@@ -24,6 +25,7 @@ from stmae.models.video_classifier import VideoClassifier
 _KINDS: dict[str, tuple[type[VideoModel], type[EncoderConfig]]] = {
     "MaskedAutoencoder": (MaskedAutoencoder, MaskedAutoencoderConfig),
     "VideoClassifier": (VideoClassifier, VideoClassifierConfig),
+    "ActionDetector": (ActionDetector, ActionDetectorConfig),
 }
 
 # What odd values in a file lead to in code that takes them for a model's: numbers of any size, lists for numbers, depth.
@@ -72,7 +74,7 @@ def save(model: VideoModel, path: str | os.PathLike, *, extra: dict[str, str] | 
     """Writes weights and configuration to one safetensors file, atomically.
 
     Args:
-        model: a ``MaskedAutoencoder`` or ``VideoClassifier``, also wrapped by ``torch.compile`` or DDP.
+        model: a ``MaskedAutoencoder``, ``VideoClassifier`` or ``ActionDetector``, also wrapped by ``torch.compile`` or DDP.
         path: file to write or replace; its folder must exist.
         extra: further strings for the metadata, for instance the step.
 
@@ -182,9 +184,26 @@ def load_classifier(path: str | os.PathLike[str], **overrides: Any) -> VideoClas
             anew if ``num_classes`` changes.
     """
     model = load(path)
+    if isinstance(model, ActionDetector):
+        raise ValueError(f"load_classifier: expected an autoencoder's or a classifier's weights, {path} holds an ActionDetector")
     if isinstance(model, VideoClassifier):
         return resize(model, **overrides) if overrides else model
     return classifier_from_autoencoder(cast(MaskedAutoencoder, model), **overrides)  # the only other kind
+
+
+def load_detector(path: str | os.PathLike[str], **overrides: Any) -> ActionDetector:
+    """Reads an action detector, or makes one from a pre-trained autoencoder's or a classifier's encoder with a new head.
+
+    Args:
+        path: a checkpoint of any kind.
+        **overrides: fields of ``ActionDetectorConfig``, as in ``load``.
+    """
+    model = load(path)
+    if isinstance(model, ActionDetector):
+        return resize(model, **overrides) if overrides else model
+    if not isinstance(model, VideoClassifier):
+        model = classifier_from_autoencoder(cast(MaskedAutoencoder, model))
+    return detector_from_classifier(model, **overrides)
 
 
 def _unwrap(model: Any) -> Any:

@@ -17,7 +17,7 @@ from stmae.checkpoint.names import strip_prefixes
 from stmae.checkpoint.report import LoadReport
 
 FORMAT = 1
-KINDS = ("MaskedAutoencoder", "VideoClassifier")
+KINDS = ("MaskedAutoencoder", "VideoClassifier", "ActionDetector")
 _PICKLES = (".pth", ".pyth", ".pt", ".bin", ".ckpt", ".tar")
 _WEIGHT_KEYS = ("model", "model_state", "module", "state_dict")
 _EMA_KEYS = ("model_ema", "ema", "model_ema_state", "ema_state_dict")

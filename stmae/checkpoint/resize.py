@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from stmae.checkpoint.state import build
-from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.action_detector import ActionDetector
+from stmae.models.config import ActionDetectorConfig, EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.masked_autoencoder import MaskedAutoencoder
 from stmae.models.position import interpolate_position
@@ -35,7 +36,7 @@ def resize(model: Model, **changes: Any) -> Model:
     """
     config: Any = _changed(model.config, changes)
     state = _resized(model.state_dict(), model.config, config)
-    if isinstance(model.config, VideoClassifierConfig) and config.num_classes != model.config.num_classes:
+    if isinstance(model.config, VideoClassifierConfig | ActionDetectorConfig) and config.num_classes != model.config.num_classes:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         state.update(_new_head(config, state))
     return _finish(build(type(model), config, state, "the resized model"), model)
@@ -61,6 +62,24 @@ def classifier_from_autoencoder(model: MaskedAutoencoder, **changes: Any) -> Vid
         state["encoder.norm.bias"] = torch.zeros(config.width)
     state.update(_new_head(config, state))
     return _finish(build(VideoClassifier, config, state, "the autoencoder's encoder"), model)
+
+
+def detector_from_classifier(model: VideoClassifier, **changes: Any) -> ActionDetector:
+    """An ``ActionDetector`` with the classifier's encoder, its final norm included, and a new head.
+
+    Args:
+        model: the classifier; its weights are copied.
+        **changes: fields of ``ActionDetectorConfig``: ``num_classes``, ``dropout``, ``drop_path``, ``roi_size``, or another clip
+            length, frame size or patch, as for ``resize``.
+    """
+    if not isinstance(model, VideoClassifier):
+        raise ValueError(f"detector_from_classifier: expected a VideoClassifier, got {type(model).__name__}")
+    shared = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(EncoderConfig)}
+    config: Any = _changed(ActionDetectorConfig.from_dict(shared), changes)
+    encoder = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
+    state = _resized(encoder, model.config, config)
+    state.update(_new_head(config, state))
+    return _finish(build(ActionDetector, config, state, "the classifier's encoder"), model)
 
 
 def resample_patch_kernel(weight: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
@@ -110,8 +129,8 @@ def _finish(new: Model, old: VideoModel) -> Model:
     return new.to(next(old.parameters()).device).train(old.training)
 
 
-def _new_head(config: VideoClassifierConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Head weights as ``VideoClassifier`` starts them, in the dtype of the others."""
+def _new_head(config: VideoClassifierConfig | ActionDetectorConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Head weights as ``VideoClassifier`` and ``ActionDetector`` start them, in the dtype of the others."""
     if not config.num_classes:
         return {}
     dtype = state["encoder.patch_embed.weight"].dtype

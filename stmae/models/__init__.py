@@ -1,6 +1,7 @@
-"""The masked autoencoder and the video classifier, written against ``stmae.ops``."""
+"""The masked autoencoder, the video classifier and the action detector, written against ``stmae.ops``."""
 
-from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models.action_detector import ActionDetector
+from stmae.models.config import ActionDetectorConfig, EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.factories import (
     mae_vit_base_patch16,
     mae_vit_huge_patch14,
@@ -16,6 +17,8 @@ from stmae.models.video_classifier import VideoClassifier
 from stmae.models.visualization import Reconstruction, reconstruct
 
 __all__ = [
+    "ActionDetector",
+    "ActionDetectorConfig",
     "EncoderConfig",
     "MaskedAutoencoder",
     "MaskedAutoencoderConfig",

@@ -393,3 +393,29 @@ class VideoClassifierConfig(EncoderConfig):
         for field in ("dropout", "drop_path"):
             if not 0 <= getattr(self, field) < 1:
                 _fail(self, field, "to lie in [0, 1)", getattr(self, field))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionDetectorConfig(EncoderConfig):
+    """The action detector.
+
+    Args:
+        num_classes: actions, each with a score of its own.
+        dropout: before the head, in training.
+        drop_path: stochastic depth in training: the rate of the last block; it grows linearly from 0 in the
+            first.
+        roi_size: cells along a side of what RoIAlign takes of a box.
+    """
+
+    num_classes: int = 80
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    roi_size: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_count("num_classes")
+        self._check_count("roi_size")
+        for field in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, field) < 1:
+                _fail(self, field, "to lie in [0, 1)", getattr(self, field))

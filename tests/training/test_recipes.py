@@ -11,6 +11,7 @@ from stmae.checkpoint import from_videomae
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
 from stmae.training import cli, config
 from stmae.training.config import (
+    DetectionConfig,
     FinetuneConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -90,7 +91,7 @@ def test_biases_and_norms_are_never_decayed_tokens_and_positions_in_pretraining_
 # Configuration
 
 
-PRETRAINING, FINETUNING = presets("pretrain"), presets("finetune")
+PRETRAINING, FINETUNING, DETECTION = presets("pretrain"), presets("finetune"), presets("finetune detector")
 KINETICS_400 = 240_000  # videos to train on, about
 
 
@@ -98,11 +99,13 @@ def config_of(name):
     """A preset's configuration, for whichever command it is."""
     if name in PRETRAINING:
         return from_preset(PretrainConfig, name, data="videos", output="run")
+    if name in DETECTION:
+        return from_preset(DetectionConfig, name, data="boxes.csv", data_root="videos", output="run", checkpoint="weights")
     return from_preset(FinetuneConfig, name, data="videos", output="run", checkpoint="weights")
 
 
 def test_every_preset_is_of_one_command():
-    assert sorted(PRETRAINING + FINETUNING) == presets()
+    assert sorted(PRETRAINING + FINETUNING + DETECTION) == presets() and DETECTION
 
 
 @pytest.mark.parametrize("name", presets())
@@ -166,6 +169,12 @@ def test_steps_and_rate_on_kinetics_400_are_the_sources(name, passes, batch, pea
     counted = batch if name in PRETRAINING else batch * repeats  # clips in fine-tuning, videos in pre-training
     assert optimizer.peak_learning_rate(settings, counted) == pytest.approx(peak)
     assert settings.min_lr < 0.1 * peak
+
+
+def test_the_preset_of_ava_is_the_sources():
+    made = config_of("paper-large-finetune-ava")
+    assert optimizer.peak_learning_rate(made.optimizer, made.optimizer.batch) == 1.25e-4  # VideoMAE: 2.5e-4 * 128 / 256
+    assert (made.optimizer.epochs, made.optimizer.warmup_epochs, made.layer_decay, made.model.drop_path) == (30, 5, 0.75, 0.2)
 
 
 @pytest.mark.parametrize("value", ["0", "1.2"])

@@ -9,7 +9,8 @@ from typing import Literal
 from stmae import checkpoint
 from stmae.models import EncoderConfig, VideoClassifierConfig
 
-from ..config import FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
+from ..config import DetectionConfig, FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
+from ..data.ava import count_key_frames
 from ..data.video_list import find_videos
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
@@ -58,7 +59,9 @@ def run(config):
     command, recipe, header = read_recipe(config.recipe)
     model = recipe.model if command == "pretrain" else classifier_config(config, recipe, header)
     dataset, size = header.get("dataset") or "Kinetics-400", header.get("videos") or KINETICS_400
-    videos = config.videos or (len(find_videos(config.data)) if config.data else size)
+    count = count_key_frames if command == "finetune detector" else lambda data: len(find_videos(data))
+    videos = config.videos or (count(config.data) if config.data else size)
+    repeats = getattr(recipe.clips, "repeats", 1)  # a detector takes one clip around a frame
     batch = config.batch or recipe.optimizer.batch
     if batch % config.gpus:
         lower = batch // config.gpus * config.gpus
@@ -66,10 +69,10 @@ def run(config):
             f"a batch of {batch} videos does not divide into {config.gpus} GPUs: "
             f"try --batch {lower or config.gpus}{f' or {lower + config.gpus}' if lower else ''}"
         )
-    micro_batches, memory = fit(config, model, batch // config.gpus, recipe.clips.repeats)
+    micro_batches, memory = fit(config, model, batch // config.gpus, repeats)
 
     def numbers(videos, batch, gpus):
-        settings, repeats = dataclasses.replace(recipe.optimizer, batch=batch), recipe.clips.repeats
+        settings = dataclasses.replace(recipe.optimizer, batch=batch)
         steps = total_steps(settings, videos, repeats)
         counted = batch * repeats if command == "finetune" else batch
         return {
@@ -85,7 +88,7 @@ def run(config):
             "steps of warm-up": round(steps * settings.warmup_epochs / settings.epochs),
         }
 
-    clips = batch // config.gpus // micro_batches * recipe.clips.repeats
+    clips = batch // config.gpus // micro_batches * repeats
     plan = numbers(videos, batch, config.gpus)
     plan |= {
         "micro-batches a step": micro_batches,
@@ -114,10 +117,11 @@ def read_recipe(name):
         header, argument = {**dict.fromkeys(("command", "pretrained", "gpus")), **base, **own}, f"--config={name}"
     else:
         raise ValueError(f"recipe: expected a file of settings or one of the presets {', '.join(presets())}, got {name!r}")
-    classes = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    classes = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "finetune detector": DetectionConfig}
     if header["command"] not in classes:
-        raise ValueError(f"{name}: expected 'preset: NAME', 'command: pretrain' or 'command: finetune' at its top")
-    needed = ["--data=videos", "--output=run", *["--checkpoint=weights"] * (header["command"] == "finetune")]
+        raise ValueError(f"{name}: expected 'preset: NAME' or 'command: ' and one of {', '.join(classes)} at its top")
+    needed = ["--data=videos", "--output=run", *["--checkpoint=weights"] * (header["command"] != "pretrain")]
+    needed += ["--data_root=videos"] * (header["command"] == "finetune detector")
     made = parse(classes[header["command"]], [*needed, argument], prog="stmae plan", description="")
     return header["command"], made, header
 
@@ -133,7 +137,7 @@ def classifier_config(config, recipe, header):
         encoder = checkpoint.load(weights_file(source)).config
     shape = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(EncoderConfig)}
     for name in ("num_frames", "image_size", "tubelet_size"):
-        if getattr(recipe.model, name) is not None:
+        if getattr(recipe.model, name, None) is not None:
             shape[name] = getattr(recipe.model, name)
     return VideoClassifierConfig(**shape, num_classes=recipe.model.num_classes or 400)
 
@@ -175,7 +179,8 @@ def command_line(config, command, batch, micro_batches, recipe):
         several = f"--nnodes {machines} --rdzv_backend c10d --rdzv_endpoint HOST:29400 " if machines > 1 else ""
         start = f"torchrun {several}--nproc_per_node {config.gpus // machines} -m stmae.training"
     words = [start, command, f"--{'preset' if config.recipe in presets() else 'config'} {config.recipe}"]
-    words += [f"--data {config.data or 'DATA'}", *["--checkpoint WEIGHTS"] * (command == "finetune"), "--output RUN"]
+    words += [f"--data {config.data or 'DATA'}", *["--data_root VIDEOS"] * (command == "finetune detector")]
+    words += [*["--checkpoint WEIGHTS"] * (command != "pretrain"), "--output RUN"]
     for name, value, usual in (
         ("optimizer.batch", batch, recipe.optimizer.batch),
         ("optimizer.accumulate", micro_batches, recipe.optimizer.accumulate),

@@ -3,6 +3,7 @@
 from stmae import deprecated as _deprecated
 
 from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneClipConfig, ViewConfig
+from .detection import BoxClipConfig, BoxDataConfig, DetectionConfig, DetectorConfig
 from .parser import from_preset, parse
 from .preset_files import load_yaml, preset_header, preset_path, presets, read_settings
 from .training import (
@@ -20,9 +21,13 @@ from .values import defaults, to_dict
 
 __all__ = [
     "AugmentationConfig",
+    "BoxClipConfig",
+    "BoxDataConfig",
     "ClassifierConfig",
     "ClipConfig",
     "DataLocationConfig",
+    "DetectionConfig",
+    "DetectorConfig",
     "EncodingConfig",
     "FinetuneClipConfig",
     "FinetuneConfig",

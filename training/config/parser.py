@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from .checks import nearest
+from .detection import DetectionConfig
 from .preset_files import preset_path, presets, read_settings, with_bases
 from .training import FinetuneConfig, PretrainConfig
 
@@ -19,7 +20,7 @@ def parse(config_class, argv, *, prog, description):
     import jsonargparse  # half a second: only where there is a command line
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    command = {PretrainConfig: "pretrain", FinetuneConfig: "finetune"}.get(config_class)
+    command = {PretrainConfig: "pretrain", FinetuneConfig: "finetune", DetectionConfig: "finetune detector"}.get(config_class)
     has_presets = command is not None
     required = [f"--{f.name} {f.name.upper()}" for f in dataclasses.fields(config_class) if _is_required(f)]
     usage = [prog, *["[--preset NAME]"] * has_presets, "[--config FILE]", *required, "[--SETTING VALUE ...]"]

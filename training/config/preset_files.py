@@ -23,6 +23,9 @@ PATH_FIELDS = (  # in a file, relative to it
     "init",
     "video",
     "test_data",
+    "test_boxes",
+    "excluded",
+    "classes",
     "probe.data",
     "probe.test_data",
 )

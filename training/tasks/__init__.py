@@ -1,1 +1,1 @@
-"""The two things that are trained: a masked autoencoder, and a classifier from it. Each as a function of its configuration."""
+"""What is trained: a masked autoencoder, and a classifier or an action detector from it, each a function of its configuration."""

@@ -11,7 +11,7 @@ from stmae import checkpoint
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
 from stmae.training import cli
 from stmae.training.commands import plan
-from stmae.training.config import FinetuneConfig, PretrainConfig, parse
+from stmae.training.config import DetectionConfig, FinetuneConfig, PretrainConfig, parse
 from stmae.training.planning import memory as estimates
 from tests.support.synthetic_video import write_video
 
@@ -124,11 +124,12 @@ def test_what_is_planned_fits_and_fewer_parts_would_not(memory):
     assert parts == 1 or estimate.total(128 // (parts // 2) * 4) > memory * 1e9
 
 
-@pytest.mark.parametrize("name", ["paper-huge", "videomae-base-ssv2", "paper-base-finetune"])
+@pytest.mark.parametrize("name", ["paper-huge", "videomae-base-ssv2", "paper-base-finetune", "paper-large-finetune-ava"])
 def test_the_planned_command_is_understood(name):
     numbers = make(recipe=name, gpus=4, memory=80, parallel="fsdp", checkpoint_activations=True)
-    command, *options = numbers["command"].partition("stmae.training ")[2].split()
-    made = parse(PretrainConfig if command == "pretrain" else FinetuneConfig, options, prog="stmae", description="")
+    command, _, options = numbers["command"].partition("stmae.training ")[2].partition(" --")
+    config = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "finetune detector": DetectionConfig}[command]
+    made = parse(config, f"--{options}".split(), prog="stmae", description="")
     assert made.optimizer.accumulate == numbers["micro-batches a step"]
     assert made.run.parallel == "fsdp" and made.run.checkpoint_activations
 
@@ -177,3 +178,18 @@ def test_a_recipe_must_name_its_command(tmp_path, capsys):
     with pytest.raises(ValueError, match="encoder: expected a pre-training preset or weights"):
         (tmp_path / "mine.yaml").write_text("command: finetune\n")
         make(recipe=str(tmp_path / "mine.yaml"))
+
+
+def test_a_recipe_with_a_data_set_of_its_own_is_planned_on_it(tmp_path, capsys):
+    numbers = make(recipe="videomae-base-finetune-ucf101", gpus=1, memory=80)
+    assert numbers["videos in the data"] == 9537 and numbers["steps"] == -(-100 * 9537 // 128)
+    assert "videomae-base-finetune-ucf101, on UCF101" in capsys.readouterr().out
+    images = make(recipe="paper-large-finetune-imagenet", gpus=8, memory=80)
+    assert images["videos in the data"] == 1_281_167
+    clips = make(recipe="paper-large-finetune", gpus=8, memory=80)
+    assert images["GB of a GPU: activations"] / images["clips on a GPU at a time"] < 0.2 * (
+        clips["GB of a GPU: activations"] / clips["clips on a GPU at a time"]
+    )  # 196 tokens instead of 1568
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("a,1,0,0,1,1,1,0\na,1,0,0,1,0.5,2,1\nb,1,0,0,1,1,1,0\n")
+    assert make(recipe="paper-large-finetune-ava", data=str(boxes))["videos in the data"] == 2
