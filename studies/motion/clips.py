@@ -54,7 +54,13 @@ def load_pictures(folder=DEBIAN):
 
     Raises FileNotFoundError, with what to install, where they are missing; ValueError for a file that is something else.
     """
-    return tuple(_read_idx(_find(Path(folder), f"{part}-images-idx3-ubyte")) for part in ("train", "t10k"))
+    return tuple(_read_idx(_find(Path(folder), f"{part}-images-idx3-ubyte"), (ITEM, ITEM)) for part in ("train", "t10k"))
+
+
+def load_labels(folder=DEBIAN):
+    """(training, test) labels of the pictures, int64 [60000] and [10000], 0 to 9, from ``train-labels-idx1-ubyte`` and
+    ``t10k-labels-idx1-ubyte``. Raises as ``load_pictures``."""
+    return tuple(_read_idx(_find(Path(folder), f"{part}-labels-idx1-ubyte"), ()).long() for part in ("train", "t10k"))
 
 
 def _find(folder, name):
@@ -63,21 +69,23 @@ def _find(folder, name):
             return path
     raise FileNotFoundError(
         f"there is no {name} or {name}.gz in {folder}. On Debian and Ubuntu: apt-get install dataset-fashion-mnist; elsewhere "
-        "take the two image files from https://github.com/zalandoresearch/fashion-mnist and give their folder with --images"
+        "take the four files from https://github.com/zalandoresearch/fashion-mnist and give their folder with --images"
     )
 
 
-def _read_idx(path):
+def _read_idx(path, shape):
+    """uint8 [n, *shape] of an idx file."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
-    header = np.frombuffer(data[:16].ljust(16, b"\0"), ">u4").tolist()
-    count = (len(data) - 16) // ITEM**2
-    if header != [0x803, count, ITEM, ITEM] or not count or len(data) != 16 + count * ITEM**2:
-        expected = f"an idx file of {ITEM}x{ITEM} byte images"
+    start, values = 8 + 4 * len(shape), math.prod(shape)  # the header: type and dimensions, the count, each dimension
+    header = np.frombuffer(data[:start].ljust(start, b"\0"), ">u4").tolist()
+    count = (len(data) - start) // values
+    if header != [0x801 + len(shape), count, *shape] or not count or len(data) != start + count * values:
+        expected = f"an idx file of {'x'.join(map(str, shape))} byte images" if shape else "an idx file of bytes"
         raise ValueError(f"{path}: expected {expected}, got the header {header} and {len(data)} bytes")
-    return torch.frombuffer(bytearray(data[16:]), dtype=torch.uint8).view(count, ITEM, ITEM)
+    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).view(count, *shape)
 
 
 def make_part(train_pictures, test_pictures, name, count, seed):

@@ -105,6 +105,8 @@ class Study:
     pictures: str
     plan: Plan
     work: str
+    functions: str = __name__
+    """module of the experiments' functions"""
 
     def part(self, name, seed):
         """``unlabelled``, ``train`` or ``test`` clips of a seed's set."""
@@ -168,7 +170,8 @@ def tune(study, results, labels, start, seed):
     grid = []
     for steps in study.plan.finetune_steps:
         for lr in study.plan.finetune_lrs:
-            accuracy, loss = train_classifier(study, start, seed, fit, held_out, lr=lr, steps=steps)
+            model = classifier(study, start, seed)
+            accuracy, loss = train_classifier(model, study.plan, seed, fit, held_out, lr=lr, steps=steps)
             grid.append({"lr": lr, "steps": steps, "accuracy": accuracy, "loss": loss})
     best = max(grid, key=lambda trial: (trial["accuracy"], -trial["loss"]))
     return {"held_out": num_held_out, "grid": grid, "lr": best["lr"], "steps": best["steps"]}
@@ -178,7 +181,8 @@ def finetune(study, results, labels, start, seed):
     """A classifier trained on all the labels as the tuning found best, on the test clips."""
     chosen = results[f"tune-{labels}-{start}"]
     train = study.part("train", seed).take(labels)
-    accuracy, loss = train_classifier(study, start, seed, train, study.part("test", seed), lr=chosen["lr"], steps=chosen["steps"])
+    model, test = classifier(study, start, seed), study.part("test", seed)
+    accuracy, loss = train_classifier(model, study.plan, seed, train, test, lr=chosen["lr"], steps=chosen["steps"])
     return {"accuracy": accuracy, "loss": loss}
 
 
@@ -276,19 +280,20 @@ def pretrain(study, seed, steps, *, evaluate=lambda step, model: None, **changes
     return model, loss
 
 
-def train_classifier(study, start, seed, train, test, *, lr, steps):
-    """(accuracy, cross entropy) on ``test`` of a classifier that starts from the seed's pre-trained weights or from scratch."""
-    if start == "pretrained":
-        model = checkpoint.load(study.weights(seed))
-    else:
-        model = autoencoder(study.plan, seed)
+def classifier(study, start, seed):
+    """A classifier of clips that starts from the seed's pre-trained weights or from scratch."""
+    model = checkpoint.load(study.weights(seed)) if start == "pretrained" else autoencoder(study.plan, seed)
     torch.manual_seed(seed)  # the head's
-    model = checkpoint.classifier_from_autoencoder(model, num_classes=len(clips.CLASSES))
+    return checkpoint.classifier_from_autoencoder(model, num_classes=len(clips.CLASSES))
+
+
+def train_classifier(model, plan, seed, train, test, *, lr, steps):
+    """Trains ``model`` on ``train``. Returns its (accuracy, cross entropy) on ``test``."""
     model.train()
     optimize(
         weight_decay_groups(model, 0.05, decay_tokens=False),
         steps=steps,
-        batch=min(study.plan.finetune_batch, len(train.labels)),
+        batch=min(plan.finetune_batch, len(train.labels)),
         count=len(train.labels),
         lr=lr,
         betas=(0.9, 0.999),

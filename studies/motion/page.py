@@ -151,7 +151,8 @@ def text(numbers, run, missing):
     parts = [
         "# Does it learn? A study on clips that differ in motion only",
         "`python -m studies.motion` (from nothing: `make study`) makes the clips, pre-trains, probes, fine-tunes, and "
-        "writes this page and its pictures. Every number is in [results.json](results.json).",
+        "writes this page and its pictures. Every number is in [results.json](results.json). What such weights are worth on "
+        "single images is [another study](results-stills.md).",
         f"This run: {run['finished_experiments']} of {run['experiments']} experiments, {run['cpu_minutes']:.0f} minutes of CPU "
         f"time, a thread a process, that is {run['cpu_minutes'] / 2:.0f} minutes on two idle cores. By the clock they took "
         f"{run['wall_minutes_of_all_experiments']:.0f} minutes together, two at a time, on {run['cores']} cores "

@@ -1,5 +1,6 @@
 """Runs experiments in processes side by side, and keeps what each one found, so that a run that was cut off continues."""
 
+import importlib
 import json
 import multiprocessing
 import platform
@@ -11,8 +12,6 @@ import torch
 
 from stmae import checkpoint
 from stmae.training.engine.device import choose_precision
-
-from . import experiments as experiments_module
 
 
 def run(study, experiments, processes, *, known=None):
@@ -58,7 +57,7 @@ def load(work, study, experiment):
 def compute(study, experiment, found):
     """An experiment's record; in a process of the pool."""
     started, cpu_started = time.perf_counter(), time.process_time()
-    numbers = getattr(experiments_module, experiment.function)(study, found, **experiment.arguments)
+    numbers = getattr(importlib.import_module(study.functions), experiment.function)(study, found, **experiment.arguments)
     return {
         "plan": study.plan.to_dict(),
         "arguments": experiment.arguments,
