@@ -109,7 +109,7 @@ def test_a_compiled_model_is_saved_by_its_own_names(tmp_path):
 
 
 def test_only_the_library_s_models_are_saved(tmp_path):
-    with pytest.raises(ValueError, match="expected a model of MaskedAutoencoder, VideoClassifier, got Linear"):
+    with pytest.raises(ValueError, match="expected a model of MaskedAutoencoder, VideoClassifier, ActionDetector, got Linear"):
         save(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
     assert not os.listdir(tmp_path)
 
