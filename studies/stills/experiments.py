@@ -1,7 +1,7 @@
 """What the study computes: pre-training on clips, and the fine-tuning of image classifiers by ``stmae finetune`` itself.
 
-Image models start from a model of clips: its patch kernel summed over time, one frame a clip. As in ``studies.motion``, an experiment
-is a pure function of the pictures, the plan and its own arguments.
+Image models start from a model of clips: its patch kernel summed over time, one frame a clip. As in ``studies.motion``, an
+experiment is a pure function of the pictures, the plan and its own arguments.
 """
 
 import contextlib

@@ -21,8 +21,10 @@ class BoxClipConfig:
     """random crop: its side over the frame's shorter side. A test takes the middle, as high as the frame"""
     flip: bool = True
     """mirror every second clip and its boxes"""
+    pixels: Literal["exact", "swscale"] = "exact"
+    """as clips.pixels of pre-training"""
     decoder: Literal["pyav", "torchcodec", "auto"] = "pyav"
-    """of videos; 'auto': torchcodec where it is installed and works, else PyAV. Both give the same frames"""
+    """as clips.decoder of pre-training"""
 
     def __post_init__(self):
         require_positive(self, "stride", "fps")

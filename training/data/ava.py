@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 from .dataset import RandomClips
 from .decoders import open_entry
-from .transforms import resized_crop, view_box
+from .outage import PATIENCE, PatientReader
+from .transforms import Crop, view_box
 from .video import EXTENSIONS, VideoError
-from .video_list import Entry
 
 COLUMNS = 8
 
@@ -34,6 +34,7 @@ class KeyFrame(NamedTuple):
     boxes: np.ndarray
     actions: tuple
     scores: np.ndarray
+    frames: int = 0  # as of an Entry: the path is a video
 
 
 def read_annotations(file, root, num_classes):
@@ -159,13 +160,29 @@ def clip_times(second, frames, stride, fps):
 
 
 def frames_around(video, second, frames, clips):
-    """uint8 [T, H, W, 3]: the frames that are shown at the times of a clip around ``second`` of the video; before its start and
+    """Indices int64 [frames] of those that are shown at the times of a clip around ``second`` of the video; before its start and
     after its end the first and the last. Raises VideoError where the video does not reach to ``second``."""
     times = video.times - video.times[0]
     if not 0 <= second <= times[-1] + 1:
-        raise VideoError(video.path, f"its {times[-1]:.0f} seconds do not reach to the second {second} of its annotations")
+        raise VideoError(video.path, f"its {times[-1]:.0f} seconds do not reach to the second {second:g} of its annotations")
     wanted = clip_times(second, frames, clips.stride, clips.fps)
-    return video.frames(np.searchsorted(times, wanted + 1e-6, side="right").clip(1, len(times)) - 1)
+    return np.searchsorted(times, wanted + 1e-6, side="right").clip(1, len(times)) - 1
+
+
+def read_clip(frame, choose_crop, frames, size, clips):
+    """(clip uint8 [1, T, h, w, C] around the key frame ``frame``, its boxes relative to the crop): ``choose_crop`` is called with
+    the height and width of the frames and gives the Crop. Raises VideoError."""
+    clip, chosen = torch.empty((1, frames, *size, 3), dtype=torch.uint8), []
+    with open_entry(frame, clips.decoder, clips.pixels) as video:
+        wanted = frames_around(video, frame.second - clips.start_second, frames, clips)
+
+        def crops(height, width):
+            crop = choose_crop(height, width)
+            chosen[:] = [(crop, to_crop(frame.boxes, crop.box, height, width, crop.flip))]
+            return [crop]
+
+        video.clips([wanted], crops, clip.numpy())
+    return clip, chosen[0][1]
 
 
 def to_crop(boxes, box, height, width, mirrored=False):
@@ -185,43 +202,47 @@ class BoxClips(RandomClips):
     [1, P], P being the highest number of boxes in a frame: boxes of which the crop shows nothing are not valid.
     """
 
-    def __init__(self, key_frames, clips, *, frames, size, seed, num_classes):
-        super().__init__(key_frames, clips, frames=frames, size=size, seed=seed)
+    def __init__(self, key_frames, clips, *, frames, size, seed, num_classes, patience=PATIENCE):
+        super().__init__(key_frames, clips, frames=frames, size=size, seed=seed, patience=patience)
         self.num_classes, self.most = num_classes, max(len(frame.boxes) for frame in key_frames)
 
     def _read(self, epoch, number):
-        frame, rng = self.entries[number], np.random.default_rng([self.seed, epoch, number, 0])
-        with open_entry(Entry(frame.path, -1), self.clips.decoder) as video:
-            pixels = frames_around(video, frame.second - self.clips.start_second, self.frames, self.clips)
-        height, width = pixels.shape[1:3]
-        _, _, h, w = view_box(height, width, self.size, crop_pct=rng.uniform(*self.clips.crop_pct))
-        box = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
-        clip, mirrored = resized_crop(pixels, box, self.size), self.clips.flip and rng.random() < 0.5
-        clip = clip.flip(2) if mirrored else clip
-        cut = to_crop(frame.boxes, box, height, width, mirrored)
+        frame = self.entries[number]
+        self.raise_if_left_out(frame)
+
+        def random_square(height, width):
+            rng = np.random.default_rng([self.seed, epoch, number, 0])
+            _, _, h, w = view_box(height, width, self.size, crop_pct=rng.uniform(*self.clips.crop_pct))
+            box = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+            return Crop(box, self.size, bool(self.clips.flip and rng.random() < 0.5))
+
+        clip, cut = read_clip(frame, random_square, self.frames, self.size, self.clips)
         boxes, actions = np.zeros((self.most, 4), np.float32), np.zeros((self.most, self.num_classes), np.float32)
         boxes[: len(cut)] = cut
         for row, labels in zip(actions, frame.actions):
             row[list(labels)] = 1
         valid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         arrays = {"boxes": boxes, "actions": actions, "valid": valid}
-        return {"clips": clip[None].contiguous(), **{name: torch.from_numpy(value)[None] for name, value in arrays.items()}}
+        return {"clips": clip, **{name: torch.from_numpy(value)[None] for name, value in arrays.items()}, "short": []}
 
 
 class BoxViews(Dataset):
     """The middle of the clip around each key frame, for evaluation. Item i is a dict: ``clips`` uint8 [1, T, H, W, C] and
-    ``boxes`` float32 [n, 4], relative to it; a box beyond it is cut off. Raises VideoError."""
+    ``boxes`` float32 [n, 4], relative to it; a box beyond it is cut off. Raises VideoError, and
+    DataAwayError as ViewClips."""
 
-    def __init__(self, key_frames, clips, *, frames, size):
+    def __init__(self, key_frames, clips, *, frames, size, patience=PATIENCE):
         self.key_frames, self.clips, self.frames, self.size = key_frames, clips, frames, tuple(size)
+        self.patient = PatientReader(patience)
 
     def __len__(self):
         return len(self.key_frames)
 
     def __getitem__(self, number):
         frame = self.key_frames[number]
-        with open_entry(Entry(frame.path, -1), self.clips.decoder) as video:
-            pixels = frames_around(video, frame.second - self.clips.start_second, self.frames, self.clips)
-        box = view_box(*pixels.shape[1:3], self.size)
-        boxes = to_crop(frame.boxes, box, *pixels.shape[1:3])
-        return {"clips": resized_crop(pixels, box, self.size)[None], "boxes": torch.from_numpy(boxes)}
+
+        def middle(height, width):
+            return Crop(view_box(height, width, self.size), self.size)
+
+        clip, boxes = self.patient.read(frame, lambda: read_clip(frame, middle, self.frames, self.size, self.clips))
+        return {"clips": clip, "boxes": torch.from_numpy(boxes)}

@@ -50,6 +50,11 @@ class RandomClips(Dataset):
         """The clip uint8 [T, h, w, C], cropped and mirrored already, augmented further."""
         return clip
 
+    def raise_if_left_out(self, entry):
+        """Raises VideoError for one of ``left_out``."""
+        if self.left_out and os.path.abspath(entry.path) in self.left_out:
+            raise VideoError(entry.path, "left out, as left_out.txt in the run's folder says")
+
     def __len__(self):
         return len(self.entries)
 
@@ -91,8 +96,7 @@ class RandomClips(Dataset):
     def _read(self, epoch, number, out):
         """Fills ``out`` with clips of one video; returns its ``short_note``."""
         entry = self.entries[number]
-        if self.left_out and os.path.abspath(entry.path) in self.left_out:
-            raise VideoError(entry.path, "left out, as left_out.txt in the run's folder says")
+        self.raise_if_left_out(entry)
         settings = self.clips
         rngs = [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(settings.repeats)]
         with open_entry(entry, settings.decoder, settings.pixels) as video:

@@ -1,5 +1,7 @@
 """An action detector's scores of boxes, and their mean average precision."""
 
+import functools
+
 import torch
 
 from ..data.ava import BoxViews, read_annotations, read_classes, read_detections, read_excluded
@@ -67,8 +69,8 @@ def box_map(test, scored):
 def detection_map(test, clips, processes, device, model, autocast, logger, step):
     """{"mAP", "classes"}, each process scoring a shard of the test's frames. An EvaluationHook's ``evaluate``, once the first
     four are given."""
-    own = score_boxes(model, processes.shard(test.frames), clips, device, autocast)
-    parts, skipped = zip(*processes.gather(own))
+    own = functools.partial(score_boxes, model, processes.shard(test.frames), clips, device, autocast)
+    parts, skipped = zip(*processes.gather_results(own))
     for error in sum(skipped, []):
         logger.info(f"left out of the test: {error}")
     return box_map(test, {key: value for part in parts for key, value in part.items()})[0]

@@ -58,7 +58,13 @@ def detection_task(config, frames, device, hooks=()):
     model.backend = config.run.backend
     shape = model.config
     dataset = BoxClips(
-        frames, config.clips, frames=shape.num_frames, size=shape.image_size, seed=config.seed, num_classes=shape.num_classes
+        frames,
+        config.clips,
+        frames=shape.num_frames,
+        size=shape.image_size,
+        seed=config.seed,
+        num_classes=shape.num_classes,
+        patience=config.run.data_patience,
     )
     groups = functools.partial(layer_decay_groups, weight_decay=config.optimizer.weight_decay, layer_decay=config.layer_decay)
     return Task(

@@ -1,5 +1,6 @@
 """AVA's files, the clips around annotated frames, and an action detector trained on them."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from stmae.training import cli
 from stmae.training.config import BoxClipConfig
 from stmae.training.data import ava
 from stmae.training.data.dataset import collate
+from stmae.training.data.transforms import resized_crop
 from stmae.training.data.video import VideoError
 from stmae.training.tasks.detection import detection_loss
 from tests.support.synthetic_video import read_number, write_video
@@ -139,8 +141,16 @@ def test_a_marked_box_is_where_the_augmented_box_says(folder, monkeypatch):
     pixels[:, 40:120, 50:100] = 255
     pixels[:, 40:120, 75:100, 1] = 0  # its right half has no green
 
-    monkeypatch.setattr(ava, "frames_around", lambda *arguments: pixels)
-    monkeypatch.setattr(ava, "open_entry", lambda *arguments: torch.no_grad())
+    class Opened(contextlib.nullcontext):
+        times = np.arange(60) / 15
+
+        def clips(self, wanted, crops, out):
+            (crop,) = crops(160, 200)
+            clip = resized_crop(pixels, crop.box, crop.size)
+            out[0] = clip.flip(2) if crop.flip else clip
+
+    opened = Opened()
+    monkeypatch.setattr(ava, "open_entry", lambda *arguments: contextlib.nullcontext(opened))
     data = ava.BoxClips([frame], BoxClipConfig(crop_pct=(0.6, 0.9)), frames=2, size=(96, 96), seed=0, num_classes=2)
     mirrored = set()
     for epoch in range(12):
