@@ -5,6 +5,7 @@ Boxes are relative to the frame's width and height, actions count from 1.
 """
 
 import csv
+import functools
 import math
 import os
 import re
@@ -169,20 +170,20 @@ def frames_around(video, second, frames, clips):
     return np.searchsorted(times, wanted + 1e-6, side="right").clip(1, len(times)) - 1
 
 
-def read_clip(frame, choose_crop, frames, size, clips):
-    """(clip uint8 [1, T, h, w, C] around the key frame ``frame``, its boxes relative to the crop): ``choose_crop`` is called with
-    the height and width of the frames and gives the Crop. Raises VideoError."""
-    clip, chosen = torch.empty((1, frames, *size, 3), dtype=torch.uint8), []
+def read_clip(frame, choose_crop, clips, out):
+    """Writes the clip around the key frame ``frame`` to ``out`` uint8 [1, T, h, w, C]. Returns its boxes, relative to the crop;
+    ``choose_crop`` is called with the height and width of the frames and gives the Crop. Raises VideoError."""
+    chosen = []
     with open_entry(frame, clips.decoder, clips.pixels) as video:
-        wanted = frames_around(video, frame.second - clips.start_second, frames, clips)
+        wanted = frames_around(video, frame.second - clips.start_second, out.shape[1], clips)
 
         def crops(height, width):
             crop = choose_crop(height, width)
-            chosen[:] = [(crop, to_crop(frame.boxes, crop.box, height, width, crop.flip))]
+            chosen[:] = [to_crop(frame.boxes, crop.box, height, width, crop.flip)]
             return [crop]
 
-        video.clips([wanted], crops, clip.numpy())
-    return clip, chosen[0][1]
+        video.clips([wanted], crops, out.numpy())
+    return chosen[0]
 
 
 def to_crop(boxes, box, height, width, mirrored=False):
@@ -206,7 +207,16 @@ class BoxClips(RandomClips):
         super().__init__(key_frames, clips, frames=frames, size=size, seed=seed, patience=patience)
         self.num_classes, self.most = num_classes, max(len(frame.boxes) for frame in key_frames)
 
-    def _read(self, epoch, number):
+    @functools.cached_property
+    def layout(self):
+        return {
+            "clips": ((1, self.frames, *self.size, 3), torch.uint8),
+            "boxes": ((1, self.most, 4), torch.float32),
+            "actions": ((1, self.most, self.num_classes), torch.float32),
+            "valid": ((1, self.most), torch.bool),
+        }
+
+    def _read(self, epoch, number, out):
         frame = self.entries[number]
         self.raise_if_left_out(frame)
 
@@ -216,14 +226,13 @@ class BoxClips(RandomClips):
             box = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
             return Crop(box, self.size, bool(self.clips.flip and rng.random() < 0.5))
 
-        clip, cut = read_clip(frame, random_square, self.frames, self.size, self.clips)
-        boxes, actions = np.zeros((self.most, 4), np.float32), np.zeros((self.most, self.num_classes), np.float32)
+        cut = torch.from_numpy(read_clip(frame, random_square, self.clips, out["clips"]))
+        boxes, actions = out["boxes"][0].zero_(), out["actions"][0].zero_()
         boxes[: len(cut)] = cut
         for row, labels in zip(actions, frame.actions):
             row[list(labels)] = 1
-        valid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        arrays = {"boxes": boxes, "actions": actions, "valid": valid}
-        return {"clips": clip, **{name: torch.from_numpy(value)[None] for name, value in arrays.items()}, "short": []}
+        out["valid"][0] = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        return []
 
 
 class BoxViews(Dataset):
@@ -244,5 +253,6 @@ class BoxViews(Dataset):
         def middle(height, width):
             return Crop(view_box(height, width, self.size), self.size)
 
-        clip, boxes = self.patient.read(frame, lambda: read_clip(frame, middle, self.frames, self.size, self.clips))
+        clip = torch.empty((1, self.frames, *self.size, 3), dtype=torch.uint8)
+        boxes = self.patient.read(frame, lambda: read_clip(frame, middle, self.clips, clip))
         return {"clips": clip, "boxes": torch.from_numpy(boxes)}

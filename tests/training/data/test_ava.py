@@ -12,7 +12,6 @@ from stmae.models import ActionDetector, MaskedAutoencoder, MaskedAutoencoderCon
 from stmae.training import cli
 from stmae.training.config import BoxClipConfig
 from stmae.training.data import ava
-from stmae.training.data.dataset import collate
 from stmae.training.data.transforms import resized_crop
 from stmae.training.data.video import VideoError
 from stmae.training.tasks.detection import detection_loss
@@ -168,7 +167,7 @@ def test_a_marked_box_is_where_the_augmented_box_says(folder, monkeypatch):
 def test_the_loss_counts_valid_boxes_alone(folder):
     frames = ava.read_annotations(folder / "train.csv", folder / "videos", 3)
     data = ava.BoxClips(frames, BoxClipConfig(stride=2), frames=4, size=(32, 32), seed=0, num_classes=3)
-    batch = collate([data[0, 0], data[0, 1]])
+    batch = {name: torch.cat([data[0, 0][name], data[0, 1][name]]) for name in data.layout}
     assert batch["clips"].shape == (2, 4, 32, 32, 3) and batch["boxes"].shape == (2, 2, 4)
     batch["valid"] = torch.tensor([[True, False], [True, False]])
     seen = {}
