@@ -28,12 +28,13 @@ struct Patches {  // of a video [B, C, T, H, W]; strides in elements
   int64_t tokens() const { return t * h * w; }
 };
 
-// Checks that a clip of `video` [C, T, H, W], or [B, C, T, H, W], some of its frames or all, is a grid of patches [u, p, q].
+// Checks that a clip of `video` [C, T, H, W], or [B, C, T, H, W], some of its frames or all (a count below 0), is a grid of patches
+// [u, p, q].
 inline Patches grid_of_patches(const char* op, const torch::stable::Tensor& video, const std::vector<int64_t>& patch_size,
                                const int64_t* frames, int64_t frame_count) {
   const int64_t at = video.dim() - 4;  // of the channels
   const int64_t C = video.size(at), H = video.size(at + 2), W = video.size(at + 3);
-  const int64_t T = frames ? frame_count : video.size(at + 1);
+  const int64_t T = frame_count < 0 ? video.size(at + 1) : frame_count;
   STMAE_CHECK(patch_size.size() == 3, op, ": expected a patch of 3 sizes, got ", patch_size.size());
   const int64_t u = patch_size[0], p = patch_size[1], q = patch_size[2];
   STMAE_CHECK(C > 0 && T > 0 && H > 0 && W > 0, op, ": expected a video with channels and pixels, got ", shape(video));
@@ -41,11 +42,9 @@ inline Patches grid_of_patches(const char* op, const torch::stable::Tensor& vide
               ": expected frames, height and width that are multiples of the patch [", u, ", ", p, ", ", q, "], got [", T, ", ",
               H, ", ", W, "]");
   STMAE_CHECK(checked_product(op, {u, p, q, C}) < int64_t{1} << 31, op, ": expected fewer than 2^31 values in a patch");
-  if (frames) {
-    for (int64_t i = 0; i < frame_count; ++i)
-      STMAE_CHECK(frames[i] >= 0 && frames[i] < video.size(at + 1), op, ": expected frames in [0, ", video.size(at + 1),
-                  "), got ", frames[i]);
-  }
+  for (int64_t i = 0; i < frame_count; ++i)
+    STMAE_CHECK(frames[i] >= 0 && frames[i] < video.size(at + 1), op, ": expected frames in [0, ", video.size(at + 1), "), got ",
+                frames[i]);
   const ScalarType type = video.scalar_type();
   Patches patches{};
   patches.data = video.const_data_ptr();
@@ -69,7 +68,8 @@ inline const DTypes& pixel_types() {
 inline Patches patches(const char* op, const torch::stable::Tensor& video, int64_t batch, const std::vector<int64_t>& patch_size,
                        const std::vector<int64_t>* frames) {
   check_tensor(op, "video", video, {batch, kAny, kAny, kAny, kAny}, pixel_types());
-  return grid_of_patches(op, video, patch_size, frames ? frames->data() : nullptr, frames ? frames->size() : 0);
+  return grid_of_patches(op, video, patch_size, frames ? frames->data() : nullptr,
+                         frames ? static_cast<int64_t>(frames->size()) : -1);
 }
 
 // Videos [C, T, H, W] of any sizes and strides, one dtype. Tokens are numbered through all of them.
@@ -92,7 +92,7 @@ struct PatchesOfVideos {
       if (some)
         STMAE_CHECK(frame_counts[s] >= 0 && frame_counts[s] <= static_cast<int64_t>(frames.size()) - at, op, ": expected ",
                     frame_counts[s], " frames for ", name, ", got ", static_cast<int64_t>(frames.size()) - at);
-      videos.push_back(grid_of_patches(op, video, patch_size, some ? frames.data() + at : nullptr, some ? frame_counts[s] : 0));
+      videos.push_back(grid_of_patches(op, video, patch_size, some ? frames.data() + at : nullptr, some ? frame_counts[s] : -1));
       if (some) at += frame_counts[s];
       int64_t next = 0;
       STMAE_CHECK(!__builtin_add_overflow(first_tokens.back(), videos.back().tokens(), &next), op, ": sizes are too large");

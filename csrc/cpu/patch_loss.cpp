@@ -373,14 +373,14 @@ Tensor patch_loss_backward(const Tensor& grad_loss, const Tensor& pred, const Te
                            std::vector<int64_t> frames, std::vector<double> mean, std::vector<double> std) {
   const char* op = "patch_loss_backward";
   Values values;
-  return backward(op, describe(op, pred, video, masked, patch_size, frames, mean, std, values), grad_loss, pred, masked, patch_mean,
-                  patch_rstd);
+  return backward(op, describe(op, pred, video, masked, patch_size, frames, mean, std, values), grad_loss, pred, masked,
+                  patch_mean, patch_rstd);
 }
 
 Tensor patch_loss_varlen_backward(const Tensor& grad_loss, const Tensor& pred, std::vector<Tensor> videos, const Tensor& masked,
                                   const Tensor& cu_seqlens, const Tensor& patch_mean, const Tensor& patch_rstd,
-                                  std::vector<int64_t> patch_size, std::vector<int64_t> frames,
-                                  std::vector<int64_t> frame_counts, std::vector<double> mean, std::vector<double> std) {
+                                  std::vector<int64_t> patch_size, std::vector<int64_t> frames, std::vector<int64_t> frame_counts,
+                                  std::vector<double> mean, std::vector<double> std) {
   const char* op = "patch_loss_varlen_backward";
   ListOfVideos list(op, pred, videos, patch_size, frames, frame_counts, mean);
   return backward(op, list.describe(op, pred, masked, cu_seqlens, patch_size, mean, std), grad_loss, pred, masked, patch_mean,

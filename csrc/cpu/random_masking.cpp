@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> random_masking(const Tensor& noise, int64_t num_keep)
   Buffer<int64_t> nan(B);
   parallel_for_static(B, workers, [&](int64_t worker, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, int64_t{0}, keys.data() + worker * N, kept + b * K, rest + b * M,
-                     nan.data() + b);
+      STMAE_DISPATCH(masking_row, in + b * row_stride, stride, N, K, int64_t{0}, keys.data() + worker * N, kept + b * K,
+                     rest + b * M, nan.data() + b);
   });
   for (int64_t b = 0; b < B; ++b)
     STMAE_CHECK(nan.data()[b] < 0, op, ": expected noise without NaN, got NaN at [", b, ", ", nan.data()[b], "]");
@@ -142,8 +142,8 @@ std::tuple<Tensor, Tensor> random_masking_varlen(const Tensor& noise, const Tens
                      keys.data() + worker * longest, keep_out + kept[s], masked_out + first[s] - kept[s], nan.data() + s);
   });
   for (int64_t s = 0; s < S; ++s)
-    STMAE_CHECK(first[s] == total || nan.data()[s] < 0, op, ": expected noise without NaN, got NaN at [", first[s] + nan.data()[s],
-                "] in sequence ", s);
+    STMAE_CHECK(first[s] == total || nan.data()[s] < 0, op, ": expected noise without NaN, got NaN at [",
+                first[s] + nan.data()[s], "] in sequence ", s);
   return {keep, masked};
 }
 

@@ -147,7 +147,7 @@ def test_bad_offsets(capability):
                     continue
                 with pytest.raises(RuntimeError, match=f"{name}: expected"):
                     call(name, {**CALLS[name](), argument: torch.tensor(bad, dtype=good.dtype)})
-    assert found >= 14
+    assert found >= 12
 
 
 @pytest.mark.parametrize("bad", [-1, 8, 20, 2**62, -(2**63), "repeated", "of the other video"])

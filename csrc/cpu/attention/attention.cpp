@@ -137,10 +137,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
 template <typename T>
 void packed_forward_as(const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
-  run_forward<T>(
-      {packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2), heads<T>(out),
-       static_cast<float*>(lse.data_ptr()), qkv.size(1), qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale},
-      qkv.size(0));
+  run_forward<T>({packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2), heads<T>(out),
+                  static_cast<float*>(lse.data_ptr()), qkv.size(1), qkv.size(3), qkv.size(1), qkv.size(1),
+                  static_cast<int>(qkv.size(4)), scale},
+                 qkv.size(0));
 }
 
 std::tuple<Tensor, Tensor> attention_qkvpacked(const Tensor& qkv, double scale) {
@@ -162,8 +162,8 @@ template <typename T>
 void backward_as(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                  const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, double scale) {
   run_backward<T>({heads<const T>(grad_out), heads<const T>(q), heads<const T>(k), heads<const T>(v), heads<const T>(out),
-                   static_cast<const float*>(lse.data_ptr()), q.size(1), heads<T>(grad_q), heads<T>(grad_k), heads<T>(grad_v), q.size(2),
-                   q.size(1), k.size(1), static_cast<int>(q.size(3)), scale},
+                   static_cast<const float*>(lse.data_ptr()), q.size(1), heads<T>(grad_q), heads<T>(grad_k), heads<T>(grad_v),
+                   q.size(2), q.size(1), k.size(1), static_cast<int>(q.size(3)), scale},
                   q.size(0));
 }
 
@@ -191,14 +191,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
 template <typename T>
 void packed_backward_as(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, const Tensor& grad_qkv,
                         double scale) {
-  run_backward<T>(
-      {heads<const T>(grad_out), packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1), packed_heads<const T>(qkv, 2),
-       heads<const T>(out), static_cast<const float*>(lse.data_ptr()), qkv.size(1), packed_heads<T>(grad_qkv, 0), packed_heads<T>(grad_qkv, 1),
-       packed_heads<T>(grad_qkv, 2), qkv.size(3), qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale},
-      qkv.size(0));
+  run_backward<T>({heads<const T>(grad_out), packed_heads<const T>(qkv, 0), packed_heads<const T>(qkv, 1),
+                   packed_heads<const T>(qkv, 2), heads<const T>(out), static_cast<const float*>(lse.data_ptr()), qkv.size(1),
+                   packed_heads<T>(grad_qkv, 0), packed_heads<T>(grad_qkv, 1), packed_heads<T>(grad_qkv, 2), qkv.size(3),
+                   qkv.size(1), qkv.size(1), static_cast<int>(qkv.size(4)), scale},
+                  qkv.size(0));
 }
 
-Tensor attention_qkvpacked_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale) {
+Tensor attention_qkvpacked_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                                    double scale) {
   const char* op = "attention_qkvpacked_backward";
   check_rows(op, "qkv", qkv, {kAny, kAny, 3, kAny, kAny}, floating());
   const int64_t B = qkv.size(0), N = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
@@ -232,7 +233,8 @@ struct Sequences {
       first_key = sequence_offsets(op, "cu_seqlens_k", cu_seqlens_k, keys, "k");
     }
     for (int64_t s = 0; s < size(); ++s) {
-      STMAE_CHECK(Nk(s) > 0 || Nq(s) == 0, op, ": expected at least one key in each sequence with queries, got none in sequence ", s);
+      STMAE_CHECK(Nk(s) > 0 || Nq(s) == 0, op, ": expected at least one key in each sequence with queries, got none in sequence ",
+                  s);
       scores += cost(s);
     }
   }
@@ -263,7 +265,8 @@ std::vector<Task> make_tasks(const Sequences& sequences, int64_t H, int64_t D, c
     for (int64_t h = 0; h < H; h += together) {
       const int64_t heads = std::min(together, H - h);
       for (int64_t cut = 0; cut < cuts; ++cut)
-        tasks.push_back({s, h * items + heads * items * cut / cuts, h * items + heads * items * (cut + 1) / cuts, cost * heads / cuts});
+        tasks.push_back(
+            {s, h * items + heads * items * cut / cuts, h * items + heads * items * (cut + 1) / cuts, cost * heads / cuts});
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
@@ -277,13 +280,14 @@ int64_t sequence_workers(const Sequences& sequences, int64_t H, int64_t D) {
 template <typename T>
 void run_forward_varlen(Forward<T> a, const Sequences& sequences) {
   const auto tiles = [&](int64_t s) { return (sequences.Nq(s) + kQueryBlock - 1) / kQueryBlock; };
-  const auto tasks = make_tasks(sequences, a.H, a.D, tiles, [&](int64_t s) { return sequences.parts(s, a.H, std::max<int64_t>(tiles(s), 1)); });
+  const auto tasks =
+      make_tasks(sequences, a.H, a.D, tiles, [&](int64_t s) { return sequences.parts(s, a.H, std::max<int64_t>(tiles(s), 1)); });
   const int64_t workers = sequence_workers(sequences, a.H, a.D);
   parallel_for_tasks(tasks.size(), workers, [&](int64_t i) {
     const Task& task = tasks[i];
     const int64_t s = task.sequence, query = sequences.first_query[s], key = sequences.first_key[s];
-    const Forward<T> one{a.q.from(query), a.k.from(key), a.v.from(key), a.out.from(query), a.lse + query, a.lse_head, a.H,
-                         sequences.Nq(s), sequences.Nk(s), a.D, a.scale, a.H, workers};
+    const Forward<T> one{a.q.from(query), a.k.from(key),   a.v.from(key), a.out.from(query), a.lse + query, a.lse_head, a.H,
+                         sequences.Nq(s), sequences.Nk(s), a.D,           a.scale,           a.H,           workers};
     STMAE_DISPATCH(attention_forward<T>, one, task.first, task.last);
   });
 }
@@ -297,7 +301,8 @@ void run_backward_varlen(const Backward<T>& a, const Sequences& sequences) {
   for (int64_t s = 0; s < S; ++s) {
     Backward<T>& one = each[s];
     const int64_t query = sequences.first_query[s], key = sequences.first_key[s];
-    one.grad_out = a.grad_out.from(query), one.q = a.q.from(query), one.out = a.out.from(query), one.grad_q = a.grad_q.from(query);
+    one.grad_out = a.grad_out.from(query), one.q = a.q.from(query), one.out = a.out.from(query),
+    one.grad_q = a.grad_q.from(query);
     one.k = a.k.from(key), one.v = a.v.from(key), one.grad_k = a.grad_k.from(key), one.grad_v = a.grad_v.from(key);
     one.lse = a.lse + query;
     one.Nq = sequences.Nq(s), one.Nk = sequences.Nk(s);
@@ -332,10 +337,10 @@ void run_backward_varlen(const Backward<T>& a, const Sequences& sequences) {
 template <typename T>
 void varlen_forward_as(const Tensor& q, const Tensor& k, const Tensor& v, int packed, const Tensor& out, const Tensor& lse,
                        double scale, const Sequences& sequences) {
-  run_forward_varlen<T>({varlen_heads<const T>(q), varlen_heads<const T>(k, packed), varlen_heads<const T>(v, 2 * packed),
-                         varlen_heads<T>(out), static_cast<float*>(lse.data_ptr()), out.size(0), out.size(1), 0, 0,
-                         static_cast<int>(out.size(2)), scale},
-                        sequences);
+  run_forward_varlen<T>(
+      {varlen_heads<const T>(q), varlen_heads<const T>(k, packed), varlen_heads<const T>(v, 2 * packed), varlen_heads<T>(out),
+       static_cast<float*>(lse.data_ptr()), out.size(0), out.size(1), 0, 0, static_cast<int>(out.size(2)), scale},
+      sequences);
 }
 
 template <typename T>
