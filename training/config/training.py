@@ -74,6 +74,8 @@ class RunConfig:
     data_timeout: float = 600.0
     """seconds that a data worker may read one video; then the run saves, ends, and leaves that video out from its next start on;
     0: no limit"""
+    process_timeout: float = 1800.0
+    """seconds that a process waits for the others at the end of a step; then it ends, and names the rank that did not come"""
     save_every: int = 500
     """steps between checkpoints"""
     log_every: int = 10

@@ -7,6 +7,7 @@ be seen by all of them.
 """
 
 import contextlib
+import datetime
 import gc
 import os
 import traceback
@@ -17,15 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .fsdp import shard_model
 
+TIMEOUT = 1800.0  # as torch's own between CPUs
+
 
 class Processes:
     """This process and its process group, as torchrun's environment describes them.
 
     rank, world_size: 0 of 1 where there is no torchrun; ``is_main``: whether this is rank 0, which writes and prints.
-    environment: the variables that torchrun sets.
+    environment: the variables that torchrun sets. timeout: seconds to wait for the others at the end of a step.
     """
 
-    def __init__(self, environment=os.environ):
+    def __init__(self, environment=os.environ, *, timeout=TIMEOUT):
+        self.timeout, self._round = timeout, 0
         self.rank = int(environment.get("RANK", "0"))
         self.world_size = int(environment.get("WORLD_SIZE", "1"))
         self.local_rank = int(environment.get("LOCAL_RANK", "0"))
@@ -85,12 +89,39 @@ class Processes:
             dist.barrier()
 
     def mean(self, *values, device):
-        """The means of numbers over the processes, as floats: every process sees the same."""
+        """The means of numbers over the processes, as floats: every process sees the same. Raises TimeoutError where one of them
+        does not come, with its rank."""
+        self._require_all()
         values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
         if self.world_size > 1:
             dist.all_reduce(values)
             values /= self.world_size
         return values.tolist()
+
+    def _require_all(self):
+        """Waits for all processes to come here. A collective that times out does not say who was missing: this does, by a key
+        that every process sets in the group's store."""
+        if self.world_size == 1:
+            return
+        store, keys = (
+            dist.distributed_c10d._get_default_store(),
+            [f"stmae/{self._round}/{rank}" for rank in range(self.world_size)],
+        )
+        store.set(keys[self.rank], "")
+        if self._round > 1:  # everybody has left the round before the last
+            store.delete_key(f"stmae/{self._round - 2}/{self.rank}")
+        self._round += 1
+        try:
+            store.wait(keys, datetime.timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            if not missing:
+                raise
+            ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            raise TimeoutError(
+                f"rank {self.rank} waited {self.timeout:g} s at the end of a step for {ranks} of {self.world_size}, which did "
+                "not come (run.process_timeout)"
+            ) from error
 
     def gather(self, value):
         """Every process's value, by rank."""

@@ -15,7 +15,7 @@ def run_distributed(work, config):
 
     ``work`` is a function of its own, so that nothing of its model is alive when the group is left.
     """
-    processes = Processes()
+    processes = Processes(timeout=config.run.process_timeout)
     device = processes.local_device(choose_device(config.run.device))
     devices = [device] if device.type == "cuda" else []
     with processes.process_group(device), torch.random.fork_rng(devices), open_run(config, processes) as folder:

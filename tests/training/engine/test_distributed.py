@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from stmae.training.commands import pretrain
 from stmae.training.config import PretrainConfig, parse
 from stmae.training.engine.run_folder import RunFolder
+from tests.support import two_processes
 from tests.support.synthetic_video import write_video
 
 ROOT = Path(__file__).parents[3]
@@ -76,3 +77,41 @@ def test_what_cannot_be_ends_all_processes(tmp_path):
     done = torchrun([*arguments, "--optimizer.batch", "3"])
     assert done.returncode != 0
     assert "a batch of 3 videos does not divide into 2 micro-batch(es) on 2 process(es)" in done.stderr
+
+
+ABSENT = """
+import sys, time, torch
+from stmae.training.engine.distributed import Processes
+processes = Processes(timeout=2.0)
+with processes.process_group(torch.device("cpu")):
+    for _ in range(4):
+        assert processes.mean(float(processes.rank), device="cpu") == [0.5]
+    if processes.rank == 1:
+        time.sleep(60)
+    try:
+        processes.mean(0.0, device="cpu")
+    except TimeoutError as error:
+        print(error, flush=True)
+        import os
+        os._exit(3)
+"""
+
+
+def test_the_rank_that_does_not_come_is_named():
+    port = str(two_processes.free_port())
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ABSENT], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = processes[0].communicate(timeout=120)[0]
+        assert processes[0].returncode == 3
+        assert "rank 0 waited 2 s at the end of a step for rank 1 of 2, which did not come" in printed
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
