@@ -35,6 +35,7 @@ LARGEST = {
     "decoder_num_heads": 2**13,
     "num_classes": 10**6,
     "mask_blocks": 2**16,
+    "roi_size": 64,
 }
 LARGEST_HIDDEN = 2**20  # width of a block's hidden layer
 LARGEST_PATCH = 2**24  # values in a patch
