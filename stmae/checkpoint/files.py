@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from stmae.checkpoint.errors import CheckpointError
 from stmae.checkpoint.formats import build_foreign
-from stmae.checkpoint.reading import FORMAT, Weights, import_safetensors, read
+from stmae.checkpoint.reading import FORMAT, Weights, check_tensors, import_safetensors, read
 from stmae.checkpoint.report import LoadReport
 from stmae.checkpoint.resize import classifier_from_autoencoder, detector_from_classifier, resize
 from stmae.checkpoint.state import CheckpointMismatch, build
@@ -127,6 +127,8 @@ def load(path: str | os.PathLike, *, ema: bool = False, **overrides: Any) -> Vid
     """
     found = read(path)
     if found.config is not None:
+        if ema:
+            raise CheckpointError(f"cannot read {found.path}: expected a running average in it (ema=True), and it has none")
         model, changes = _build_own(found), overrides
     else:
         report = LoadReport("", found.path)
@@ -154,9 +156,7 @@ def _build_own(found: Weights) -> VideoModel:
         config = config_class.from_dict(values)
     except _ODD as error:
         raise CheckpointError(f"cannot read {found.path}: its stmae configuration is damaged: {_line(error)}") from error
-    integers = [name for name, value in found.state.items() if not value.is_floating_point()]
-    if integers:
-        raise CheckpointError(f"cannot read {found.path}: expected floating-point weights, got others: {integers}")
+    check_tensors(found.path, found.state)
     try:
         model = build(model_class, config, found.state, found.path).eval()
     except CheckpointMismatch:
@@ -164,7 +164,7 @@ def _build_own(found: Weights) -> VideoModel:
     except _ODD as error:
         raise CheckpointError(f"cannot read {found.path}: no model can be built as it says: {_line(error)}") from error
     model.load_report = LoadReport("stmae", found.path, inferred={"config": "all of it, from the file"})
-    model.load_report.check_values(found.state, zeros=False)  # a model that was saved untrained has zeros by right
+    model.load_report.check_values(found.state, vectors=False)  # biases of a model that was saved untrained are zero by right
     return model
 
 

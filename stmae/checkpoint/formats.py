@@ -176,11 +176,18 @@ def _state_it(field: str, value: str = "...") -> str:
 def _depth(weights: dict, prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     found = [int(match[1]) for name in weights if (match := pattern.match(name))]
-    return max(found) + 1 if found else 0
+    depth = max(found) + 1 if found else 0
+    if depth > len(weights):
+        raise UnknownFormat(
+            f"expected the blocks {prefix}* to be numbered from 0, got {prefix}{depth - 1} in {len(weights)} tensors"
+        )
+    return depth
 
 
 def _patches(inference: _Inference, weights: dict, name: str) -> None:
     shape = weights[name].shape
+    if len(shape) not in (4, 5) or not all(shape):
+        raise UnknownFormat(f"expected {name} [D, C, (pt,) ph, pw], got {list(shape)}")
     width, channels, *patch = shape if len(shape) == 5 else (*shape[:2], None, *shape[2:])
     inference.seen("width", width, name)
     inference.seen("in_channels", channels, name)
@@ -195,6 +202,15 @@ def _blocks(inference: _Inference, weights: dict, prefix: str, fc1: str) -> None
     if name not in weights:
         raise UnknownFormat(f"expected {name} among the weights, and it is missing")
     inference.seen("mlp_ratio", ratio(inference.values["width"], weights[name].shape[0]), name)
+
+
+def _qkv_bias(inference: _Inference, weights: dict, name: str) -> None:
+    if name in weights:
+        inference.seen("qkv_bias", True, name)
+        return
+    stated = "qkv_bias" in inference.remaining
+    if not inference.undetermined("qkv_bias", False, f"no {name}; the published models have it") and not stated:
+        inference.report.notes.append(f"{name} is missing, as in a model without biases; if it is one, say so: qkv_bias=False")
 
 
 def _grid_from_positions(inference: _Inference, weights: dict, class_token: bool) -> None:
@@ -241,7 +257,7 @@ def _mae_st(weights: dict, inference: _Inference, _: dict[str, Any] | None) -> V
     inference.heads()
     inference.seen("class_token", "cls_token" in weights, "cls_token")
     inference.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
-    inference.seen("qkv_bias", "blocks.0.attn.q.bias" in weights, "blocks.0.attn.q.bias")
+    _qkv_bias(inference, weights, "blocks.0.attn.q.bias")
     _grid_from_positions(inference, weights, inference.values["class_token"])
     if not pretrain:
         inference.seen("num_classes", weights["head.weight"].shape[0] if "head.weight" in weights else 0, "head.weight")
@@ -262,7 +278,7 @@ def _slowfast(weights: dict, inference: _Inference, _: dict[str, Any] | None) ->
     inference.heads()
     inference.seen("class_token", "cls_token" in weights, "cls_token")
     inference.seen("separable_position", "pos_embed_spatial" in weights, "pos_embed_spatial")
-    inference.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
+    _qkv_bias(inference, weights, "blocks.0.attn.qkv.bias")
     _grid_from_positions(inference, weights, inference.values["class_token"])
     if "mask_token" not in weights:
         name = "head.projection.weight"
@@ -303,7 +319,7 @@ def _videomae(weights: dict, inference: _Inference, _: dict[str, Any] | None) ->
     _blocks(inference, weights, f"{prefix}blocks.", "mlp.fc1.weight")
     inference.heads()
     first = f"{prefix}blocks.0."
-    inference.seen("qkv_bias", f"{first}attn.q_bias" in weights, f"{first}attn.q_bias")
+    _qkv_bias(inference, weights, f"{first}attn.q_bias")
     learned = f"{prefix}pos_embed" in weights
     inference.seen(
         "position", "learned" if learned else "sincos", f"{prefix}pos_embed, which is there" if learned else "no pos_embed"
@@ -373,7 +389,7 @@ def _image_mae(weights: dict, inference: _Inference, _: dict[str, Any] | None) -
     _blocks(inference, weights, "blocks.", "mlp.fc1.weight")
     inference.heads()
     inference.seen("class_token", "cls_token" in weights, "cls_token")
-    inference.seen("qkv_bias", "blocks.0.attn.qkv.bias" in weights, "blocks.0.attn.qkv.bias")
+    _qkv_bias(inference, weights, "blocks.0.attn.qkv.bias")
     inference.always("spatial from the image's, temporal zero", separable_position=True)
     inference.always("as the image MAE does", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     inference.undetermined("tubelet_size", 2, "the paper's; the image kernel is divided over its frames")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stmae.checkpoint.names import build_renamed, translate, unwrap
-from stmae.checkpoint.state import CheckpointMismatch
+from stmae.checkpoint.state import CheckpointMismatch, check_plausible
 from stmae.checkpoint.videomae import IMAGENET_MEAN, IMAGENET_STD, not_videomae
 from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
@@ -67,6 +67,7 @@ def from_huggingface(state_dict: dict, config: dict | EncoderConfig) -> VideoMod
     weights = _fuse(unwrap(state_dict))
     if not isinstance(config, EncoderConfig):
         config = huggingface_config(weights, config)
+    check_plausible(config, weights, "the Hugging Face checkpoint")  # before a billion blocks are named
     # VideoMAEModel by itself has no prefix; in the other two models it is called videomae.
     prefix = "" if any(name.startswith("embeddings.") for name in weights) else "videomae."
     return build_renamed(config, weights, huggingface_names(config, prefix), "the Hugging Face checkpoint")
@@ -77,6 +78,9 @@ def huggingface_config(weights: dict[str, torch.Tensor], config: dict) -> Masked
     if config.get("model_type", "videomae") != "videomae":
         raise ValueError(f"from_huggingface: expected model_type videomae, got {config['model_type']!r}")
     their = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
+    for name in ("use_mean_pooling", "norm_pix_loss", "qkv_bias", "qv_bias"):
+        if not isinstance(their.get(name, True), bool):
+            raise ValueError(f"from_huggingface: expected {name} true or false, got {their[name]!r}")
     if their["hidden_act"] != "gelu":
         raise ValueError(f"from_huggingface: expected hidden_act gelu, got {their['hidden_act']!r}")
     if their["attention_probs_dropout_prob"] or their["hidden_dropout_prob"]:

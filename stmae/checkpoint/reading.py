@@ -21,6 +21,8 @@ KINDS = ("MaskedAutoencoder", "VideoClassifier", "ActionDetector")
 _PICKLES = (".pth", ".pyth", ".pt", ".bin", ".ckpt", ".tar")
 _WEIGHT_KEYS = ("model", "model_state", "module", "state_dict")
 _EMA_KEYS = ("model_ema", "ema", "model_ema_state", "ema_state_dict")
+_NESTING = 8  # dictionaries around the weights
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -45,7 +47,7 @@ class Weights:
     def pick(self, ema: bool, report: LoadReport) -> dict[str, torch.Tensor]:
         """The tensors by their plain names: out of their nesting, without wrappers' prefixes, the weights or their average."""
         state = self.state
-        while True:
+        for _ in range(_NESTING):
             averages = [key for key in _EMA_KEYS if isinstance(state.get(key), dict)]
             nested = [key for key in _WEIGHT_KEYS if isinstance(state.get(key), dict)]
             if ema and averages:
@@ -59,17 +61,38 @@ class Weights:
                 state = state[nested[0]]
             else:
                 break
+        else:
+            raise CheckpointError(f"cannot read {self.path}: expected tensors by name at most {_NESTING} dictionaries deep")
         if ema:
             raise CheckpointError(f"cannot read {self.path}: expected a running average in it (ema=True), and it has none")
         tensors = {}
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                tensors[name] = value
+                tensors[str(name)] = value
             else:
                 report.unused[str(name)] = f"a {type(value).__name__}, no tensor"
         if not tensors:
             raise CheckpointError(f"cannot read {self.path}: expected tensors by name in it, got {_listed(state)}")
+        check_tensors(self.path, tensors)
         return strip_prefixes(tensors)
+
+
+def check_tensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises CheckpointError for a tensor that is no ordinary weight: no floating-point number of 16 to 64 bits, sparse or
+    quantized, or with more values than the file holds (a few that are repeated may stand for any number)."""
+    for name, value in tensors.items():
+        if value.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"cannot read {path}: expected floating-point weights of 16 to 64 bits, got {name} {value.dtype}"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(
+                f"cannot read {path}: expected dense tensors with values, got {name} {value.layout} on {value.device}"
+            )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"cannot read {path}: expected every value in the file, got {name} {list(value.shape)} of fewer"
+            )
 
 
 def read(path: str | os.PathLike) -> Weights:
@@ -80,11 +103,14 @@ def read(path: str | os.PathLike) -> Weights:
         ImportError: safetensors is needed and not installed.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"cannot read {path}: no such file or folder")
-    return _read_file(path)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.exists():
+            raise CheckpointError(f"cannot read {path}: no such file or folder")
+        return _read_file(path)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _read_folder(folder: Path) -> Weights:

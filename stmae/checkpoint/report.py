@@ -42,13 +42,16 @@ class LoadReport:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def check_values(self, weights: dict[str, torch.Tensor], *, zeros: bool = True) -> None:
-        """Adds a note for every tensor that no training leaves behind: with values that are not finite or, where ``zeros`` is
-        true, all zero."""
+    def check_values(self, weights: dict[str, torch.Tensor], *, vectors: bool = True) -> None:
+        """Adds a note for every tensor that no training leaves behind: all zero, or with values that are not finite.
+
+        Args:
+            vectors: zeros of biases and tokens, too; false: of matrices alone, where the model may be a new one.
+        """
         for name, value in weights.items():
             if value.numel() == 0 or value.device.type == "meta":
                 continue
             if not torch.isfinite(value).all():
                 self.notes.append(f"{name} holds values that are not finite")
-            elif zeros and not value.any():
+            elif not value.any() and (vectors or (value.dim() > 1 and value.shape[0] > 1)):
                 self.notes.append(f"{name} is all zeros, which trained weights are not")

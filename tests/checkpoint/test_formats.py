@@ -21,6 +21,7 @@ from stmae.checkpoint import (
     to_huggingface,
     to_mae_st,
 )
+from stmae.checkpoint.reading import Weights
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier
 from tests.support.golden import GOLDEN, read_golden
 
@@ -35,6 +36,7 @@ STATED = {
     "mae_st_vit_classify": {"num_heads": 3},
     "slowfast_classify": {"num_heads": 3, "num_frames": 8},
     "slowfast_default": {"num_heads": 3, "mask_ratio": 0.7, "num_frames": 8},
+    "slowfast_two_decoder_heads_pixels": {"num_heads": 2, "mask_ratio": 0.7, "num_frames": 8, "target": "pixels"},
     "videomae_classify": {"num_heads": 3, "num_frames": 4, "image_size": 32},
     "videomae_default": {"num_heads": 2, "decoder_num_heads": 2, "num_frames": 4, "image_size": 32, "mask_ratio": 0.75},
     "videomae_pixels_no_bias": {
@@ -44,6 +46,7 @@ STATED = {
         "image_size": 32,
         "mask_ratio": 0.6,
         "target": "pixels",
+        "qkv_bias": False,
     },
     "videomae_v2_classify": {"num_heads": 3, "num_frames": 4, "image_size": 32},
     "videomae_v2_dual_masking": {
@@ -154,39 +157,121 @@ def test_the_average_of_the_weights_is_taken_on_request(tmp_path):
 # --- every tensor counts ---
 
 
+def still_autoencoder():
+    """An autoencoder without temporal positions."""
+    torch.manual_seed(0)
+    config = MaskedAutoencoderConfig(
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+        width=32,
+        depth=2,
+        num_heads=2,
+        decoder_width=32,
+        decoder_depth=1,
+        decoder_num_heads=2,
+    )
+    model = MaskedAutoencoder(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as of a trained model, none of it zero
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+        model.encoder.position.temporal.zero_()
+    return model
+
+
+def image_weights(model):
+    """The weights of an image MAE that sees, in each frame of a still clip, what ``model``, a video MAE, sees in the clip."""
+    weights = {}
+    for name, value in to_mae_st(model).items():
+        if name == "patch_embed.proj.weight":
+            value = value.sum(2)
+        if name.endswith("_temporal") or name == "decoder_cls_token":  # the image MAE's decoder gets the encoder's
+            continue
+        weights[name] = value
+    for start in ("", "decoder_"):
+        if f"{start}pos_embed_spatial" in weights:
+            first = weights.pop(f"{start}pos_embed_class")
+            weights[f"{start}pos_embed"] = torch.cat([first, weights.pop(f"{start}pos_embed_spatial")], dim=1)
+    result = {}
+    for name, value in weights.items():
+        if ".attn.q." in name:
+            parts = [weights[name.replace(".q.", f".{key}.")] for key in "qkv"]
+            result[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.k." not in name and ".attn.v." not in name:
+            result[name] = value
+    return result
+
+
 def mutations(weights):
-    """(what, weights) with one tensor missing, renamed or transposed, for every tensor where that can be seen."""
+    """(what, tensor, weights) with one tensor missing, renamed, transposed or zeroed, for every tensor where that can be seen."""
     for key, value in weights.items():
         others = {name: tensor for name, tensor in weights.items() if name != key}
-        yield f"missing {key}", others
-        yield f"renamed {key}", {**others, f"{key}_": value}
+        yield "missing", key, others
+        if "blocks.1." in key or "layer.1." in key:  # where blocks are alike, one shows the rest
+            continue
+        yield "renamed", key, {**others, f"{key}_": value}
         matrix = value.flatten(1) if value.dim() > 1 else value
         if matrix.dim() == 2 and matrix.shape[0] != matrix.shape[1] and 1 not in matrix.shape:
-            yield f"transposed {key}", {**others, key: value.transpose(0, 1).contiguous()}
+            yield "transposed", key, {**others, key: value.transpose(0, 1).contiguous()}
+        if value.any():
+            yield "zeroed", key, {**others, key: torch.zeros_like(value)}
 
 
-@pytest.mark.parametrize("name", ["mae_st_default", "slowfast_default", "videomae_default", "videomae_v2_classify"])
-def test_a_tensor_missing_renamed_or_transposed_is_refused(name, tmp_path):
-    weights, _ = golden(name)
+def every_format():
+    """{name: (weights, what else was found with them, what they cannot tell)}."""
+    again = ("mae_st_head_dim_32", "mae_st_pixels", "slowfast_two", "videomae_v2_dual")  # the names of others
+    files = [name for name in FILES if not name.startswith(again)]
+    formats = {name: (lambda name=name: golden(name)[0], {}, STATED[name]) for name in files}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("videomae_default", "videomae_classify"):
+            weights, config = to_huggingface(expected_model(name))
+            formats[f"huggingface {name}"] = (lambda weights=weights: weights, {"hub_config": config}, {})
+    still = {"num_heads": 2, "decoder_num_heads": 2, "num_frames": 4}
+    formats["image-mae"] = (lambda: image_weights(still_autoencoder()), {}, still)
+    own = expected_model("mae_st_default")
+    formats["stmae"] = (own.state_dict, {"config": ("MaskedAutoencoder", own.config.to_dict())}, {})
+    return formats
+
+
+EVERY_FORMAT = every_format()
+
+
+@pytest.mark.parametrize("name", EVERY_FORMAT)
+def test_every_tensor_counts(name, monkeypatch):
+    """One that is missing, renamed or transposed is refused, or said by its name; one that is zeroed is said."""
+    weights, beside, stated = EVERY_FORMAT[name]
+    weights = weights()
+
+    def load_(changed):
+        monkeypatch.setattr("stmae.checkpoint.files.read", lambda path: Weights("file", changed, **beside))
+        return load("file", **stated)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_(weights)
+    for what, key, changed in mutations(weights):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                load_(changed)
+            except (CheckpointError, CheckpointMismatch) as error:
+                assert str(error) and what != "zeroed", (what, key)
+            else:
+                # Biases and tokens of a new model are zero, so that ours are not said.
+                new = name == "stmae" and what == "zeroed" and (weights[key].dim() == 1 or weights[key].shape[0] == 1)
+                assert new or any(key in str(warning.message) for warning in said), (what, key)
+
+
+def test_biases_of_q_k_and_v_that_are_absent_are_said(tmp_path):
+    weights, _ = golden("videomae_pixels_no_bias")
+    stated = {name: value for name, value in STATED["videomae_pixels_no_bias"].items() if name != "qkv_bias"}
     path = tmp_path / "checkpoint.pth"
-    for what, changed in mutations(weights):
-        torch.save(changed, path)
-        with pytest.raises((CheckpointError, CheckpointMismatch)) as refused, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load(path, **STATED[name])
-            pytest.fail(what)
-        assert str(refused.value), what
-
-
-@pytest.mark.parametrize("name", ["mae_st_vit_classify", "slowfast_classify", "videomae_v2_classify"])
-def test_a_tensor_of_zeros_is_reported(name, tmp_path):
-    weights, _ = golden(name)
-    path = tmp_path / "checkpoint.pth"
-    for key, value in weights.items():
-        torch.save({**weights, key: torch.zeros_like(value)}, path)
-        with pytest.warns(UserWarning) as caught:
-            load(path, **STATED[name])
-        assert any(f"{key} is all zeros" in str(warning.message) for warning in caught), key
+    torch.save(weights, path)
+    with pytest.warns(UserWarning, match=r"encoder\.blocks\.0\.attn\.q_bias is missing, .* qkv_bias=False"):
+        assert not load(path, **stated).config.qkv_bias
+    with pytest.raises(CheckpointMismatch, match=r"missing: encoder\.blocks\.0\.attn\.q_bias"):
+        load(path, **stated, qkv_bias=True)
 
 
 def test_values_that_are_not_finite_are_said(tmp_path):
@@ -308,6 +393,67 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(write, message, suffix, tm
     assert "must not run" not in capsys.readouterr().out
 
 
+def replaced(**tensors):
+    weights, _ = golden("videomae_default")
+    return {**weights, **{name.replace("__", "."): value for name, value in tensors.items()}}
+
+
+def nested_in_itself():
+    state = {}
+    state["model"] = state
+    return state
+
+
+@pytest.mark.parametrize(
+    "state, says",
+    [
+        (
+            lambda: {name: value.to(torch.int8) for name, value in replaced().items()},
+            "expected floating-point weights .* torch.int8",
+        ),
+        (lambda: replaced(mask_token=torch.zeros(1, 1, 32, dtype=torch.complex64)), "mask_token torch.complex64"),
+        (lambda: replaced(mask_token=torch.zeros(1, 1, 32).to(torch.float8_e4m3fn)), "mask_token torch.float8_e4m3fn"),
+        (lambda: replaced(mask_token=torch.zeros(1).expand(1, 1, 10**12)), "every value in the file, got mask_token"),
+        (lambda: replaced(mask_token=torch.zeros(1, 1, 32).to_sparse()), "dense tensors .* mask_token"),
+        (lambda: replaced(mask_token=torch.zeros(1, 1, 32, device="meta")), "mask_token .* on meta"),
+        (lambda: replaced(mask_token=torch.tensor(1.0)), r"mask_token expected \[1, 32\], got \[\]"),
+        (lambda: replaced(encoder__patch_embed__proj__weight=torch.zeros(48, 3, 2, 0, 8)), r"proj\.weight \[D, C"),
+        (lambda: replaced(encoder__patch_embed__proj__weight=torch.tensor(1.0)), r"proj\.weight \[D, C"),
+        (
+            lambda: replaced(encoder__blocks__1000000000__norm1__weight=torch.zeros(2)),
+            r"numbered from 0, got encoder\.blocks\.1000",
+        ),
+        (lambda: {1: torch.zeros(2)}, "tensors with other names"),
+        (nested_in_itself, "8 dictionaries deep"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(state, says, tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(state(), path)
+    with pytest.raises((CheckpointError, CheckpointMismatch), match=says), warnings.catch_warnings():
+        load(path, **STATED["videomae_default"])
+
+
+@pytest.mark.filterwarnings("ignore:to_huggingface")
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"num_hidden_layers": 10**9}, "expected 1000000000 blocks, got 32 tensors"),
+        ({"num_frames": 10**9}, "at most 1048576 tokens"),
+        ({"intermediate_size": 10**15}, "hidden layer below"),
+        ({"use_mean_pooling": "no"}, "use_mean_pooling true or false, got 'no'"),
+    ],
+)
+def test_a_configuration_that_no_weights_can_have_is_refused_at_once(change, says, tmp_path):
+    folder, _ = hub_folder(tmp_path, **change)
+    with pytest.raises(CheckpointError, match=says):
+        load(folder)
+    model = still_autoencoder()
+    save(model, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="expected a running average"):
+        load(tmp_path / "model.safetensors", ema=True)
+
+
 def test_a_folder_without_config_is_refused(tmp_path):
     save_file(golden("videomae_classify")[0], tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"expected config\.json"):
@@ -331,45 +477,8 @@ def test_our_own_files_and_folders(tmp_path):
 # --- image MAE ---
 
 
-def image_weights(model):
-    """The weights of an image MAE that sees, in each frame of a still clip, what ``model``, a video MAE, sees in the clip."""
-    weights = {}
-    for name, value in to_mae_st(model).items():
-        if name == "patch_embed.proj.weight":
-            value = value.sum(2)
-        if name.endswith("_temporal"):
-            continue
-        weights[name] = value
-    for start in ("", "decoder_"):
-        if f"{start}pos_embed_spatial" in weights:
-            first = weights.pop(f"{start}pos_embed_class")
-            weights[f"{start}pos_embed"] = torch.cat([first, weights.pop(f"{start}pos_embed_spatial")], dim=1)
-    result = {}
-    for name, value in weights.items():
-        if ".attn.q." in name:
-            parts = [weights[name.replace(".q.", f".{key}.")] for key in "qkv"]
-            result[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-        elif ".attn.k." not in name and ".attn.v." not in name:
-            result[name] = value
-    return result
-
-
 def test_an_image_mae_is_inflated(tmp_path):
-    torch.manual_seed(0)
-    config = MaskedAutoencoderConfig(
-        image_size=32,
-        patch_size=8,
-        num_frames=4,
-        width=32,
-        depth=2,
-        num_heads=2,
-        decoder_width=32,
-        decoder_depth=1,
-        decoder_num_heads=2,
-    )
-    model = MaskedAutoencoder(config)
-    with torch.no_grad():
-        model.encoder.position.temporal.zero_()
+    model = still_autoencoder()
     path = tmp_path / "mae_pretrain_vit.pth"
     encoder = {name: value for name, value in image_weights(model).items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": encoder}, path)

@@ -66,8 +66,9 @@ def test_autoencoder_agrees_with_mae_st(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autoencoder_agrees_with_slowfast(backend):
-    _, official, model, gradients = golden("slowfast_default")
+@pytest.mark.parametrize("name", ["default", "two_decoder_heads_pixels"])
+def test_autoencoder_agrees_with_slowfast(name, backend):
+    _, official, model, gradients = golden(f"slowfast_{name}")
     model.backend = backend
     out = model(official["video"], noise=official["noise"])
     out.loss.backward()

@@ -75,6 +75,33 @@ def test_lora_trains_and_merges(make, backend):
     assert error(run(merged), after) < RELATIVE
 
 
+@pytest.mark.parametrize("key_bias", [True, False])
+def test_a_lora_adapter_learns_and_is_saved_loaded_and_merged(key_bias, tmp_path):
+    """The recipe of docs/weights.md."""
+    peft = pytest.importorskip("peft")
+    model = classifier(num_classes=2, key_bias=key_bias).train()
+    model.save_pretrained(tmp_path / "start")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), modules_to_save=["head"])
+    )
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
+    labels = torch.arange(4) % 2
+    video = torch.randn(4, *model.config.video_shape) + labels.view(-1, 1, 1, 1, 1)
+    losses = []
+    for _ in range(15):
+        losses.append(nn.functional.cross_entropy(adapted(video), labels))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    expected = adapted(video)
+    again = peft.PeftModel.from_pretrained(VideoClassifier.from_pretrained(tmp_path / "start"), tmp_path / "adapter")
+    assert error(again(video), expected) < 1e-6
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert error(VideoClassifier.from_pretrained(tmp_path / "merged")(video), expected) < RELATIVE
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pruned_weights_stay_zero_through_training(backend):
     model, dense = (on(backend, autoencoder()) for _ in range(2))
