@@ -275,7 +275,9 @@ def _not_huggingface(config: Any) -> list[str]:
     if isinstance(config, MaskedAutoencoderConfig):
         expected["decoder_mask_ratio"] = 0.0
     differs = [
-        name for name in not_videomae(config) if not name.startswith(("decoder_norm_eps", "decoder_mlp_ratio", "encoder_norm"))
+        name
+        for name in not_videomae(config)
+        if not name.startswith(("decoder_norm_eps", "norm_eps", "decoder_mlp_ratio", "encoder_norm"))
     ]
     differs += [f"{name}={getattr(config, name)!r}" for name, want in expected.items() if getattr(config, name) != want]
     for name in ("image_size", "patch_size"):

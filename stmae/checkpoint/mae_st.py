@@ -17,7 +17,6 @@ from stmae.checkpoint.names import (
 from stmae.checkpoint.state import CheckpointMismatch
 from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
-from stmae.models.masked_autoencoder import MaskedAutoencoder
 
 # mae_st's argument -> (our field, mae_st's default).
 _SHARED = {
@@ -134,18 +133,17 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
     load.
 
     Raises:
-        ValueError: a model with a choice that mae_st does not have.
+        ValueError: a model with a choice that mae_st does not have; the message names it.
     """
     config: Any = model.config
-    if isinstance(model, MaskedAutoencoder):
-        if config.class_token and config.decoder_class_token != "own":
-            raise ValueError("to_mae_st: mae_st's decoder has a class token of its own; this model passes the encoder's through")
-        if config.decoder_separable_position not in (None, config.separable_position):
-            raise ValueError("to_mae_st: mae_st's decoder has position embeddings of the encoder's kind; this model's differ")
-        if config.frame_choice != "linspace":
-            raise ValueError("to_mae_st: mae_st predicts the frames of a linspace; this model, of a stride")
-        if config.target == "hog":
-            raise ValueError("to_mae_st: mae_st predicts pixels; this model, histograms of oriented gradients")
+    differs = not_mae_st(config)
+    if differs:
+        raise ValueError(f"to_mae_st: mae_st has no model with {', '.join(differs)}")
+    if isinstance(config, VideoClassifierConfig) and not config.class_token:
+        warnings.warn(
+            "to_mae_st: mae_st's classifier without a class token leaves the first patch out of its mean: other logits",
+            stacklevel=2,
+        )
     table = _names(config)
     result = {}
     for name, value in model.state_dict().items():
@@ -157,6 +155,30 @@ def to_mae_st(model: VideoModel) -> dict[str, torch.Tensor]:
         else:
             result[theirs] = (value[None] if has_leading_one(name) else value).clone()
     return result
+
+
+def not_mae_st(config: EncoderConfig) -> list[str]:
+    """The choices of ``config`` that mae_st's code does not have."""
+    expected: dict[str, Any] = {"position": "learned", "layer_scale": None, "encoder_norm": True}
+    if config.qkv_bias:
+        expected["key_bias"] = True
+    if config.norm_eps not in (None, config.layer_norm_eps):
+        expected["norm_eps"] = None
+    if isinstance(config, VideoClassifierConfig):
+        expected["pooling"] = "mean"
+    if isinstance(config, MaskedAutoencoderConfig):
+        expected.update(frame_choice="linspace", target_range="normalized", decoder_embed_bias=True)
+        if config.class_token:
+            expected["decoder_class_token"] = "own"
+        if config.decoder_separable_position not in (None, config.separable_position):
+            expected["decoder_separable_position"] = None
+        if config.target not in ("pixels", "normalized_pixels"):
+            expected["target"] = "normalized_pixels"
+        if config.decoder_mlp_ratio not in (None, config.mlp_ratio):
+            expected["decoder_mlp_ratio"] = None
+        if config.decoder_norm_eps not in (None, config.layer_norm_eps):
+            expected["decoder_norm_eps"] = None
+    return [f"{name}={getattr(config, name)!r}" for name, want in expected.items() if getattr(config, name) != want]
 
 
 def _names(config: EncoderConfig) -> dict[str, str]:

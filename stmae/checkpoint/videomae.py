@@ -148,11 +148,15 @@ def to_videomae(model: VideoModel) -> dict[str, torch.Tensor]:
 
 def not_videomae(config: EncoderConfig) -> list[str]:
     """The choices of ``config`` that VideoMAE's code does not have."""
-    expected: dict[str, Any] = {"class_token": False, "separable_position": False}
+    expected: dict[str, Any] = {"class_token": False, "separable_position": False, "encoder_norm": True}
     if config.qkv_bias:
         expected["key_bias"] = False
+    if config.norm_eps not in (None, config.layer_norm_eps):
+        expected["norm_eps"] = None
     if isinstance(config, MaskedAutoencoderConfig):
-        expected.update(target_range="unit", decoder_embed_bias=False, encoder_norm=True, predicted_frames=config.num_frames)
+        expected.update(target_range="unit", decoder_embed_bias=False, predicted_frames=config.num_frames)
+        if config.in_channels == len(IMAGENET_MEAN):  # by which its loss undoes the normalisation
+            expected.update(mean=IMAGENET_MEAN, std=IMAGENET_STD)
         if config.target not in ("pixels", "channel_normalized_pixels"):
             expected["target"] = "channel_normalized_pixels"
         if config.decoder_mlp_ratio not in (None, config.mlp_ratio):

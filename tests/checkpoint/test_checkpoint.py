@@ -490,14 +490,30 @@ def test_misunderstandings_are_explained():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"decoder_class_token": "encoder"}, "class token of its own"),
-        ({"decoder_separable_position": False}, "position embeddings of the encoder's kind"),
-        ({"frame_choice": "stride"}, "frames of a linspace"),
+        ({"decoder_class_token": "encoder"}, "decoder_class_token='encoder'"),
+        ({"decoder_separable_position": False}, "decoder_separable_position=False"),
+        ({"frame_choice": "stride"}, "frame_choice='stride'"),
+        ({"separable_position": False, "position": "sincos"}, "position='sincos'"),
+        ({"key_bias": False}, "key_bias=False"),
+        ({"layer_scale": 0.1}, "layer_scale=0.1"),
+        ({"target_range": "unit"}, "target_range='unit'"),
+        ({"target": "channel_normalized_pixels"}, "target='channel_normalized_pixels'"),
+        ({"decoder_embed_bias": False}, "decoder_embed_bias=False"),
+        ({"decoder_mlp_ratio": 2.0}, "decoder_mlp_ratio=2.0"),
+        ({"encoder_norm": False}, "encoder_norm=False"),
+        ({"norm_eps": 1e-3, "decoder_norm_eps": 1e-3}, "norm_eps=0.001, decoder_norm_eps=0.001"),
     ],
 )
 def test_what_mae_st_cannot_express_is_not_exported(changes, message):
     with pytest.raises(ValueError, match=message):
         to_mae_st(autoencoder(**changes))
+
+
+def test_mae_st_s_classifier_is_not_said_to_be_another():
+    with pytest.raises(ValueError, match="pooling='first'"):
+        to_mae_st(classifier(pooling="first"))
+    with pytest.warns(UserWarning, match="leaves the first patch out of its mean"):
+        to_mae_st(classifier(class_token=False))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stmae.checkpoint import from_videomae, load
+from stmae.checkpoint import from_mae_st, from_videomae, load
+from stmae.masking import Mask
 from stmae.models import MaskedAutoencoder
 from stmae.training.cli import main
 from tests.support.golden import read_golden
+from tests.support.small_models import clip, error, random_noise
 
 
 def checkpoint(tmp_path, name="videomae_default"):
@@ -40,9 +42,40 @@ def test_to_hugging_face(tmp_path):
     again = load(tmp_path / "hub")
     assert all(torch.equal(again.state_dict()[key], value) for key, value in expected.state_dict().items())
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "hub").state_dict()
+    loaded = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "hub")
+    keep, masked = again.sample_mask(2, noise=random_noise(again.config))
+    video = clip(again.config).float() / 255
+    hidden = torch.ones(2, again.config.num_tokens, dtype=torch.bool).scatter_(1, keep, False)
+    out = loaded(video.transpose(1, 2), hidden)
+    ours = again(video, mask=Mask(keep, masked))
+    assert error(ours.pred, out.logits) < 1e-5 and error(ours.loss, out.loss) < 1e-5
+    theirs = loaded.state_dict()
     assert torch.equal(theirs["encoder_to_decoder.weight"], expected.decoder.embed.weight)
     assert torch.equal(theirs["videomae.encoder.layer.1.attention.attention.value.bias"], expected.encoder.blocks[1].qkv.v_bias)
+
+
+@pytest.mark.filterwarnings("ignore:to_huggingface")
+def test_a_classifier_to_hugging_face(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path, expected, _ = checkpoint(tmp_path, "videomae_classify")
+    stated = '["num_heads=3", "num_frames=4", "image_size=32"]'
+    assert main(["convert", str(path), str(tmp_path / "hub"), "--to", "hf-videomae", "--set", stated]) == 0
+    theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "hub").eval()
+    video = clip(expected.config).float() / 255
+    assert error(load(tmp_path / "hub")(video), theirs(video.transpose(1, 2)).logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mae_st_default", "mae_st_joint_pos_no_cls", "mae_st_vit_classify", "videomae_v2_dual_masking"])
+def test_each_code_base_gets_its_own_tensors_back(name, tmp_path):
+    """So that its golden file's numbers are those of the converted file, too; and another code base's are refused."""
+    to, other = ("mae_st", "videomae") if name.startswith("mae_st") else ("videomae", "mae_st")
+    config, _, weights, _ = read_golden(name)
+    (from_mae_st if to == "mae_st" else from_videomae)(weights, config).save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back.pth"), "--to", to]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert back.keys() == weights.keys() and all(torch.equal(back[key], weights[key]) for key in weights)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "other.pth"), "--to", other]) == 1
+    assert not (tmp_path / "other.pth").exists()
 
 
 @pytest.mark.parametrize(
