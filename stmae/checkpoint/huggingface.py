@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stmae.checkpoint.names import build_renamed, translate, unwrap
-from stmae.checkpoint.state import CheckpointMismatch, check_plausible
+from stmae.checkpoint.state import CheckpointMismatch
 from stmae.checkpoint.videomae import IMAGENET_MEAN, IMAGENET_STD, not_videomae
 from stmae.models.config import EncoderConfig, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.encoder import VideoModel
@@ -67,7 +67,6 @@ def from_huggingface(state_dict: dict, config: dict | EncoderConfig) -> VideoMod
     weights = _fuse(unwrap(state_dict))
     if not isinstance(config, EncoderConfig):
         config = huggingface_config(weights, config)
-    check_plausible(config, weights, "the Hugging Face checkpoint")  # before a billion blocks are named
     # VideoMAEModel by itself has no prefix; in the other two models it is called videomae.
     prefix = "" if any(name.startswith("embeddings.") for name in weights) else "videomae."
     return build_renamed(config, weights, huggingface_names(config, prefix), "the Hugging Face checkpoint")

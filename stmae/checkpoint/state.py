@@ -1,18 +1,15 @@
 """From a dictionary of tensors to a model, all or nothing."""
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from stmae.checkpoint.errors import CheckpointError
 from stmae.models.config import EncoderConfig
 from stmae.models.encoder import VideoModel
 from stmae.models.position import Position
 
 Model = TypeVar("Model", bound=VideoModel)
-_MOST_TOKENS, _MOST_HIDDEN = 2**20, 2**24  # of a clip, in a hidden layer
 
 
 class CheckpointMismatch(ValueError):
@@ -51,9 +48,7 @@ def build(
 
     Raises:
         CheckpointMismatch: if a name is missing or left over or a shape differs.
-        CheckpointError: a configuration that no such weights can have.
     """
-    check_plausible(config, state, source)
     with torch.device("meta"):  # no time or memory for an initialisation that is overwritten
         model = model_class(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -75,19 +70,3 @@ def build(
             module.reset_buffers()
     model.load_state_dict(state)
     return model
-
-
-def check_plausible(config: EncoderConfig, state: dict[str, torch.Tensor], source: str) -> None:
-    """Refuses, before anything is made, sizes that the weights would refuse too late, or not at all (fixed positions are in no
-    file)."""
-    depth = config.depth + getattr(config, "decoder_depth", 0)
-    if depth > len(state):
-        raise CheckpointError(f"{source} does not fit the model: expected {depth} blocks, got {len(state)} tensors")
-    tokens = max(config.num_tokens, math.prod(config.position_grid or ()))
-    if tokens > _MOST_TOKENS:
-        raise CheckpointError(f"{source} does not fit the model: expected at most {_MOST_TOKENS} tokens, got {tokens}")
-    for ratio in (config.mlp_ratio, getattr(config, "decoder_mlp_ratio", None) or 0):
-        if not ratio * max(config.width, getattr(config, "decoder_width", 0)) < _MOST_HIDDEN:
-            raise CheckpointError(
-                f"{source} does not fit the model: expected a hidden layer below {_MOST_HIDDEN}, got mlp_ratio {ratio}"
-            )

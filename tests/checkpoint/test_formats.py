@@ -438,9 +438,9 @@ def test_tensors_that_are_no_weights_are_refused(state, says, tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"num_hidden_layers": 10**9}, "expected 1000000000 blocks, got 32 tensors"),
-        ({"num_frames": 10**9}, "at most 1048576 tokens"),
-        ({"intermediate_size": 10**15}, "hidden layer below"),
+        ({"num_hidden_layers": 10**9}, "depth to be at most"),
+        ({"num_frames": 10**9}, "num_frames to be at most"),
+        ({"intermediate_size": 10**15}, "mlp_ratio times width"),
         ({"use_mean_pooling": "no"}, "use_mean_pooling true or false, got 'no'"),
     ],
 )
