@@ -4,21 +4,27 @@ The videos are H.264 at 340x256 and ten seconds long, as Kinetics is usually sto
 """
 
 import functools
+import json
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
 import stmae.training
+from bench.data_side import SIDES, sample
 from bench.steps import Step
 from stmae.masking import sample_noise
 from stmae.training.config import ClipConfig
 from stmae.training.data.batch_sampler import ResumableBatchSampler
 from stmae.training.data.dataset import PretrainClips, as_video
-from stmae.training.data.decoders import choose_decoder
 from stmae.training.data.loader import ClipLoader
+from stmae.training.data.prepare import prepare_video
 from stmae.training.data.video_list import find_videos
 
 REPEATS, WORKERS = 4, 2
@@ -46,9 +52,9 @@ def videos(tmp_path_factory, full):
     return folder
 
 
-def dataset(videos, decoder="pyav", repeats=REPEATS):
+def dataset(videos, repeats=REPEATS):
     noise = functools.partial(sample_noise, "random", 1, (8, 14, 14), 0.9)
-    clips = ClipConfig(repeats=repeats, decoder=decoder)
+    clips = ClipConfig(repeats=repeats)
     return PretrainClips(find_videos(videos), clips, frames=FRAMES, size=SIZE, sample_noise=noise, seed=0)
 
 
@@ -57,27 +63,76 @@ def loader(data, *, videos_a_step, steps):
     return ClipLoader(data, order, WORKERS, held=2)
 
 
-def bench_decoding(videos, compare, benchmark, full):
-    """Four clips of one video, cropped and resized, in one process: from one opening, from four, and by torchcodec."""
-    together, separately = dataset(videos), dataset(videos, repeats=1)
-    sides = {
-        "ours": lambda: [together[(0, number)] for number in range(len(together))],
-        "separately": lambda: [separately[(r, number)] for number in range(len(together)) for r in range(REPEATS)],
-    }
-    if choose_decoder("auto") == "torchcodec":
-        other = dataset(videos, "torchcodec")
-        for number in range(len(together)):
-            assert torch.equal(other[(0, number)]["clips"], together[(0, number)]["clips"])
-        sides["torchcodec"] = lambda: [other[(0, number)] for number in range(len(together))]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a data worker
-    try:
-        compare(**sides, seconds=20 if full else 4)
-    finally:
-        torch.set_num_threads(before)
-    rates = {name: len(together) * REPEATS / seconds["p50"] for name, seconds in benchmark.extra_info["seconds"].items()}
-    benchmark.extra_info["clips_per_second"] = rates
-    print("  clips/s on one thread: " + ", ".join(f"{rate:.0f} {name}" for name, rate in rates.items()))
+SIZES = {"340x256": (340, 256), "640x480": (640, 480), "1920x1080": (1920, 1080)}
+WANTED = (700, 2000)  # clips a second: what an H100 takes of ViT-L and of ViT-B, by the paper's figures
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory, videos):
+    """{name: path} of one video in several sizes, and as ``stmae data prepare`` leaves it."""
+    folder = tmp_path_factory.mktemp("files")
+    source = sorted(videos.iterdir())[-1]
+    found = {}
+    for name, (width, height) in SIZES.items():
+        found[name] = folder / f"{name}.mp4"
+        encode(source, found[name], width, height)
+    found["prepared"] = folder / "prepared.mp4"
+    prepare_video(str(found["1920x1080"]), str(found["prepared"]), short_side=256, gop=12, crf=20.0)
+    return found
+
+
+def encode(source, path, width, height):
+    with av.open(str(source)) as old, av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"preset": "veryfast", "crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.thread_count = 250, 1
+        for frame in old.decode(video=0):
+            pixels = frame.reformat(width, height, "rgb24").to_ndarray()
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+
+
+def sides_here(path):
+    """Names of the sides that work here, each checked: the pictures are ours but for rounding."""
+    found, ours = {}, None
+    for name, side in SIDES.items():
+        try:
+            got = sample(side(path), LENGTH, 1, 1)
+        except (ImportError, OSError, RuntimeError) as error:
+            print(f"\n  {name}: cannot be used here ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+            continue
+        ours = got if ours is None else ours
+        found[name] = float(np.abs(got.astype(int) - ours).mean())
+        assert found[name] < 6, f"{name} gives other frames"
+    return list(found)
+
+
+@pytest.mark.parametrize("repeats", [1, REPEATS])
+@pytest.mark.parametrize("name", [*SIZES, "prepared"])
+def bench_clip_cost(name, repeats, files, benchmark, full):
+    """Processor time and memory of a clip from each decoder, through the same crop and resize; one thread, alternating."""
+    processes = {}
+    for side in sides_here(str(files[name])):
+        command = [sys.executable, "-m", "bench.data_side", side, str(files[name]), str(repeats)]
+        processes[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    times, memory = {side: [] for side in processes}, {}
+    for _ in range(15 if full else 5):
+        for side, process in processes.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            milliseconds, memory[side] = json.loads(process.stdout.readline())
+            times[side].append(milliseconds)
+    for process in processes.values():
+        process.communicate()
+    median = {side: statistics.median(values) for side, values in times.items()}
+    ratio = {side: statistics.median(a / b for a, b in zip(times["exact"], values)) for side, values in times.items()}
+    cores = {str(rate): median["exact"] * rate / 1e3 for rate in WANTED}
+    benchmark.extra_info.update(milliseconds=median, ours_over=ratio, mebibytes=memory, cores=cores)
+    benchmark.pedantic(lambda: None)
+    print(f"\n  {name}, {repeats} clips from one opening: CPU ms a clip (ours over it), peak MiB")
+    for side in processes:
+        print(f"    {side:<24} {median[side]:7.1f}  ({ratio[side]:.2f})  {memory[side]:6.0f}")
+    print("    by arithmetic: " + ", ".join(f"{count:.0f} such cores for {rate} clips/s" for rate, count in cores.items()))
 
 
 def bench_loader(videos, benchmark, full):
