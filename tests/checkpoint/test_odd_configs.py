@@ -12,7 +12,7 @@ from stmae import checkpoint
 from stmae.checkpoint import CheckpointError, CheckpointMismatch
 from stmae.checkpoint.files import describe
 from stmae.checkpoint.huggingface import _DEFAULTS, to_huggingface
-from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifierConfig
+from stmae.models import ActionDetectorConfig, MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models import config as limits
 from tests.support import small_models
 
@@ -105,7 +105,8 @@ def test_weights_that_are_no_numbers_are_said(make, tmp_path):
 
 @pytest.mark.parametrize("field", [*limits.LARGEST])
 def test_a_limit_names_the_field(field):
-    config_class = VideoClassifierConfig if field == "num_classes" else MaskedAutoencoderConfig
+    others = {"num_classes": VideoClassifierConfig, "roi_size": ActionDetectorConfig}
+    config_class = others.get(field, MaskedAutoencoderConfig)
     value = limits.LARGEST[field] + 1
     with pytest.raises(ValueError, match=f"expected {field} .* got "):
         config_class(**{field: value})
