@@ -69,7 +69,8 @@ sanitize: $(STAMP)
 	STMAE_CXXFLAGS='-O0 -g1 -fno-omit-frame-pointer $(SANITIZE) -fno-sanitize-recover=undefined' STMAE_LDFLAGS='$(SANITIZE)' \
 		$(VENV)/bin/python setup.py -q build --build-base build/sanitize-objects --build-lib build/sanitize
 	cd build/sanitize && LD_PRELOAD='$(RUNTIMES)' $(abspath $(VENV))/bin/python -m pytest -q -c ../../pyproject.toml --rootdir ../.. \
-		--import-mode=append $(addprefix ../../tests/ops/test_,direct_calls.py invalid_input.py properties.py)
+		--import-mode=append $(addprefix ../../tests/,ops/test_direct_calls.py ops/test_invalid_input.py ops/test_properties.py \
+		training/data/test_pixels.py)
 
 old-processor: $(STAMP)
 	qemu-x86_64 -cpu Westmere $(VENV)/bin/python -m tests.support.each_op_once
