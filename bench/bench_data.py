@@ -19,7 +19,7 @@ import torch
 import stmae.training
 from bench.data_side import SIDES, sample
 from bench.steps import Step
-from stmae.masking import sample_noise
+from stmae.masking import make_mask
 from stmae.training.config import ClipConfig
 from stmae.training.data.batch_sampler import ResumableBatchSampler
 from stmae.training.data.dataset import PretrainClips, as_video
@@ -53,9 +53,9 @@ def videos(tmp_path_factory, full):
 
 
 def dataset(videos, repeats=REPEATS):
-    noise = functools.partial(sample_noise, "random", 1, (8, 14, 14), 0.9)
+    mask = functools.partial(make_mask, "random", 1, (8, 14, 14), 0.9)
     clips = ClipConfig(repeats=repeats)
-    return PretrainClips(find_videos(videos), clips, frames=FRAMES, size=SIZE, sample_noise=noise, seed=0)
+    return PretrainClips(find_videos(videos), clips, frames=FRAMES, size=SIZE, sample_mask=mask, seed=0)
 
 
 def loader(data, *, videos_a_step, steps):
@@ -159,7 +159,7 @@ def bench_data_wait(videos, benchmark, device, full):
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        step.video, step.noise = as_video(batch["clips"].to(device)), batch["noise"].to(device)
+        step.video = as_video(batch["clips"].to(device))  # under the same masks every time
         step()
         if device == "cuda":
             torch.cuda.synchronize()

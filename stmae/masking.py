@@ -37,6 +37,10 @@ class Mask(NamedTuple):
     keep: torch.Tensor
     masked: torch.Tensor
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Mask":
+        """The mask on ``device``."""
+        return Mask(self.keep.to(device, non_blocking=non_blocking), self.masked.to(device, non_blocking=non_blocking))
+
 
 class Blocks(NamedTuple):
     """What ``multi_block`` masks: ``number`` blocks, each with a fraction of a frame's patches in ``scale``, a height over width

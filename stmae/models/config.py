@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 
 from stmae.masking import ALL_STRATEGIES, TokenCounts, num_reconstructed, token_counts
+from stmae.models.field_types import describe, field_types, match
 from stmae.models.hog import BINS, CELL
 from stmae.ops.attention import takes_head_dim
 
@@ -113,6 +114,10 @@ class EncoderConfig:
     encoder_norm: bool = True
 
     def __post_init__(self) -> None:
+        own_class: Any = type(self)
+        for field, annotation in field_types(own_class).items():
+            if annotation is not int and not match(annotation, getattr(self, field))[0]:  # integers are checked below
+                _fail(self, field, f"to be {describe(annotation)}", getattr(self, field))
         for field in ("image_size", "patch_size"):
             object.__setattr__(self, field, _pair(self, field))
         for field in ("in_channels", "num_frames", "tubelet_size", "width", "depth", "num_heads"):

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from stmae import checkpoint
 from stmae.models.encoder import VideoModel
 
+from ..config.checks import check_types, require_text
+
 FORMATS = ("stmae", "hf-videomae", "mae_st", "videomae")
 
 
@@ -30,20 +32,34 @@ class Config:
     license: str | None = None
     """license of the weights, for the model card"""
 
+    def __post_init__(self):
+        check_types(self)
+        require_text(self, "input", "output", "license")
+        output = Path(self.output)
+        if self.to in ("mae_st", "videomae") and not self.to_file:
+            raise ValueError(f"output: expected a name in .safetensors or .pth for {self.to}, got {output.name}")
+        if self.to == "hf-videomae" and self.to_file:
+            raise ValueError(f"output: expected a folder for hf-videomae, got {output.name}")
+        if self.to == "stmae" and output.suffix == ".pth":
+            raise ValueError(f"output: expected a folder or a name in .safetensors for stmae, got {output.name}")
+        self.fields  # noqa: B018 (checks them)
+
+    @property
+    def to_file(self):
+        return Path(self.output).suffix in (".safetensors", ".pth")
+
+    @property
+    def fields(self):
+        """``set`` as {FIELD: VALUE}, a value as JSON where it is that, else as text."""
+        return _fields(self.set or [])
+
 
 def run(config):
     """Writes the converted weights; returns the path."""
     output = Path(config.output)
-    to_file = output.suffix in (".safetensors", ".pth")
-    if config.to in ("mae_st", "videomae") and not to_file:
-        raise ValueError(f"output: expected a name in .safetensors or .pth for {config.to}, got {output.name}")
-    if config.to == "hf-videomae" and to_file:
-        raise ValueError(f"output: expected a folder for hf-videomae, got {output.name}")
-    if config.to == "stmae" and output.suffix == ".pth":
-        raise ValueError(f"output: expected a folder or a name in .safetensors for stmae, got {output.name}")
-    model = VideoModel.from_pretrained(config.input, ema=config.ema, **_fields(config.set or []))
+    model = VideoModel.from_pretrained(config.input, ema=config.ema, **config.fields)
     print(model.load_report)
-    if config.to == "stmae" and not to_file:
+    if config.to == "stmae" and not config.to_file:
         model.save_pretrained(output, license=config.license)
     elif config.to == "stmae":
         checkpoint.save(model, output)

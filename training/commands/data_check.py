@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import ClipConfig, DataLocationConfig
+from ..config.checks import require_not_negative, require_positive, require_text
 from ..data.clip_sampling import clip_indices, clip_span, spaced_clips
 from ..data.dataset import length_of, within
 from ..data.decoders import choose_decoder, open_entry
@@ -44,6 +45,12 @@ class CheckConfig(DataLocationConfig):
     """a list file for the videos that can be used"""
     strict: bool = False
     """exit with status 1 where any video cannot be used; false: only where none can"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_text(self, "data", "output")
+        require_positive(self, "frames", "stride")
+        require_not_negative(self, "workers", "timeout")
 
 
 Config = CheckConfig

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import PretrainConfig, from_preset
+from ..config.checks import check_types, require_seed, require_text
 from ..engine.device import choose_device, keep_freed_memory
 from ..engine.loop import TrainingError
 from ..evaluation.pictures import write_reconstructions
@@ -21,6 +22,11 @@ class Config:
     """folder for the run and its pictures"""
     seed: int = 0
     """of weights, order, crops and masks"""
+
+    def __post_init__(self):
+        check_types(self)
+        require_text(self, "output")
+        require_seed(self)
 
 
 def run(config):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from stmae import checkpoint
 
 from ..config import EncodingConfig
+from ..config.checks import require_text
 from ..data.video_list import find_videos
 from ..engine.outputs import is_features, is_list_of, require_own, write_list
 from ..evaluation.features import encode
@@ -27,6 +28,12 @@ class FeaturesConfig(EncodingConfig):
     """FILE.safetensors (features, labels, paths) or FILE.npy (features; paths and labels in FILE.txt).
     Nothing that this command did not write is overwritten"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        require_text(self, "checkpoint", "data")
+        if Path(self.output).suffix not in (".safetensors", ".npy"):
+            raise ValueError(f"output: expected a name in .safetensors or .npy, got {Path(self.output).name}")
+
 
 Config = FeaturesConfig
 
@@ -34,8 +41,6 @@ Config = FeaturesConfig
 def run(config):
     """Writes features [videos, D] and labels [videos] (-1: none), and the paths; .safetensors or .npy by the output's name."""
     output = Path(config.output)
-    if output.suffix not in (".safetensors", ".npy"):
-        raise ValueError(f"output: expected a name in .safetensors or .npy, got {output.name}")
     require_unwritten(output)
     entries = find_videos(config.data, config.data_root, config.data_labels)
     features, labels, paths, errors = encode(config.checkpoint, entries, config)

@@ -10,6 +10,7 @@ from stmae import checkpoint
 from stmae.models import EncoderConfig, VideoClassifierConfig
 
 from ..config import DetectionConfig, FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
+from ..config.checks import check_types, require_positive, require_text
 from ..data.ava import count_key_frames
 from ..data.video_list import find_videos
 from ..engine.optimizer import peak_learning_rate, total_steps
@@ -47,15 +48,14 @@ class Config:
     precision: Literal["bf16", "float32"] = "bf16"
     """as run.precision"""
 
+    def __post_init__(self):
+        check_types(self)
+        require_text(self, "recipe", "data", "encoder")
+        require_positive(self, "memory", "gpus", "gpus_per_machine", "videos", "batch")
+
 
 def run(config):
     """Prints the plan as a table and the command; returns it as a dict."""
-    for name in ("memory", "gpus", "gpus_per_machine"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: expected more than 0, got {getattr(config, name)}")
-    for name in ("videos", "batch"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {getattr(config, name)}")
     command, recipe, header = read_recipe(config.recipe)
     model = recipe.model if command == "pretrain" else classifier_config(config, recipe, header)
     dataset, size = header.get("dataset") or "Kinetics-400", header.get("videos") or KINETICS_400

@@ -8,6 +8,7 @@ from stmae import checkpoint
 from stmae.models import VideoClassifier, VideoClassifierConfig
 
 from ..config import EncodingConfig
+from ..config.checks import require_positive, require_seed, require_text
 from ..data.video_list import find_train_and_test
 from ..engine.device import choose_device
 from ..engine.outputs import is_results, require_own, write_results
@@ -41,15 +42,25 @@ class ProbeConfig(EncodingConfig):
     seed: int = 0
     """of random weights, of the training videos on which the probes' settings are chosen, of the attentive probe's training"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        require_text(self, "checkpoint", "data", "test_data", "output")
+        require_positive(self, "neighbours")
+        require_seed(self)
+        if not set(self.kinds_listed) <= set(KINDS):
+            raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, separated by commas, got {self.kinds!r}")
+
+    @property
+    def kinds_listed(self):
+        return [kind.strip() for kind in self.kinds.split(",")]
+
 
 Config = ProbeConfig
 
 
 def run(config):
     """Prints the accuracies and returns them as a dict."""
-    kinds = [kind.strip() for kind in config.kinds.split(",")]
-    if not set(kinds) <= set(KINDS):
-        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, separated by commas, got {config.kinds!r}")
+    kinds = config.kinds_listed
     if config.output:
         require_own(config.output, is_results("chance", "videos"))
     train, test = find_train_and_test(config.data, config.test_data, config.data_root, config.data_labels)

@@ -12,6 +12,7 @@ from stmae import checkpoint
 from stmae.models import VideoClassifier
 
 from ..config import DataLocationConfig, ViewConfig
+from ..config.checks import require_device, require_positive, require_text
 from ..data.video_list import find_labelled_videos
 from ..engine.device import choose_device, choose_precision
 from ..engine.outputs import is_results, require_own, write_results
@@ -39,6 +40,12 @@ class TestConfig(DataLocationConfig):
     """'auto': cuda where there is one, else cpu"""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_text(self, "checkpoint", "data", "output")
+        require_positive(self, "stride")
+        require_device(self)
 
 
 Config = TestConfig

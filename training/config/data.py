@@ -1,9 +1,10 @@
 """Sections about data: where it is, how clips are cut and augmented, the views of an evaluation."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import require_positive
+from .checks import check_types, require, require_fraction, require_not_negative, require_positive
 
 
 @dataclass(kw_only=True)
@@ -15,6 +16,9 @@ class DataLocationConfig:
     data_labels: str | None = None
     """numbers of the classes, {class: number} in json or a text file with a class a line; null: class folders in the order of
     their names, Something-Something's labels.json beside its list"""
+
+    def __post_init__(self):
+        check_types(self)
 
 
 @dataclass(kw_only=True)
@@ -46,11 +50,10 @@ class ClipConfig:
     frames"""
 
     def __post_init__(self):
+        check_types(self)
         require_positive(self, "stride", "repeats")
-        for name in ("scale", "aspect"):
-            value = getattr(self, name)
-            if not 0 < value[0] <= value[1]:
-                raise ValueError(f"{name}: expected two numbers above 0, the smaller first, got {list(value)}")
+        require(self, "scale", lambda value: 0 < value[0] <= value[1] <= 1, "two numbers above 0, at most 1, the smaller first")
+        require(self, "aspect", lambda value: 0 < value[0] <= value[1] < math.inf, "two numbers above 0, the smaller first")
 
 
 @dataclass(kw_only=True)
@@ -82,6 +85,13 @@ class AugmentationConfig:
     label_smoothing: float = 0.1
     """fraction of the target spread over all classes"""
 
+    def __post_init__(self):
+        check_types(self)
+        require_not_negative(self, "operations", "magnitude_std", "mixup", "cutmix")
+        require(self, "magnitude", lambda value: 0 <= value <= 10, "0 to 10")
+        require_fraction(self, "erasing", one=True)
+        require_fraction(self, "label_smoothing")
+
 
 @dataclass(kw_only=True)
 class ViewConfig:
@@ -95,6 +105,7 @@ class ViewConfig:
     """side of a crop over the frame's shorter side: 0.875 is what resizing to 256 and cropping 224 gives"""
 
     def __post_init__(self):
+        check_types(self)
         require_positive(self, "temporal", "spatial")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct:g}")

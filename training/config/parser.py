@@ -4,14 +4,17 @@ Order of precedence: the command line, then ``--config FILE``, then ``--preset N
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
 from pathlib import Path
 
-from .checks import nearest
+from stmae.models.field_types import show
+
+from .checks import checked_type, nearest
 from .detection import DetectionConfig
-from .preset_files import preset_path, presets, read_settings, with_bases
+from .preset_files import load_value, preset_path, presets, read_settings, with_bases
 from .training import FinetuneConfig, PretrainConfig
 
 
@@ -24,7 +27,7 @@ def parse(config_class, argv, *, prog, description):
     has_presets = command is not None
     required = [f"--{f.name} {f.name.upper()}" for f in dataclasses.fields(config_class) if _is_required(f)]
     usage = [prog, *["[--preset NAME]"] * has_presets, "[--config FILE]", *required, "[--SETTING VALUE ...]"]
-    parser = jsonargparse.ArgumentParser(prog=prog, usage=" ".join(usage), description=description)
+    parser = jsonargparse.ArgumentParser(prog=prog, usage=" ".join(usage), description=description, exit_on_error=False)
     # Files become the parser's defaults, so that --help shows what would be used and the order of the options does not matter.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     if has_presets:
@@ -45,12 +48,45 @@ def parse(config_class, argv, *, prog, description):
                 raise ValueError(f"expected one preset to start from, got --preset {preset} and another in {config_file}")
             _set_defaults(parser, config_class, Path(config_file), command)
         _refuse_typos(argv, [*setting_names(config_class), *files, "help", "print_shtab"])
-        parsed = parser.parse_args(argv)
+        try:
+            parsed = parser.parse_args(argv)
+        except argparse.ArgumentError as error:
+            raise ValueError(_reason(error, config_class, _values(argv))) from error
         for name in files:
             parsed.pop(name)
         return _build(config_class, parsed)
     except (ValueError, argparse.ArgumentError) as error:
+        parser.exit_on_error = True
         parser.error(str(error))
+
+
+def _reason(error, config_class, values):
+    """What the parser has against one of ``values`` {name: value}, in the words of the configuration's own checks."""
+    text = " ".join(str(error).split())
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    if key and key[1] in values:
+        section, _, field = key[1].rpartition(".")
+        value = values[key[1]]
+        try:
+            if section:
+                owner = type(config_class.__dataclass_fields__[section].default_factory())
+                with _section_named(section, owner):
+                    owner(**{field: value})
+            else:
+                checked_type(config_class, field, value)
+        except ValueError as refused:
+            return str(refused)
+    return text
+
+
+def _values(argv):
+    """{name: value} of the options of ``argv``."""
+    values = {}
+    for word, following in zip(argv, [*argv[1:], ""]):
+        option = re.fullmatch(r"--([a-z_][\w.]*)(?:=(.*))?", word, re.DOTALL)
+        if option:
+            values[option[1]] = load_value(following if option[2] is None else option[2])
+    return values
 
 
 def _refuse_typos(argv, names):
@@ -78,13 +114,20 @@ def _build(config_class, values):
         value = getattr(values, f.name)
         if hasattr(value, "__dict__"):  # jsonargparse's Namespace: a section
             section = type(f.default_factory())
-            try:
+            with _section_named(f.name, section):
                 value = _build(section, value)
-            except ValueError as error:
-                own = str(error).partition(":")[0] in {field.name for field in dataclasses.fields(section)}
-                raise ValueError(f"{f.name}.{error}" if own else str(error)) from error
         made[f.name] = tuple(value) if isinstance(value, list) else value
     return config_class(**made)
+
+
+@contextlib.contextmanager
+def _section_named(name, section_class):
+    """Context: errors of the section's own fields get its name."""
+    try:
+        yield
+    except ValueError as error:
+        own = str(error).partition(":")[0] in {field.name for field in dataclasses.fields(section_class)}
+        raise ValueError(f"{name}.{error}" if own else str(error)) from error
 
 
 def _set_defaults(parser, config_class, file, command):
@@ -106,10 +149,10 @@ def _set_defaults(parser, config_class, file, command):
         try:
             parsed = checker.parse_args([*required, *(f"--{name}={_as_argument(value)}" for name, value in settings.items())])
         except (ValueError, argparse.ArgumentError) as error:
-            raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{source}: {_reason(error, config_class, settings)}") from error
         for name, value in settings.items():
             if isinstance(parsed[name], str) and isinstance(value, (list, bool)):
-                raise ValueError(f"{source}: {name}: expected text, got {_as_argument(value)}")
+                raise ValueError(f"{source}: {name}: expected text, got {show(value)}")
         parser.set_defaults({name: parsed[name] for name in settings})
 
 

@@ -53,6 +53,14 @@ def load_yaml(text):
     return tree
 
 
+def load_value(text):
+    """A value as in a settings file: YAML where it is that, else text."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
 def _preset_names():
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 

@@ -4,8 +4,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stmae.models import MaskedAutoencoderConfig
+from stmae.models.config import as_pair
 
-from .checks import require_not_negative, require_positive
+from .checks import (
+    check_types,
+    require,
+    require_device,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_text,
+)
 from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneClipConfig, ViewConfig
 
 
@@ -35,9 +45,12 @@ class OptimizerConfig:
     """largest gradient norm; null: no clipping"""
 
     def __post_init__(self):
-        require_positive(self, "batch", "accumulate", "epochs")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs: expected less than epochs ({self.epochs:g}), got {self.warmup_epochs:g}")
+        check_types(self)
+        require_positive(self, "batch", "accumulate", "epochs", "base_lr", "base_batch")
+        require_not_negative(self, "min_lr", "weight_decay", "clip_grad")
+        require(self, "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers of 0 or more, less than 1")
+        expected = f"0 or more, and less than epochs ({self.epochs:g})"
+        require(self, "warmup_epochs", lambda value: 0 <= value < self.epochs, expected)
 
 
 @dataclass(kw_only=True)
@@ -104,6 +117,8 @@ class RunConfig:
     """the tracker's project; the run is named as its folder"""
 
     def __post_init__(self):
+        check_types(self)
+        require_device(self)
         require_positive(self, "save_every", "log_every")
         require_not_negative(self, "evaluate_every", "workers", "extend_epochs", "data_patience", "data_timeout")
         if self.cuda_graph and self.checkpoint_activations:
@@ -142,6 +157,8 @@ class OnlineProbeConfig:
     """'mean': the normalised mean of a clip's tokens; 'all': every token, side by side, for small models"""
 
     def __post_init__(self):
+        check_types(self)
+        require_text(self, "data", "test_data")
         if (self.data is None) != (self.test_data is None):
             raise ValueError("probe: expected both of probe.data and probe.test_data, or neither")
         require_not_negative(self, "every")
@@ -166,6 +183,12 @@ class ClassifierConfig:
     image_size: int | tuple[int, int] | None = None
     """frame height and width; null: as pre-trained. Positions are interpolated"""
 
+    def __post_init__(self):
+        check_types(self)
+        require_positive(self, "num_classes", "num_frames")
+        require_fraction(self, "dropout", "drop_path")
+        require(self, "image_size", lambda value: min(as_pair(value)) > 0, "more than 0")
+
 
 @dataclass(kw_only=True)
 class EncodingConfig(DataLocationConfig):
@@ -182,6 +205,12 @@ class EncodingConfig(DataLocationConfig):
     """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
     workers: int | None = None
     """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_device(self)
+        require_positive(self, "stride")
+        require_not_negative(self, "workers")
 
 
 @dataclass(kw_only=True)
@@ -209,7 +238,9 @@ class PretrainConfig(DataLocationConfig):
     run: PretrainRunConfig = field(default_factory=PretrainRunConfig)
 
     def __post_init__(self):
-        require_not_negative(self, "seed")
+        super().__post_init__()
+        require_text(self, "data", "output", "held_out")
+        require_seed(self)
         if self.model.in_channels != 3:
             raise ValueError(f"model.in_channels: expected 3 for decoded video, got {self.model.in_channels}")
         self.model.token_counts()  # a ratio that keeps nothing is an error
@@ -246,7 +277,11 @@ class FinetuneConfig(DataLocationConfig):
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        require_not_negative(self, "seed")
+        super().__post_init__()
+        require_text(self, "data", "output", "checkpoint", "test_data")
+        require_seed(self)
+        require(self, "layer_decay", lambda value: 0 < value <= 1, "more than 0, at most 1")
+        require_fraction(self, "average_decay", "mask_ratio")
         if self.run.cuda_graph:
             raise ValueError(
                 "run.cuda_graph: expected false for fine-tuning: only a pre-training step has the same shapes and launches every "

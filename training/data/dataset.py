@@ -1,6 +1,6 @@
 """Videos as clips: uint8 all the way, R clips from one opened file, broken files replaced, absent ones waited for.
 
-What a sample holds is a pure function of (seed, epoch, video number, repeat): frame choice, crop, flip and masking noise all come
+What a sample holds is a pure function of (seed, epoch, video number, repeat): frame choice, crop, flip and mask all come
 from a generator seeded with these, never from a worker's own random state, nor from what it found broken before. So the number of
 workers changes nothing, and a run resumes in mid-epoch exactly, with files that are damaged in part too.
 """
@@ -12,8 +12,6 @@ import re
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-
-from stmae.masking import sample_phase
 
 from .clip_sampling import clip_span, random_clip, spaced_clips
 from .decoders import open_entry
@@ -124,18 +122,19 @@ class RandomClips(Dataset):
 
 
 class PretrainClips(RandomClips):
-    """Adds what each clip's mask is made of: ``noise`` float32 [R, N] and ``phase`` int64 [R] (see ``stmae.masking``).
+    """Adds each clip's mask: ``keep`` int64 [R, K] and ``masked`` int64 [R, M] (see ``stmae.masking.Mask``).
 
-    sample_noise: called with generator=..., gives the noise [1, N] of one clip.
+    sample_mask: called with generator=..., gives the Mask of one clip, such as ``functools.partial(make_mask, "random", 1, grid,
+        0.9)``.
     """
 
-    def __init__(self, entries, clips, *, frames, size, seed, sample_noise, patience=PATIENCE):
+    def __init__(self, entries, clips, *, frames, size, seed, sample_mask, patience=PATIENCE):
         super().__init__(entries, clips, frames=frames, size=size, seed=seed, patience=patience)
-        self.sample_noise = sample_noise
+        self.sample_mask = sample_mask
 
     def extras(self, rng, entry):
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        return {"noise": self.sample_noise(generator=generator), "phase": sample_phase(1, generator=generator)}
+        return self.sample_mask(generator=generator)._asdict()
 
 
 class LabelledClips(RandomClips):

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from ..config.checks import is_device
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -12,10 +14,9 @@ def choose_device(name):
     """'auto': cuda where there is one, else cpu. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"expected a device such as 'auto', 'cpu' or 'cuda:0', got {name!r}") from error
+    if not is_device(name):
+        raise ValueError(f"expected a device such as 'auto', 'cpu' or 'cuda:0', got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was requested, but this PyTorch ({torch.__version__}) finds no CUDA device")
     return device

@@ -1,6 +1,7 @@
 """Pictures of what a masked autoencoder makes of a video: original | masked | reconstruction."""
 
 import collections
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from stmae import checkpoint
-from stmae.masking import sample_noise
 from stmae.models import MaskedAutoencoder
 
+from ..config.checks import check_types, require, require_device, require_fraction, require_positive, require_seed, require_text
 from ..data.dataset import ViewClips, as_video
 from ..data.video import VideoError, printable
 from ..data.video_list import find_videos
@@ -21,6 +22,37 @@ from ..engine.run_folder import clips_of, weights_file
 
 GAP, LABEL = 4, 20  # pixels between pictures, and of the line of text above them
 ROWS = ("original", "masked", "reconstruction")
+
+
+@dataclass(kw_only=True)
+class ReconstructionConfig:
+    """The pictures: of what, by which model, where to."""
+
+    checkpoint: str
+    """weights of a masked autoencoder: a run's folder, or a model.safetensors"""
+    video: str
+    """a video; or a folder or list, for pictures of each"""
+    output: str
+    """folder for NAME.png (all frames) and NAME.gif (moving)"""
+    clip: float = 0.5
+    """where in the video the clip lies: 0 its start, 1 its end"""
+    stride: int | None = None
+    """every stride-th frame; null: as the run was trained, else 4"""
+    mask_ratio: float | None = None
+    """masked fraction; null: the model's own"""
+    seed: int = 0
+    """of the mask"""
+    device: str = "auto"
+    """'auto': cuda where there is one, else cpu"""
+
+    def __post_init__(self):
+        check_types(self)
+        require_text(self, "checkpoint", "video", "output")
+        require_fraction(self, "clip", one=True)
+        require_positive(self, "stride")
+        require(self, "mask_ratio", lambda value: 0 < value < 1, "more than 0, less than 1")
+        require_seed(self)
+        require_device(self)
 
 
 def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, mask_ratio=None, seed=0, device="auto"):
@@ -36,18 +68,15 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
 
     Raises ValueError for arguments out of range, or where none of the videos can be used.
     """
+    checkpoint, source, output = str(checkpoint), str(video), str(output)
+    settings = {"clip": clip, "stride": stride, "mask_ratio": mask_ratio, "seed": seed, "device": str(device)}
+    ReconstructionConfig(checkpoint=checkpoint, video=source, output=output, **settings)  # checks them
     model, clip_settings = load_autoencoder(checkpoint, stride)
-    device = choose_device(device)
+    device = choose_device(str(device))
     model.to(device)
-    if stride is not None and stride < 1:
-        raise ValueError(f"stride: expected 1 or more, got {stride}")
-    if seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {seed}")
-    if not 0 <= clip <= 1:
-        raise ValueError(f"clip: expected a place from 0 to 1, got {clip}")
     ratio = model.config.mask_ratio if mask_ratio is None else mask_ratio
-    noise = sample_noise(model.config.mask_strategy, 1, model.config.grid, ratio, generator=torch.Generator().manual_seed(seed))
-    source = video
+    generator = torch.Generator().manual_seed(seed)
+    mask = model.sample_mask(1, mask_ratio=ratio, decoder_mask_ratio=0, generator=generator).to(device)
     entries = find_videos(source)
     views = ViewClips(entries, clip_settings, frames=model.config.num_frames, size=model.config.image_size, start=clip)
     output = Path(output)
@@ -65,7 +94,7 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
             continue
         video = as_video(clips.to(device))
         with torch.no_grad():
-            out = model(video, noise=noise.to(device), mask_ratio=ratio, decoder_mask_ratio=0)
+            out = model(video, mask=mask)
         pictures = model.reconstruct(video, out)
         if not explained:
             print(

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from stmae.checkpoint.resize import classifier_from_autoencoder
-from stmae.masking import sample_noise
 
 from ..config import EncodingConfig
 from ..data.dataset import ViewClips, as_video
@@ -36,9 +35,9 @@ def held_out_loss(entries, config, processes, device, model, autocast, logger, s
             except VideoError as error:
                 left_out[number] = f"left out of the held-out loss: {error}"
                 continue
-            noise = fixed_noise(config.model, len(clips), number)
+            mask = fixed_mask(model, len(clips), number).to(device)
             with autocast():
-                losses[number] = model(as_video(clips.to(device)), noise=noise.to(device)).loss.item()
+                losses[number] = model(as_video(clips.to(device)), mask=mask).loss.item()
 
     processes.gather_results(own_losses)
     losses, left_out = processes.gather_dict(losses), processes.gather_dict(left_out)
@@ -87,7 +86,7 @@ def log_reconstructions(entries, config, device, model, autocast, logger, step):
     def picture(number):
         video = as_video(views[number]["clips"].to(device))
         with autocast():
-            out = model(video, noise=fixed_noise(config.model, 1, number).to(device), decoder_mask_ratio=0)
+            out = model(video, mask=fixed_mask(model, 1, number, decoder_mask_ratio=0).to(device))
         pictures = model.reconstruct(video, out)
         note = "patch mean and contrast from the original" if pictures.patch_statistics == "original" else "all of it predicted"
         labels = ("original", f"{config.model.mask_ratio:.0%} masked", f"reconstruction at step {step} ({note})")
@@ -98,7 +97,6 @@ def log_reconstructions(entries, config, device, model, autocast, logger, step):
     return {}
 
 
-def fixed_noise(config, clips, number):
-    """Masking noise [clips, N] that is always the same for video ``number``."""
-    generator = torch.Generator().manual_seed(number)
-    return sample_noise(config.mask_strategy, clips, config.grid, config.mask_ratio, generator=generator)
+def fixed_mask(model, clips, number, **options):
+    """The Mask of ``clips`` clips that is always the same for video ``number``; options: as of ``model.sample_mask``."""
+    return model.sample_mask(clips, generator=torch.Generator().manual_seed(number), **options)

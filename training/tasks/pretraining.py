@@ -5,7 +5,7 @@ import functools
 import torch
 
 from stmae import checkpoint
-from stmae.masking import sample_noise
+from stmae.masking import Mask, make_mask
 from stmae.models import MaskedAutoencoder
 
 from ..data.dataset import PretrainClips, as_video, require_readable
@@ -59,20 +59,21 @@ def pretraining_task(config, entries, device, hooks=()):
     torch.manual_seed(config.seed)
     model = MaskedAutoencoder(config.model).to(device)
     model.backend = config.run.backend
-    mask = (config.model.mask_strategy, 1, config.model.grid, config.model.mask_ratio)
+    shape = config.model
+    mask = (shape.mask_strategy, 1, shape.grid, shape.mask_ratio)
     dataset = PretrainClips(
         entries,
         config.clips,
         frames=config.model.num_frames,
         size=config.model.image_size,
-        sample_noise=functools.partial(sample_noise, *mask),
+        sample_mask=functools.partial(make_mask, *mask, decoder_ratio=shape.decoder_mask_ratio),
         seed=config.seed,
         patience=config.run.data_patience,
     )
     return Task(
         model=model,
         dataset=dataset,
-        loss=lambda forward, batch, epoch: forward(as_video(batch["clips"]), noise=batch["noise"], phase=batch["phase"]).loss,
+        loss=autoencoder_loss,
         parameter_groups=functools.partial(weight_decay_groups, weight_decay=config.optimizer.weight_decay),
         # A batch counts videos: the repeats of one video are not counted in pre-training.
         peak_lr=peak_learning_rate(config.optimizer, config.optimizer.batch),
@@ -81,6 +82,11 @@ def pretraining_task(config, entries, device, hooks=()):
         flops=lambda epoch: autoencoder_flops(config.model)[1],
         hooks=list(hooks),
     )
+
+
+def autoencoder_loss(forward, batch, epoch):
+    """The autoencoder's own loss [] of a batch's clips under their masks."""
+    return forward(as_video(batch["clips"]), mask=Mask(batch["keep"], batch["masked"])).loss
 
 
 def evaluation_hooks(config, processes, device, entries, held_out):

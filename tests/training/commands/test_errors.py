@@ -10,14 +10,6 @@ from stmae.training.commands.test import TestConfig
 from stmae.training.config import PretrainConfig, parse
 from tests.support.synthetic_video import write_video
 
-WRONG = [
-    ("run.precision", "fp32", "Expected a typing.Literal['auto', 'bf16', 'float32']. Got value: fp32"),
-    ("run.parallel", "fsdpp", "Expected a typing.Literal['ddp', 'fsdp']. Got value: fsdpp"),
-    ("run.compile", "maybe", "Expected a <class 'bool'>. Got value: maybe"),
-    ("optimizer.batch", "ten", "Expected a <class 'int'>. Got value: ten"),
-    ("seed", "1.5", "Expected a <class 'int'>. Got value: 1.5"),
-]
-
 
 def configured(tmp_path, text, *arguments):
     file = tmp_path / "mine.yaml"
@@ -30,16 +22,6 @@ def refusal(capsys, function, *arguments):
         function(*arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name, value, words", WRONG)
-def test_a_wrong_value_is_refused_in_the_same_words_from_everywhere(tmp_path, capsys, name, value, words):
-    section, _, field = name.rpartition(".")
-    text = f"{section}:\n  {field}: {value}\n" if section else f"{field}: {value}\n"
-    from_file = " ".join(refusal(capsys, configured, tmp_path, text).split())
-    from_option = " ".join(refusal(capsys, configured, tmp_path, "", f"--{name}={value}").split())
-    assert f'Parser key "{name}": {words}' in from_file and f'Parser key "{name}": {words}' in from_option
-    assert f"{tmp_path / 'mine.yaml'}: " in from_file
 
 
 def test_right_values_arrive_as_their_types(tmp_path):
@@ -57,7 +39,7 @@ def test_right_values_arrive_as_their_types(tmp_path):
         ("batch: 3\n", "there is no setting 'batch'; did you mean 'optimizer.batch'?"),
         ("preset: dmo\n", "got 'dmo'; did you mean 'demo'?"),
         ("model: {depth: {x: 1}}\n", "model.depth: expected a value, got further settings"),
-        ("optimizer: {batch: 2020-01-01}\n", "Expected a <class 'int'>. Got value: 2020-01-01"),
+        ("optimizer: {batch: 2020-01-01}\n", "optimizer.batch: expected an integer, got 2020-01-01"),
         ("data: [1]\n", "data: expected text, got [1]"),
         ("[" * 5000, "cannot read the settings"),
         ("x\0y", "cannot read the settings"),

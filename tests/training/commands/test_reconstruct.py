@@ -114,7 +114,7 @@ def test_a_folder_with_a_broken_video(model, video, tmp_path, capsys):
         ("broken video", "no pictures: none of the 1 videos"),
         ("no checkpoint", "cannot read"),
         ("classifier", "holds a VideoClassifier, and only a masked autoencoder reconstructs"),
-        ("not a place", "clip: expected a place from 0 to 1, got 2"),
+        ("not a place", "clip: expected 0 to 1, got 2"),
     ],
 )
 def test_what_cannot_be_is_one_line(case, message, model, video, tmp_path, capsys):

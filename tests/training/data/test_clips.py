@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stmae.masking import sample_noise
+from stmae.masking import make_mask
 from stmae.training import cli
 from stmae.training.config import ClipConfig
 from stmae.training.data import clip_sampling, transforms
@@ -328,39 +328,39 @@ def folder(tmp_path_factory):
     return folder
 
 
-def dataset(entries, *, seed=0, noise="random", **clips):
+def dataset(entries, *, seed=0, strategy="random", **clips):
     clips = ClipConfig(**{"stride": 4, "repeats": 2, **clips})
-    draw = functools.partial(sample_noise, noise, 1, GRID, 0.75)
-    return PretrainClips(entries, clips, frames=4, size=(32, 32), sample_noise=draw, seed=seed)
+    draw = functools.partial(make_mask, strategy, 1, GRID, 0.75)
+    return PretrainClips(entries, clips, frames=4, size=(32, 32), sample_mask=draw, seed=seed)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_video(folder):
     entries = find_videos(folder)
     first = dataset(entries)[(2, 1)]
     assert first["clips"].shape == (2, 4, 32, 32, 3) and first["clips"].dtype == torch.uint8
-    assert first["noise"].shape == (2, 32) and first["skipped"] == []
+    assert first["keep"].shape == (2, 8) and first["skipped"] == []
     torch.manual_seed(99)
     np.random.seed(99)
     again = dataset(entries)
     again[(0, 3)]  # what was asked before does not matter
     again = again[(2, 1)]
-    assert torch.equal(first["clips"], again["clips"]) and torch.equal(first["noise"], again["noise"])
+    assert torch.equal(first["clips"], again["clips"]) and torch.equal(first["keep"], again["keep"])
     for other in (dataset(entries)[(3, 1)], dataset(entries, seed=1)[(2, 1)]):
-        assert not torch.equal(first["clips"], other["clips"]) and not torch.equal(first["noise"], other["noise"])
+        assert not torch.equal(first["clips"], other["clips"]) and not torch.equal(first["keep"], other["keep"])
 
 
 def test_repeats_are_different_clips_of_one_video(folder):
     item = dataset(find_videos(folder), repeats=4)[(0, 0)]
     for i in range(4):
         for j in range(i):
-            assert not torch.equal(item["clips"][i], item["clips"][j]) and not torch.equal(item["noise"][i], item["noise"][j])
+            assert not torch.equal(item["clips"][i], item["clips"][j]) and not torch.equal(item["keep"][i], item["keep"][j])
 
 
 def test_clips_hold_the_frames_they_should(folder):
     # The full frame, not flipped, at its own size: the numbers can be read.
     clips = ClipConfig(stride=7, repeats=3, scale=(1, 1), aspect=(1.5, 1.5), flip=False)
-    draw = functools.partial(sample_noise, "random", 1, GRID, 0.75)
-    item = PretrainClips(find_videos(folder), clips, frames=4, size=(64, 96), sample_noise=draw, seed=0)[(0, 2)]
+    draw = functools.partial(make_mask, "random", 1, GRID, 0.75)
+    item = PretrainClips(find_videos(folder), clips, frames=4, size=(64, 96), sample_mask=draw, seed=0)[(0, 2)]
     for clip in item["clips"]:
         numbers = [read_number(frame.numpy()) for frame in clip]
         assert [b - a for a, b in zip(numbers, numbers[1:])] == [7, 7, 7]
@@ -370,7 +370,7 @@ def test_the_batch_reaches_the_model_as_a_view(folder):
     data = dataset(find_videos(folder))
     (batch,) = ClipLoader(data, ResumableBatchSampler(4, 2, seed=0, num_steps=1), 0)
     video = as_video(batch["clips"])
-    assert video.shape == (4, 3, 4, 32, 32) and batch["noise"].shape == (4, 32)
+    assert video.shape == (4, 3, 4, 32, 32) and batch["masked"].shape == (4, 24)
     assert video.data_ptr() == batch["clips"].data_ptr() and video.stride(1) == 1
 
 
@@ -383,7 +383,7 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
     spread = list(ClipLoader(dataset(entries), order, workers))
     assert len(alone) == 4
     for a, b in zip(alone, spread):
-        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
+        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["keep"], b["keep"])
 
 
 def test_a_loader_continues_in_mid_epoch(folder):
@@ -392,7 +392,7 @@ def test_a_loader_continues_in_mid_epoch(folder):
     order = ResumableBatchSampler(4, 3, seed=0, num_steps=5, first_step=2)
     rest = list(ClipLoader(dataset(entries), order, 1))
     for a, b in zip(complete[2:], rest):
-        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"])
+        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["keep"], b["keep"])
 
 
 def write_seven(ring):
@@ -454,9 +454,9 @@ SHORT = {"loop": [0, 2, 4, 1], "pad": [0, 2, 4, 4]}
 def test_a_short_video_begins_again_or_repeats_its_last_frame(short, tmp_path):
     path = write_video(tmp_path / "short.mp4", 5)
     clips = ClipConfig(stride=2, repeats=2, scale=(1, 1), aspect=(1.5, 1.5), flip=False, short=short)
-    draw = functools.partial(sample_noise, "random", 1, GRID, 0.75)
+    draw = functools.partial(make_mask, "random", 1, GRID, 0.75)
     options = {"frames": 4, "size": (64, 96)}
-    item = PretrainClips(find_videos(tmp_path), clips, sample_noise=draw, seed=0, **options)[(0, 0)]
+    item = PretrainClips(find_videos(tmp_path), clips, sample_mask=draw, seed=0, **options)[(0, 0)]
     view = ViewClips(find_videos(tmp_path), clips, temporal=2, **options)[0]
     for clip in (*item["clips"], *view["clips"]):
         assert [read_number(frame.numpy()) for frame in clip] == SHORT[short]
@@ -548,8 +548,8 @@ class PartlyUnreadable(PretrainClips):
 
 
 def damaged_clips(entries):
-    draw = functools.partial(sample_noise, "random", 1, GRID, 0.75)
-    return PartlyUnreadable(entries, ClipConfig(stride=4, repeats=2), frames=4, size=(32, 32), sample_noise=draw, seed=0)
+    draw = functools.partial(make_mask, "random", 1, GRID, 0.75)
+    return PartlyUnreadable(entries, ClipConfig(stride=4, repeats=2), frames=4, size=(32, 32), sample_mask=draw, seed=0)
 
 
 def damaged_batches(entries, workers, first_step=0):
@@ -565,7 +565,7 @@ def test_half_damaged_videos_give_the_same_whatever_the_workers_and_resumes(half
     for first, batches in others:
         assert len(batches) == 12 - first
         for a, b in zip(complete[first:], batches):
-            assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["noise"], b["noise"]) and a["skipped"] == b["skipped"]
+            assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["keep"], b["keep"]) and a["skipped"] == b["skipped"]
     names = {path.rpartition("/")[2] for batch in complete for path, _ in batch["skipped"]}
     assert names >= {"a.mkv", "d.mkv"}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stmae.masking import sample_noise
+from stmae.masking import make_mask
 from stmae.training import cli
 from stmae.training.commands import data_check, pretrain
 from stmae.training.config import AugmentationConfig, ClipConfig, PretrainConfig, parse
@@ -25,9 +25,9 @@ from tests.support.video_files import MEDIA
 
 
 def pretrain_clips(entries, *, frames=4, size=(32, 32), seed=0, **clips):
-    draw = functools.partial(sample_noise, "random", 1, (2, 4, 4), 0.75)
+    draw = functools.partial(make_mask, "random", 1, (2, 4, 4), 0.75)
     clips = ClipConfig(**{"stride": 4, "repeats": 2, **clips})
-    return PretrainClips(entries, clips, frames=frames, size=size, sample_noise=draw, seed=seed)
+    return PretrainClips(entries, clips, frames=frames, size=size, sample_mask=draw, seed=seed)
 
 
 FULL_FRAME = {"scale": (1, 1), "aspect": (1.5, 1.5), "flip": False}  # with size (64, 96): the frames as they are
