@@ -1,5 +1,5 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
-# make test   from nothing: all tests; make test-quick: the ops of small tensors, masks, clips, recipes and imports
+# make test   from nothing: all tests, in JOBS=2 processes; make test-quick: the ops of small tensors, masks, clips, recipes and imports
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
 # make docs   from nothing: the documentation as a site, build/site
 # make wheel, make sdist  from nothing: packages to publish, in dist, checked
@@ -30,14 +30,19 @@ SOURCES = setup.py pyproject.toml $(CXX_FILES)
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
 
+# A file's tests stay in one process, for they share fixtures. A thread each, for threads of several processes would wait for each
+# other; the tests of ops set two. Waiting threads sleep.
+PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+JOBS ?= 2
+
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest tests
+	$(PARALLEL) $(VENV)/bin/python -m pytest tests -n $(JOBS) --dist loadfile
 
 QUICK = $(addprefix tests/,ops/test_gather_tokens.py ops/test_restore_tokens.py ops/test_random_masking.py ops/test_patch_loss.py \
 	models/test_masking.py training/data/test_clips.py training/test_recipes.py package/test_imports.py)
 
 test-quick: $(STAMP)
-	$(VENV)/bin/python -m pytest $(QUICK)
+	$(PARALLEL) $(VENV)/bin/python -m pytest $(QUICK) -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)-dev
 	$(VENV)/bin/ruff check .

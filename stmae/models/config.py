@@ -7,7 +7,7 @@ a checkpoint carries one.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 import torch
 
@@ -54,8 +54,8 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _pair(config: "EncoderConfig", field: str) -> tuple[int, int]:
     value = getattr(config, field)
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if isinstance(value, bool) or len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
         _fail(config, field, "to be a positive size or (height, width)", value)
     if max(pair) > LARGEST[field]:
         _fail(config, field, f"to be at most {LARGEST[field]:,}", value)
@@ -116,7 +116,9 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         own_class: Any = type(self)
         for field, annotation in field_types(own_class).items():
-            if annotation is not int and not match(annotation, getattr(self, field))[0]:  # integers are checked below
+            if annotation is int or get_origin(annotation) is Literal or field in ("image_size", "patch_size"):
+                continue  # checked below
+            if not match(annotation, getattr(self, field))[0]:
                 _fail(self, field, f"to be {describe(annotation)}", getattr(self, field))
         for field in ("image_size", "patch_size"):
             object.__setattr__(self, field, _pair(self, field))

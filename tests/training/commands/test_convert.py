@@ -81,8 +81,6 @@ def test_each_code_base_gets_its_own_tensors_back(name, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--to", "mae_st"], "expected a name in .safetensors or .pth"),
-        (["--set", '["num_heads"]'], "expected FIELD=VALUE"),
         ([], "num_heads cannot be determined"),
         (["--set", '["num_heads=2", "wdith=3"]'], "wdith"),
     ],
@@ -92,3 +90,16 @@ def test_what_cannot_be_converted_is_reported_in_one_line(options, message, tmp_
     assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 1
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--to", "mae_st"], "output: expected a name in .safetensors or .pth"),
+        (["--set", '["num_heads"]'], "set: expected FIELD=VALUE"),
+    ],
+)
+def test_settings_of_a_conversion_are_checked_first(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "absent"), str(tmp_path / "out"), *options])
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -364,7 +364,7 @@ def test_what_cannot_be_is_one_line_before_anything_starts(arguments, message, t
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--optimizer.warmup_epochs", "40"], "optimizer.warmup_epochs: expected less than epochs (40), got 40"),
+        (["--optimizer.warmup_epochs", "40"], "optimizer.warmup_epochs: expected 0 or more, and less than epochs (40), got 40"),
         (["--optimizer.batch", "0"], "optimizer.batch: expected more than 0, got 0"),
         (["--model.in_channels", "1"], "model.in_channels: expected 3 for decoded video, got 1"),
         (["--seed", "-1"], "seed: expected 0 or more"),

@@ -114,11 +114,9 @@ def test_a_folder_with_a_broken_video(model, video, tmp_path, capsys):
         ("broken video", "no pictures: none of the 1 videos"),
         ("no checkpoint", "cannot read"),
         ("classifier", "holds a VideoClassifier, and only a masked autoencoder reconstructs"),
-        ("not a place", "clip: expected 0 to 1, got 2"),
     ],
 )
 def test_what_cannot_be_is_one_line(case, message, model, video, tmp_path, capsys):
-    more = []
     if case == "no video":
         video = tmp_path / "absent.mp4"
     if case == "broken video":
@@ -127,9 +125,7 @@ def test_what_cannot_be_is_one_line(case, message, model, video, tmp_path, capsy
         (model / "model.safetensors").write_text("no weights")
     if case == "classifier":
         checkpoint.save(VideoClassifier(VideoClassifierConfig(**SIZES, num_classes=3)), model / "model.safetensors")
-    if case == "not a place":
-        more = ["--clip", "2"]
-    assert pictures(model, video, tmp_path / "out", *more) == 1
+    assert pictures(model, video, tmp_path / "out") == 1
     assert message in capsys.readouterr().err
 
 
