@@ -239,7 +239,7 @@ class PretrainConfig(DataLocationConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_text(self, "data", "output", "held_out")
+        require_text(self, "data", "output", "held_out", "init")
         require_seed(self)
         if self.model.in_channels != 3:
             raise ValueError(f"model.in_channels: expected 3 for decoded video, got {self.model.in_channels}")
