@@ -416,7 +416,7 @@ def test_a_batch_lies_where_its_workers_wrote_it_until_it_is_overwritten(workers
             recent = [*recent[-3:], (expected, next(batches))]
             addresses.add(recent[-1][1]["clips"].data_ptr())
             for before, batch in recent:  # four at a time are what they were
-                assert all(torch.equal(before[name], batch[name]) for name in ("clips", "noise", "phase"))
+                assert all(torch.equal(before[name], batch[name]) for name in ("clips", "keep", "masked"))
     assert len(kept) == 24
     if workers:
         assert len(addresses) <= loader.slots < 24
@@ -462,7 +462,7 @@ def test_a_short_video_begins_again_or_repeats_its_last_frame(short, tmp_path):
         assert [read_number(frame.numpy()) for frame in clip] == SHORT[short]
     done = {"loop": "it begins again", "pad": "its last frame is repeated"}[short]
     assert item["skipped"] == [] and item["short"] == [(str(path), f"5 frames, and a clip needs 7: {done}")]
-    (batch,) = ClipLoader(PretrainClips(2 * find_videos(tmp_path), clips, sample_noise=draw, seed=0, **options), order(2, 2), 0)
+    (batch,) = ClipLoader(PretrainClips(2 * find_videos(tmp_path), clips, sample_mask=draw, seed=0, **options), order(2, 2), 0)
     assert batch["short"] == 2 * item["short"]
 
 

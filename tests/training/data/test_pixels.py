@@ -1,5 +1,6 @@
 """From decoded frames to clips: the exact path against float64, and both paths against whole frames cropped afterwards."""
 
+import functools
 import gc
 import os
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stmae.masking import make_mask
 from stmae.training.config import AugmentationConfig, ClipConfig
 from stmae.training.data import clip_sampling, pixels
 from stmae.training.data.dataset import LabelledClips, PretrainClips, ViewClips
@@ -241,10 +243,11 @@ def test_swscale_clips_keep_their_bytes(name, labelled, tmp_path):
     settings, size, frames = ClipConfig(stride=3, repeats=3, pixels="swscale"), (32, 40), 4
     augmentation = AugmentationConfig(erasing=1.0)
     common = {"frames": frames, "size": size, "seed": 5}
+    draw = functools.partial(make_mask, "random", 1, (2, 2, 2), 0.75)
     if labelled:
         data = LabelledClips([entry], settings, augmentation=augmentation, **common)
     else:
-        data = PretrainClips([entry], settings, sample_noise=lambda generator: torch.rand(1, 8, generator=generator), **common)
+        data = PretrainClips([entry], settings, sample_mask=draw, **common)
     for epoch in range(3):
         item = data[(epoch, 0)]
         rngs = [np.random.default_rng([5, epoch, 0, r, 0]) for r in range(3)]
@@ -258,7 +261,7 @@ def test_swscale_clips_keep_their_bytes(name, labelled, tmp_path):
                 clip = random_erasing(rng, clip.contiguous(), augmentation.erasing)
             else:
                 generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-                assert torch.equal(item["noise"][r], torch.rand(1, 8, generator=generator)[0])
+                assert torch.equal(item["keep"][r], draw(generator=generator).keep[0])
             assert torch.equal(item["clips"][r], clip)
 
 
