@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import DataLocationConfig
-from ..config.checks import require_positive
+from ..config.checks import require, require_not_negative, require_positive, require_text
 from ..data.images import IMAGE_EXTENSIONS
 from ..data.loader import LoaderError, results
 from ..data.prepare import prepare_video, target_names
@@ -33,14 +33,18 @@ class PrepareConfig(DataLocationConfig):
     gop: int = 12
     """frames from one key frame to the next"""
     crf: float = 20.0
-    """quality as x264 has it: 17 is hardly told from the source, 23 is x264's own choice"""
+    """quality as x264 has it: 17 is hardly distinguished from the source, 23 is x264's own choice"""
     workers: int = 2
     """processes that encode; 0: none"""
     timeout: float = 3600.0
     """seconds that one video may take; 0: no limit"""
 
     def __post_init__(self):
+        super().__post_init__()
+        require_text(self, "data", "output")
         require_positive(self, "short_side", "gop")
+        require_not_negative(self, "workers", "timeout")
+        require(self, "crf", lambda value: 0 <= value <= 51, "0 to 51")
 
 
 Config = PrepareConfig
