@@ -13,6 +13,7 @@ from stmae import checkpoint
 from stmae.models import ActionDetector
 
 from ..config import BoxClipConfig, BoxDataConfig
+from ..config.checks import require_device, require_text
 from ..engine.device import choose_device, choose_precision
 from ..engine.run_folder import weights_file
 from ..evaluation.detection import BoxTest, box_map, score_boxes
@@ -35,6 +36,11 @@ class TestConfig(BoxDataConfig):
     """'auto': cuda where there is one, else cpu"""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_text(self, "checkpoint", "data", "output")
+        require_device(self)
 
 
 Config = TestConfig

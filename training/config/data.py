@@ -107,5 +107,4 @@ class ViewConfig:
     def __post_init__(self):
         check_types(self)
         require_positive(self, "temporal", "spatial")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct:g}")
+        require(self, "crop_pct", lambda value: 0 < value <= 1, "more than 0 and at most 1")

@@ -3,7 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import require_not_negative, require_positive
+from stmae.models.config import as_pair
+
+from .checks import (
+    check_types,
+    require,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_text,
+)
 from .training import FinetuneOptimizerConfig, RunConfig
 
 
@@ -27,13 +37,11 @@ class BoxClipConfig:
     """as clips.decoder of pre-training"""
 
     def __post_init__(self):
+        check_types(self)
         require_positive(self, "stride", "fps")
         require_not_negative(self, "start_second")
-        low, high = self.crop_pct
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"crop_pct: expected two numbers above 0 and at most 1, the smaller first, got {list(self.crop_pct)}"
-            )
+        expected = "two numbers above 0 and at most 1, the smaller first"
+        require(self, "crop_pct", lambda value: 0 < value[0] <= value[1] <= 1, expected)
 
 
 @dataclass(kw_only=True)
@@ -54,7 +62,10 @@ class DetectorConfig:
     """frame height and width; null: as pre-trained. Positions are interpolated"""
 
     def __post_init__(self):
-        require_positive(self, "num_classes", "roi_size")
+        check_types(self)
+        require_positive(self, "num_classes", "roi_size", "num_frames")
+        require_fraction(self, "dropout", "drop_path")
+        require(self, "image_size", lambda value: min(as_pair(value)) > 0, "more than 0")
 
 
 @dataclass(kw_only=True)
@@ -72,6 +83,11 @@ class BoxDataConfig:
     """csv of frames that a test leaves out, lines video,second (ava_val_excluded_timestamps_v2.2.csv)"""
     classes: str | None = None
     """label map of the actions that a test counts (ava_action_list_v2.2_for_activitynet_2019.pbtxt: 60 of 80); null: all"""
+
+    def __post_init__(self):
+        check_types(self)
+        require_text(self, "data_root", "test_boxes", "excluded", "classes")
+        require_fraction(self, "box_threshold", one=True)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +114,10 @@ class DetectionConfig(BoxDataConfig):
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        require_not_negative(self, "seed")
+        super().__post_init__()
+        require_text(self, "data", "output", "checkpoint", "test_data")
+        require_seed(self)
+        require(self, "layer_decay", lambda value: 0 < value <= 1, "more than 0, at most 1")
         if self.run.cuda_graph:
             raise ValueError(
                 "run.cuda_graph: expected false for a detector: only a pre-training step launches the same every time"

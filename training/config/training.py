@@ -121,6 +121,7 @@ class RunConfig:
         require_device(self)
         require_positive(self, "save_every", "log_every")
         require_not_negative(self, "evaluate_every", "workers", "extend_epochs", "data_patience", "data_timeout")
+        require_positive(self, "process_timeout")
         if self.cuda_graph and self.checkpoint_activations:
             raise ValueError(
                 "run.cuda_graph: expected false with run.checkpoint_activations, which saves the random state on the host: a "
@@ -185,7 +186,7 @@ class ClassifierConfig:
 
     def __post_init__(self):
         check_types(self)
-        require_positive(self, "num_classes", "num_frames")
+        require_positive(self, "num_classes", "num_frames", "tubelet_size")
         require_fraction(self, "dropout", "drop_path")
         require(self, "image_size", lambda value: min(as_pair(value)) > 0, "more than 0")
 
