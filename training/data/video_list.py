@@ -210,11 +210,24 @@ def _in_folder(source):
                     folders.append((item.path, os.path.join(real, item.name)))
                 elif is_wanted:
                     found.setdefault(os.path.join(real, item.name), item.path)
-    for path, target in sorted(file_links):
-        found.setdefault(target, path)
+    again = [path for path, target in sorted(file_links) if found.setdefault(target, path) != path]
+    again = [path for path in again if _other_class(path, found[os.path.realpath(path)], source)]
+    if again:
+        first = found[os.path.realpath(again[0])]
+        warnings.warn(
+            f"{source}: {len(again)} symbolic links name videos that are listed already, {again[0]} the one at {first}: each is "
+            "listed once, by that name and in that class",
+            stacklevel=5,
+        )
     if not found:
         raise ValueError(f"no videos in folder {source} (looked for {' '.join(sorted(wanted))})")
     return [Entry(path, -1) for path in sorted(found.values())]
+
+
+def _other_class(path, first, source):
+    """Whether two names of one file lie in different folders of the first level, which are classes where labels are needed."""
+    one, other = (Path(os.path.relpath(name, source)).parts for name in (path, first))
+    return len(one) > 1 and len(other) > 1 and one[0] != other[0]
 
 
 def _lines(text, source, folder, labelled):

@@ -76,6 +76,15 @@ def test_links_are_followed_once_and_end(tmp_path):
     assert names_in(data) == ["again/3.mp4", "again/4.mp4", "five.mp4", "z/1.mp4", "z/deep/2.mp4"]
 
 
+def test_a_video_that_is_linked_into_two_classes_is_said(tmp_path, recwarn):
+    touch(tmp_path, "a/1.mp4", "b/2.mp4")
+    (tmp_path / "a" / "again.mp4").symlink_to("1.mp4")  # in its own class: nothing to say
+    assert names_in(tmp_path) == ["a/1.mp4", "b/2.mp4"] and not recwarn
+    (tmp_path / "b" / "1.mp4").symlink_to("../a/1.mp4")
+    with pytest.warns(UserWarning, match="1 symbolic links name videos that are listed already, .*b/1.mp4 the one at .*a/1.mp4"):
+        assert [entry.label for entry in find_labelled_videos(tmp_path)] == [0, 1]
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     touch(tmp_path, "a/1.mp4", "locked/2.mp4")
     scandir = os.scandir
