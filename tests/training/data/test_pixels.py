@@ -311,7 +311,7 @@ def test_all_views_share_one_decode_and_hold_no_whole_clip(tmp_path, monkeypatch
     before = sum(type(o) is av.VideoFrame for o in gc.get_objects())
     item = views[0]
     assert len(taken) == len(set(taken)) == 16  # each frame once for all six clips
-    assert alive[0] - before <= 4  # this one, the one before, and what the decoder gave at once
+    assert alive[0] - before <= 8  # this one, the one before, and, at the file's end, all that the decoder still had
     with Video(entry.path, exact=True) as video:
         for place, position in enumerate((0, 0.5, 1)):
             out = np.zeros((1, 8, 32, 32, 3), np.uint8)
