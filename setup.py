@@ -96,7 +96,6 @@ arguments = dict(
     packages=packages,
     package_dir={"stmae.kernels": "kernels", "stmae.training": "training"},
     package_data={"stmae": ["py.typed", "*.pyi"], "stmae.training": ["assets/*", "presets/*"]},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
 if TORCH_SITE is None:
     # Read by pip before it builds: it then installs torch into the build environment and runs this file again.
