@@ -83,7 +83,7 @@ def video_extension(torch_headers):
         sys.exit("stmae: building the extensions needs pybind11, and none is installed; run: pip install 'pybind11>=3'")
     return Extension(
         "stmae._video",
-        [*files("*.cpp", of_video=True), "csrc/base/isa.cpp"],
+        [*files("*.cpp", of_video=True), "csrc/base/glibc.cpp", "csrc/base/isa.cpp"],
         include_dirs=[str(Path("csrc").resolve()), pybind11.get_include(), str(torch_headers)],
         depends=files("*.h", of_video=True) + files("*.h", of_video=False),
         language="c++",
