@@ -450,8 +450,9 @@ def _grad_q(
         b = (program // tiles).to(tl.int64)
         kb = b
         tile = program % tiles
-        row = (b * H + h) * queries
-        delta_row = (B * H + b * H + h) * queries
+        bh = b * H + h
+        row = bh * queries
+        delta_row = (B * H + bh) * queries
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
     k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
@@ -589,8 +590,13 @@ def _grad_kv(
         VARLEN: as in _attention, the table of tiles of keys.
         REST: queries % 128, rounded up to a multiple of 16.
     """
+    tiles = tl.cdiv(keys, BLOCK_N)
     program = tl.program_id(0)
+    b = (program // tiles).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
+    bh = b * H + h
+    kb = b
+    tile = program % tiles
     if VARLEN:
         s = tl.load(table_ptr + program)
         kb, length = sequence(cu_k_ptr, s, keys)
@@ -600,20 +606,17 @@ def _grad_kv(
         row = h * queries + b
         delta_row = H * queries.to(tl.int64) + row
         queries = length
-    else:
-        tiles = tl.cdiv(keys, BLOCK_N)
-        b = (program // tiles).to(tl.int64)
-        kb = b
-        tile = program % tiles
-        row = (b * H + h) * queries
-        delta_row = (B * H + b * H + h) * queries
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
     k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
     v = _head(v_ptr, v_strides, keys, kb, h, WIDE)
     grad = _head(grad_ptr, grad_strides, queries, b, h, WIDE)
-    lse_ptr = rows_ptr + row
-    delta_ptr = rows_ptr + delta_row
+    if VARLEN:
+        lse_ptr = rows_ptr + row
+        delta_ptr = rows_ptr + delta_row
+    else:
+        lse_ptr = rows_ptr + bh * queries
+        delta_ptr = rows_ptr + (B * H + bh) * queries
     if CHUNK > 0:
         k0 = n
         k1 = n
