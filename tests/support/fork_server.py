@@ -181,7 +181,7 @@ def serve():
         request = json.loads(line)
         command, *argv = request["argv"]
         place = argv.index("--output") + 1
-        settings = parsed(*argv[:place], "", *argv[place + 1 :])  # takes as long as all the rest of a start
+        settings = parsed(*argv[:place], "output", *argv[place + 1 :])  # takes as long as all the rest of a start
         child = os.fork()
         if child == 0:
             descriptor = os.open(request["output"], os.O_CREAT | os.O_TRUNC | os.O_WRONLY)

@@ -271,8 +271,8 @@ def test_an_evaluation_waits_too(videos, pauses, tmp_path):
 def test_an_outage_during_an_evaluation_saves_too(server, settings, videos, weights, tmp_path):
     output, said = tmp_path / "run", tmp_path / "said"
     held_out = shutil.copytree(videos / "a", tmp_path / "held_out")
-    arguments = command(settings, videos, output, "--held_out", held_out, "--run.evaluate_every", 2)
-    process = server.start([*arguments, "--run.data_patience", 0.3], said)
+    arguments = command(settings, videos, output, "--held_out", held_out)
+    process = server.start([*arguments, "--run.evaluate_every", 2, "--run.data_patience", 0.3], said)
     wait_for_step(output, 4, process)
     os.rename(held_out, tmp_path / "away")
     status, words = server.wait(), said.read_text()
@@ -297,10 +297,10 @@ def reading_badly(monkeypatch, name, do):
     """Whoever reads the video ``name`` does ``do`` first."""
     opened = dataset.open_entry
 
-    def open_entry(entry, decoder="pyav"):
+    def open_entry(entry, *options):
         if entry.path.endswith(name) and get_worker_info() is not None:
             do()
-        return opened(entry, decoder)
+        return opened(entry, *options)
 
     monkeypatch.setattr(dataset, "open_entry", open_entry)
     monkeypatch.setattr(data_check, "open_entry", open_entry)
