@@ -287,8 +287,13 @@ def _attention(
         VARLEN: B is one row of sequences, table_ptr: [places] int32, cu_q_ptr, cu_k_ptr: [S + 1].
         REST: keys % 128, rounded up to a multiple of 16.
     """
+    tiles = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
+    b = (program // tiles).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
+    bh = b * H + h
+    kb = b
+    tile = program % tiles
     if VARLEN:
         s = tl.load(table_ptr + program)
         b, length = sequence(cu_q_ptr, s, queries)
@@ -296,12 +301,6 @@ def _attention(
         tile = tl.maximum(program - s - b // BLOCK_M, 0).to(tl.int32)
         queries = length
         kb, keys = sequence(cu_k_ptr, s, keys)
-    else:
-        tiles = tl.cdiv(queries, BLOCK_M)
-        b = (program // tiles).to(tl.int64)
-        kb = b
-        tile = program % tiles
-        lse_ptr += (b * H + h) * queries
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
     k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
@@ -347,7 +346,10 @@ def _attention(
     if D1 > 0:
         acc1 *= inverse[:, None]
     _store2(_head(out_ptr, out_strides, queries, b, h, WIDE), acc0, acc1, m, D, D0, D1)
-    tl.store(lse_ptr + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
+    if VARLEN:
+        tl.store(lse_ptr + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
+    else:
+        tl.store(lse_ptr + bh * queries + m, (highest + tl.log2(total)) * _LN2, mask=m < queries)
 
 
 @triton.jit
@@ -435,8 +437,13 @@ def _grad_q(
         VARLEN: as in _attention.
         REST: keys % 128, rounded up to a multiple of 16.
     """
+    tiles = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
+    b = (program // tiles).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
+    bh = b * H + h
+    kb = b
+    tile = program % tiles
     if VARLEN:
         s = tl.load(table_ptr + program)
         b, length = sequence(cu_q_ptr, s, queries)
@@ -445,14 +452,6 @@ def _grad_q(
         tile = tl.maximum(program - s - b // BLOCK_M, 0).to(tl.int32)
         queries = length
         kb, keys = sequence(cu_k_ptr, s, keys)
-    else:
-        tiles = tl.cdiv(queries, BLOCK_M)
-        b = (program // tiles).to(tl.int64)
-        kb = b
-        tile = program % tiles
-        bh = b * H + h
-        row = bh * queries
-        delta_row = (B * H + bh) * queries
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = _head(q_ptr, q_strides, queries, b, h, WIDE)
     k = _head(k_ptr, k_strides, keys, kb, h, WIDE)
@@ -464,9 +463,14 @@ def _grad_q(
     if D1 > 0:
         delta += tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), axis=1)
     inside = m < queries
-    lse = tl.load(lse_ptr + row + m, mask=inside, other=float("inf")) * _LOG2E
-    tl.store(rows_ptr + row + m, lse, mask=inside)
-    tl.store(rows_ptr + delta_row + m, delta, mask=inside)
+    if VARLEN:
+        lse = tl.load(lse_ptr + row + m, mask=inside, other=float("inf")) * _LOG2E
+        tl.store(rows_ptr + row + m, lse, mask=inside)
+        tl.store(rows_ptr + delta_row + m, delta, mask=inside)
+    else:
+        lse = tl.load(lse_ptr + bh * queries + m, mask=inside, other=float("inf")) * _LOG2E
+        tl.store(rows_ptr + bh * queries + m, lse, mask=inside)
+        tl.store(rows_ptr + (B * H + bh) * queries + m, delta, mask=inside)
     if CHUNK > 0:
         q0 = m
         q1 = m
