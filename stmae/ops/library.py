@@ -60,12 +60,15 @@ def differentiable(op, backward, setup_context, *, public=None):
         },
     )
 
+    # Function.apply would, at every call, inspect the forward's signature for default arguments (20 us) and ask for torch.func.
+    apply = super(torch.autograd.Function, function).apply
+
     def autograd(*arguments):
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"torch.ops.stmae.{name}: torch.func does not see through it; call stmae.ops.{public} or stmae.reference.{public}"
             )
-        return function.apply(*arguments)
+        return apply(*arguments)
 
     torch.library.impl(f"stmae::{name}", "Autograd")(autograd)
 

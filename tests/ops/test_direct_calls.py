@@ -4,6 +4,8 @@ A bad call is refused with an error that names the op, or, where the operand is 
 plain memory. It never ends the process, and never writes beyond its outputs (which `make sanitize` sees for itself).
 """
 
+import inspect
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -245,3 +247,15 @@ def test_an_output_that_overlaps_an_input():
         stmae.linear_product(memory[:20].view(5, 4), memory[10:40].view(5, 6), floats(4, 6), None, False)
     with pytest.raises(RuntimeError, match="linear_weight_gradient: expected out that does not overlap grad"):
         stmae.linear_weight_gradient(memory[:24].view(4, 6), memory[20:40].view(5, 4), floats(5, 6), False)
+
+
+def test_a_call_inspects_no_signature(monkeypatch):
+    """Which torch.autograd.Function.apply does at each call, for most of what a call costs the host."""
+    calls = {name: make() for name, make in CALLS.items()}
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a signature was inspected")
+
+    monkeypatch.setattr(inspect, "signature", refuse)
+    for name, arguments in calls.items():
+        getattr(stmae, name)(**arguments)
