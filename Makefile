@@ -5,7 +5,7 @@
 # make wheel, make sdist  from nothing: packages to publish, in dist, checked
 # make sanitize  from nothing: tests that call ops as no one should, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make old-processor  from nothing: each op once on an emulated processor without AVX; needs qemu-x86_64 (Debian's qemu-user)
-# make bench  from nothing: every op and the training step beside the reference and a strong user's version
+# make bench  from nothing: every op and the training step beside the reference and tuned PyTorch
 # make gpu    on a machine with a GPU: tests, kernel times, steps, profiles; a report in gpu-results (PYTHON's own torch is used)
 # make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
 #

@@ -1,6 +1,6 @@
 """Attention, forward and backward apart, at the shapes of ViT-B, ViT-L and ViT-H clips of 16 x 224 x 224, 90 % masked.
 
-Beside scaled_dot_product_attention, what a strong user would call, and (where its matrices fit) the reference; on a GPU also
+Beside scaled_dot_product_attention, as tuned PyTorch calls it, and (where its matrices fit) the reference; on a GPU also
 beside flash-attn and xformers where they are installed, and with `--full` the reference under torch.compile.
 """
 

@@ -15,7 +15,7 @@ CASES = {
 
 
 def gathered_first(video, keep, weight, bias, position):
-    """What a strong user writes: the visible patches by index, and only those normalised and multiplied."""
+    """Tuned PyTorch: the visible patches by index, and only those normalised and multiplied."""
     (B, C, T, H, W), (u, p, q) = video.shape, weight.shape[2:]
     patches = video.view(B, C, T // u, u, H // p, p, W // q, q).permute(0, 2, 4, 6, 1, 3, 5, 7)
     iw, ih, it = keep % (W // q), keep // (W // q) % (H // p), keep // (W // q) // (H // p)

@@ -15,7 +15,7 @@ DTYPES = {
 
 
 def indexed(tokens, keep, mask_token, position):
-    """What a strong user writes: mask token plus positions once for all, then the tokens by index."""
+    """Tuned PyTorch: mask token plus positions once for all, then the tokens by index."""
     B, K, D = tokens.shape
     out = (mask_token + position).expand(B, -1, -1).clone()
     rows = torch.arange(B, device=keep.device).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only`: ours beside the reference and what a strong user would run. `--full` for every shape."""
+"""`pytest bench --benchmark-only`: ours beside the reference and tuned PyTorch. `--full` for every shape."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""Tuned PyTorch, what a strong user would run instead, with its best parts. Same names and signatures as `stmae.ops`.
+"""Tuned PyTorch: what can be had without kernels of one's own. Same names and signatures as `stmae.ops`.
 
 SDPA for attention, Conv3d and then a gather, `argsort` for masking, a materialised target for the loss;
 autocast and fused AdamW are the caller's.
@@ -6,7 +6,7 @@ autocast and fused AdamW are the caller's.
 
 import torch.nn.functional as F
 
-from stmae.reference import (  # noqa: F401  what a strong user would write just so
+from stmae.reference import (  # noqa: F401  nothing to tune
     add_layer_norm,
     gather_tokens,
     linear,
