@@ -67,6 +67,7 @@ def main(argv=None):
 
     from .data.dataset import worker_died
     from .data.video import VideoError
+    from .engine.distributed import ProcessLostError
     from .engine.run_folder import RunFolderError
 
     config = configuration.parse(module.Config, argv, prog=f"stmae {command}", description=description.capitalize() + ".")
@@ -79,6 +80,7 @@ def main(argv=None):
         OSError,
         CheckpointError,
         CheckpointMismatch,
+        ProcessLostError,
         RunFolderError,
         VideoError,
         *getattr(module, "ERRORS", ()),

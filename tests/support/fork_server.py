@@ -3,9 +3,11 @@
 ``python fork_server.py`` imports everything once and then, for each line of JSON it reads, forks a process that runs the command.
 Nothing of torch has run in the server, so it has no threads and the fork is a fresh start. The line is
 
-    {"argv": [...], "output": FILE, "fault": null or [KIND, POSITION]}
+    {"argv": [...], "output": FILE, "fault": null or [KIND, POSITION], "environment": {...}, "file_size": null or BYTES}
 
-and the answer is ``started PID``; to the next line, ``wait``, it is ``ended STATUS`` (negative: the signal that ended it).
+and the answer is ``started PID``; to the line ``wait PID``, it is ``ended STATUS`` (negative: the signal that ended it). With an
+environment, that of one process of a distributed run, the process ends as the program does, else without more ado.
+file_size: what a file of the process can have at most.
 
 A position is a moment in the writing of the run's folder; they are numbered in the order in which a run comes to them. At the
 given one, the process either is killed (``kill``), or its disk is full (``full``): there, and wherever it writes from then on.
@@ -16,6 +18,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -23,6 +26,8 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+from tests.support import two_processes
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 300  # seconds; a run takes one or two
@@ -33,7 +38,7 @@ class ForkServer:
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "tests.support.fork_server"],
             cwd=ROOT,
             # One thread: the steps are tiny, and threads that wait for each other on a busy machine take a hundred times as long.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -41,7 +46,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.running = None
+        self.running = []
         return self
 
     def __exit__(self, *exception):
@@ -52,20 +57,46 @@ class ForkServer:
 
     def start(self, argv, output, fault=None):
         """Starts ``stmae ARGV``, its words going to the file ``output``; returns its process number."""
-        if self.running:  # of a test that failed before it waited
-            os.kill(self.running, signal.SIGKILL)
-            self.wait()
-        request = {"argv": list(map(str, argv)), "output": str(output), "fault": fault}
-        self._send(json.dumps(request))
-        self.running = int(self._answer("started"))
-        return self.running
+        self._end_all()
+        return self._start(argv, output, fault=fault)
 
-    def wait(self):
-        """The exit status of the process started last, whose number is not given to another before this."""
-        self._send("wait")
-        status = int(self._answer("ended"))
-        self.running = None
-        return status
+    def start_two(self, argv, output, *, file_size=None):
+        """Starts two processes of one run, their words going to the files ``output``-0 and ``output``-1; returns their numbers.
+
+        file_size: of the second one's files.
+        """
+        self._end_all()
+        port = two_processes.free_port()
+        return [
+            self._start(
+                argv,
+                f"{output}-{rank}",
+                environment={**two_processes.environment_of(rank), "MASTER_PORT": str(port)},
+                file_size=file_size if rank == 1 else None,
+            )
+            for rank in range(2)
+        ]
+
+    def wait(self, process=None):
+        """The exit status of ``process``, by default the one started last, whose number is not given to another before this."""
+        process = process or self.running[-1]
+        self._send(f"wait {process}")
+        try:
+            return int(self._answer("ended"))
+        finally:
+            self.running.remove(process)
+
+    def _start(self, argv, output, **options):
+        self._send(json.dumps({"argv": list(map(str, argv)), "output": str(output), **options}))
+        self.running.append(int(self._answer("started")))
+        return self.running[-1]
+
+    def _end_all(self):
+        """Those of a test that failed before it waited."""
+        for process in self.running:
+            os.kill(process, signal.SIGKILL)
+        while self.running:
+            self.wait()
 
     def run(self, argv, output, fault=None):
         """(exit status, what it printed)."""
@@ -79,8 +110,8 @@ class ForkServer:
     def _answer(self, expected):
         timed_out = not select.select([self.process.stdout], [], [], TIMEOUT)[0]
         if timed_out and expected == "ended":
-            os.kill(self.running, signal.SIGKILL)  # the server lives on, for the next run
-            self.running = None
+            for process in self.running:  # the server lives on, for the next run
+                os.kill(process, signal.SIGKILL)
         elif timed_out:
             self.process.kill()
         line = self.process.stdout.readline()
@@ -162,8 +193,9 @@ class Faults:
 
 
 def serve():
-    import matplotlib.figure  # noqa: F401 (this and the next take seconds, and are imported where they are used)
-    import torch._dynamo  # noqa: F401
+    import matplotlib.figure  # noqa: F401 (these take seconds, and are imported where they are used)
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401
     from PIL import Image
 
     from stmae.training import cli, config
@@ -178,6 +210,10 @@ def serve():
         return config.parse(pretrain.Config, argv, prog="stmae pretrain", description="")
 
     for line in sys.stdin:
+        if line.startswith("wait "):
+            _, status = os.waitpid(int(line.removeprefix("wait ")), 0)
+            print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
+            continue
         request = json.loads(line)
         command, *argv = request["argv"]
         place = argv.index("--output") + 1
@@ -189,9 +225,14 @@ def serve():
                 os.dup2(descriptor, number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.close(descriptor)
-            if request["fault"]:
+            if request.get("fault"):
                 Faults(*request["fault"], argv[place]).install()
+            if request.get("file_size"):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
             config.parse = functools.partial(lambda made, *_, **__: made, dataclasses.replace(settings, output=argv[place]))
+            if request.get("environment"):
+                os.environ.update(request["environment"])
+                cli.end_process_with(functools.partial(cli.main, [command, *argv]))
             status = 1
             try:
                 status = cli.main([command, *argv])
@@ -204,9 +245,6 @@ def serve():
                 finally:
                     os._exit(status)  # taking all the imported modules down takes longer than the run
         print(f"started {child}", flush=True)
-        sys.stdin.readline()
-        _, status = os.waitpid(child, 0)
-        print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
 
 
 if __name__ == "__main__":

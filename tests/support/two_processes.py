@@ -25,17 +25,17 @@ cli.end_process_with(run)
 """
 
 
-def start(*commands, before_second=None):
-    """Two processes that run the ``commands`` (lists of arguments of ``stmae``), one after the other.
+def environment_of(rank):
+    """What torchrun sets, without the port."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
-    before_second: called in the second one before it starts.
-    """
+
+def start(*commands):
+    """Two processes that run the ``commands`` (lists of arguments of ``stmae``), one after the other."""
     program = json.dumps([(free_port(), [str(word) for word in command]) for command in commands])
     processes = []
     for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = {**os.environ, **own, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        options = {"preexec_fn": before_second} if rank == 1 else {}
+        environment = {**os.environ, **environment_of(rank), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         argv = [sys.executable, "-c", PROGRAM, program]
         processes.append(
             subprocess.Popen(
@@ -45,7 +45,6 @@ def start(*commands, before_second=None):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                **options,
             )
         )
     return processes

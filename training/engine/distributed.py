@@ -21,6 +21,10 @@ from .fsdp import shard_model
 TIMEOUT = 1800.0  # as torch's own between CPUs
 
 
+class ProcessLostError(RuntimeError):
+    """Another process of the run ended, or cannot be reached; the message says from where the run can be continued."""
+
+
 class Processes:
     """This process and its process group, as torchrun's environment describes them.
 
@@ -83,6 +87,10 @@ class Processes:
         if self.world_size > 1:
             model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
+
+    def lost(self, error):
+        """Whether ``error`` is what torch.distributed raises where another process ended or cannot be reached."""
+        return self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
     def barrier(self):
         if self.world_size > 1:

@@ -386,12 +386,16 @@ class RunFolder:
 def open_run(config, processes):
     """Context: the RunFolder at ``config.output``, its config.yaml written or checked by the main process, which holds the lock;
     the others only read."""
-    folder = RunFolder(config.output, read_only=not processes.is_main)
-    with contextlib.closing(folder):
-        if processes.is_main:
+    folder = RunFolder(config.output, read_only=True)
+    with contextlib.ExitStack() as stack:
+
+        def open_and_check():
+            nonlocal folder
+            folder = stack.enter_context(contextlib.closing(RunFolder(config.output)))
             folder.keep_pixels(config)
             folder.write_config(to_dict(config), defaults(type(config)))
-        processes.barrier()
+
+        processes.run_on_main(open_and_check)
         folder.keep_pixels(config)  # the others: what the main process wrote
         yield folder
 
