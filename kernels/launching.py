@@ -62,7 +62,10 @@ def launch(kernel, grid, *args, configs, key=(), **constants):
     Timing waits for the device and may pick another configuration, hence another order of summation, in the next process:
     never under torch.use_deterministic_algorithms(True) or STMAE_AUTOTUNE=0. A choice holds for all launches that agree in the
     arguments named in `key` and in the dtypes of tensors, and is cached on disk. While a CUDA graph is captured nothing is
-    timed: the choice of an earlier launch is taken, so that a graph has what the calls before it had, and loads nothing new.
+    timed and nothing loaded: the choice of an earlier launch is taken, so that a graph has what the calls before it had.
+
+    Raises:
+        RuntimeError: the kernel would have to be loaded while a CUDA graph is captured, which ends the capture.
     """
     constants["enable_fp_fusion"] = True  # the default of Triton up to 3.9; without it, other instructions and other bits
     with _on_device_of(args[0]):
@@ -70,6 +73,8 @@ def launch(kernel, grid, *args, configs, key=(), **constants):
         if len(configs.options) > 1 and may_tune(args[0]):
             chosen = _tuned(kernel, grid, args, configs, key, constants)
         if chosen is not None:
+            if capturing():
+                _require_loaded(kernel, grid, args, {**constants, **chosen})
             kernel[grid](*args, **constants, **chosen)
 
 
@@ -106,7 +111,16 @@ def _tuned(kernel, grid, args, configs, key, constants):
 
 def capturing():
     """Whether launches of this thread go into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _require_loaded(kernel, grid, args, constants):
+    # A warm-up of Triton compiles, if it must, and gives the kernel that a launch takes, but never loads it.
+    if isinstance(kernel, triton.JITFunction) and kernel.run(*args, grid=grid, warmup=True, **constants).module is None:
+        raise RuntimeError(
+            f"{kernel.fn.__name__.lstrip('_')}: its kernel is not on the GPU yet and cannot be loaded while a CUDA graph is "
+            "captured: make the same call, forward and backward, once before the capture"
+        )
 
 
 @functools.cache

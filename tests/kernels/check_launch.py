@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
+from stmae.kernels import launching
 from tests.kernels.suite import launch, layer_arguments, masks, random
 
 STREAM = 0x51A3
@@ -237,3 +238,23 @@ def test_a_wrong_argument_is_noticed(recorder, passed):
             check(recorder[len(recorder) - 1], (function, kernel, arguments | {name: wrong}, grid))
     with pytest.raises(AssertionError):
         check(recorder[len(recorder) - 1], (function, kernel, arguments, (grid[0] + 1, 1, 1)))
+
+
+def test_a_capture_loads_no_kernel(recorder, monkeypatch):
+    """Neither a new kernel nor one for arguments that ask for another version; what ran before is launched."""
+    small, large = random(2, 5, 40), random(2, 5, 64)
+    ids = torch.tensor([[0, 4], [1, 3]])
+    monkeypatch.setattr(launching, "capturing", lambda: True)
+    for _ in range(2):
+        before = len(recorder)
+        with pytest.raises(RuntimeError, match="gather_rows: its kernel is not on the GPU yet .* once before the capture"):
+            launch("gather_tokens", small, ids)
+        assert len(recorder) == before
+    monkeypatch.setattr(launching, "capturing", lambda: False)
+    launch("gather_tokens", small, ids)
+    monkeypatch.setattr(launching, "capturing", lambda: True)
+    launch("gather_tokens", small, ids)
+    assert len(recorder) == before + 2
+    assert recorder[before][0] == recorder[before + 1][0]
+    with pytest.raises(RuntimeError, match="once before the capture"):
+        launch("gather_tokens", large, ids)
