@@ -682,6 +682,8 @@ def _configurations(kernel, target, D, float32, queries, keys, only_the_default=
         tiles = dict(BLOCK_M=32, BLOCK_N=32, EIGHTHS=0)
         if kernel == "attention":
             return configs((4, 2, tiles))
+        if kernel == "grad_q" and 32 < D <= 64 and target in ("sm_90", "sm_100") and attention_tiles.VERSION < (3, 8):
+            tiles["BLOCK_M"] = 16  # 32 rows spill there
         if D <= 64 or target == "gfx942":
             return configs((4, 1, tiles))
         if D < 128:  # what masks the columns beyond D takes the registers that 32 rows of both sides need

@@ -10,6 +10,7 @@ launch's lengths. Nothing of this is a time: where timing is allowed, all of a l
 import triton
 
 COUNTED_WITH = "3.9.0"  # the Triton whose code was counted
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 HEAD_DIMS = (32, 64, 80, 96, 128)  # that have a list
 THREADS = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}  # of a warp
 ISSUED = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 64}  # instructions of a thread, a clock and multiprocessor
@@ -187,6 +188,22 @@ TILES = {
         },
     },
 }
+# Tiles that spill with older ones: from which Triton on they are offered. {(target, kernel, head dim, warps, BLOCK_M, BLOCK_N)}
+SINCE = {
+    ("sm_80", "grad_kv", 128, 8, 16, 128): (3, 7),
+    ("gfx942", "grad_kv", 32, 4, 64, 128): (3, 7),
+    ("gfx942", "grad_kv", 64, 4, 64, 128): (3, 8),
+}
+
+
+def offered(kernel, target, D, version=VERSION):
+    """The tiles of TILES for a head dim that has a list, less those that spill with this Triton."""
+    found = []
+    for tile in TILES[target][kernel][D]:
+        warps, _, block_m, block_n, *_ = tile
+        if version >= SINCE.get((target, kernel, D, warps, block_m, block_n), (0,)):
+            found.append(tile)
+    return found
 
 
 def cost(kernel, target, D, tile, queries, keys):
@@ -205,7 +222,7 @@ def cost(kernel, target, D, tile, queries, keys):
 def ordered(kernel, target, D, queries, keys):
     """(num_warps, num_stages, constants) of every tile offered for head dim D, the default first."""
     if D in HEAD_DIMS:
-        tiles = sorted(TILES[target][kernel][D], key=lambda tile: cost(kernel, target, D, tile, queries, keys))
+        tiles = sorted(offered(kernel, target, D), key=lambda tile: cost(kernel, target, D, tile, queries, keys))
     else:
         tiles = sorted(_uncounted(kernel, target, D), key=lambda tile: _padding(tile, queries, keys))
     return [

@@ -1,10 +1,12 @@
 """Everything to measure on a GPU, in order, each part under its own limit and written as it ends.
 
-    python -m bench.gpu [--output gpu-results] [--parts environment,tests,kernels,steps,compiled,ncu,benches]
+    python -m bench.gpu [--output gpu-results] [--minutes 28] [--parts PART,PART]
 
-Needs torch, triton, numpy, pytest and pytest-benchmark; uses transformers, pytest-xdist and ncu where they are installed. All
-parts take at most 25 minutes; where a command may take ten, run `--parts environment,tests,kernels,steps`, then
-`--parts compiled,ncu`, then `--parts benches` into the same folder. The folder then holds eight files:
+Needs torch, triton, numpy, pytest and pytest-benchmark; uses transformers, pytest-xdist, ncu and compute-sanitizer where they are
+installed. The parts are environment, tests, kernels, steps, compiled, ncu, memcheck and benches.
+It ends after --minutes, whatever is left to do; where a command may take ten minutes, run
+`--minutes 9.5 --parts environment,tests,kernels,steps`, then `--minutes 9.5 --parts compiled,ncu,memcheck`, then
+`--minutes 9.5 --parts benches` into the same folder. The folder then holds eight files:
 
     environment.txt  tests.txt  kernels.json  steps.jsonl  ncu.csv  benches.json  log.txt  report.md
 
@@ -15,6 +17,7 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -25,16 +28,23 @@ import tempfile
 import time
 from pathlib import Path
 
+if importlib.util.find_spec("torch") is None:
+    sys.exit(f"bench.gpu: {sys.executable} has no torch: choose another, as in PYTHON=python3.12 make gpu")
+
 from bench.gpu import report
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("environment", "tests", "kernels", "steps", "compiled", "ncu", "benches")
+LEAST = 5  # seconds that are worth a start
+PARTS = ("environment", "tests", "kernels", "steps", "compiled", "ncu", "memcheck", "benches")
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "MemoryWorkloadAnalysis")
+ON_GPU = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels/test_on_gpu.py"]
+MEMCHECK = [*ON_GPU, "-k", "out_of_range or channels-last or 157-2-64 or 77-1-80 or strided"]
 
 
 class Run:
-    def __init__(self, folder, device):
+    def __init__(self, folder, device, seconds=math.inf):
         self.folder, self.device = folder, device
+        self.end = time.monotonic() + seconds
         self.log = folder / "log.txt"
         self.python = [sys.executable, "-m"]
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -46,6 +56,9 @@ class Run:
 
         Returns "ok", or what went wrong. What it started ends with it.
         """
+        limit = math.floor(min(limit, self.end - time.monotonic()))
+        if limit < LEAST:
+            return "not started: no time left"
         with open(output or self.log, "ab") as file:
             try:
                 process = subprocess.Popen(
@@ -95,16 +108,15 @@ class Run:
     def tests_part(self):
         output = self.folder / "tests.txt"
         output.unlink(missing_ok=True)
-        pytest = [*self.python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--durations=10"]
-        file = "tests/kernels/test_on_gpu.py"
+        pytest = [*ON_GPU, "--tb=short", "--durations=10"]
         workers = ["-n", "4"] if self.cuda() and importlib.util.find_spec("xdist") else []
-        most = self.call([*pytest, *workers, file, "-k", "not beyond_32"], 190, output=output)
-        large = self.call([*pytest, file, "-k", "beyond_32"], 60, output=output)  # up to 17 GiB: one at a time
+        most = self.call([*pytest, *workers, "-k", "not beyond_32"], 190, output=output)
+        large = self.call([*pytest, "-k", "beyond_32"], 60, output=output)  # up to 17 GiB: one at a time
         return most if most != "ok" else large
 
     def kernels_part(self):
         tiny = [] if self.cuda() else ["--clips", "2", "--rounds", "3"]
-        return self.call([*self.python, "bench.gpu.kernels", self.folder / "kernels.json", "--device", self.device, *tiny], 120)
+        return self.call([*self.python, "bench.gpu.kernels", self.folder / "kernels.json", "--device", self.device, *tiny], 200)
 
     def _steps(self, size, sides, limit):
         size, clips, limit = (size, 32, limit) if self.cuda() else ("tiny", 2, 600)
@@ -117,9 +129,10 @@ class Run:
 
     def steps_part(self):
         graph = ",ours-graph" if self.cuda() else ""
-        outcomes = [self._steps("base", f"ours,reference,tuned,huggingface{graph}", 40)]
+        # The first step compiles its kernels and times their configurations.
+        outcomes = [self._steps("base", f"ours,reference,tuned,huggingface{graph}", 90)]
         if self.cuda():
-            outcomes.append(self._steps("large", f"ours,tuned,huggingface{graph}", 40))
+            outcomes.append(self._steps("large", f"ours,tuned,huggingface{graph}", 90))
         return next((outcome for outcome in outcomes if outcome != "ok"), "ok")
 
     def compiled_part(self):
@@ -140,17 +153,29 @@ class Run:
         if not self.cuda():
             return self.call(kernels, 60)
         if not shutil.which("ncu"):
-            return "ncu is not installed"
+            return "skipped: ncu is not installed"
         sections = [word for section in SECTIONS for word in ("--section", section)]
         with tempfile.TemporaryDirectory() as folder:
             profile = Path(folder) / "kernels"
-            # Nothing is tuned under the profiler, which would show every configuration that is timed.
-            done = self.call(["ncu", "--clock-control", "none", *sections, "--kernel-name-base", "demangled", "-f", "-o", profile,
-                              *kernels], 150, STMAE_AUTOTUNE="0")  # fmt: skip
+            # Nothing is tuned under the profiler, which would show every configuration that is timed. A Triton kernel is called
+            # as its function is, and torch's are in namespaces.
+            ours = ["--kernel-name-base", "demangled", "--kernel-name", "regex:^_", "--launch-count", "60"]
+            done = self.call(["ncu", "--clock-control", "none", *sections, *ours, "-f", "-o", profile, *kernels], 150,
+                             STMAE_AUTOTUNE="0")  # fmt: skip
             output = self.folder / "ncu.csv"
             output.unlink(missing_ok=True)
             table = self.call(["ncu", "-i", profile.with_suffix(".ncu-rep"), "--csv", "--page", "details"], 60, output=output)
         return done if done != "ok" else table
+
+    def memcheck_part(self):
+        """A few tests of each kernel whose tensors end where memory ends, or whose ids lead beyond: no access may be outside."""
+        command = MEMCHECK
+        if self.cuda():
+            if not shutil.which("compute-sanitizer"):
+                return "skipped: compute-sanitizer is not installed"
+            command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99", *command]
+        # Every tensor is a block of its own, so that what lies behind it is nobody's.
+        return self.call(command, 240, output=self.folder / "tests.txt", PYTORCH_NO_CUDA_MEMORY_CACHING="1", STMAE_AUTOTUNE="0")
 
     def benches_part(self):
         quick = [] if self.cuda() else ["-k", "random_masking"]
@@ -182,6 +207,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("gpu-results"))
     parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--minutes", type=float, default=28, help="for all parts together")
     options = parser.parse_args()
     parts = options.parts.split(",")
     for part in parts:
@@ -197,7 +223,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if "steps" in parts:
         (folder / "steps.jsonl").unlink(missing_ok=True)
-    run, outcomes, about = Run(folder, options.device), [], facts(options.device)
+    run, outcomes, about = Run(folder, options.device, 60 * options.minutes), [], facts(options.device)
     for part in parts:
         print(f"{part} ...", flush=True)
         begin = time.perf_counter()
@@ -206,7 +232,7 @@ def main():
         print(f"{part}: {outcome}, {outcomes[-1][2]:.0f} s", flush=True)
         report.write(folder, about, outcomes)
     print(f"{folder / 'report.md'}")
-    return 0 if all(outcome == "ok" for _, outcome, _ in outcomes) else 1
+    return 0 if all(outcome == "ok" or outcome.startswith("skipped") for _, outcome, _ in outcomes) else 1
 
 
 if __name__ == "__main__":

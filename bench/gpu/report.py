@@ -35,7 +35,11 @@ def tests(text):
     words = ("passed", "failed", "error", "skipped")
     ends = [line.strip("= ") for line in text.splitlines() if " in " in line and any(f" {word}" in line for word in words)]
     failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return ["## Tests", "", *(f"- {line}" for line in ends), *(f"- `{line[:200]}`" for line in failed)]
+    checked = [
+        line.strip("= ") for line in text.splitlines() if line.startswith(("========= ERROR SUMMARY", "========= Invalid"))
+    ]
+    found = [f"- compute-sanitizer: {line[:200]}" for line in dict.fromkeys(checked)]
+    return ["## Tests", "", *(f"- {line}" for line in ends), *(f"- `{line[:200]}`" for line in failed), *found]
 
 
 def rate(seconds, flops, moved):

@@ -3,7 +3,7 @@
     python -m bench.gpu.steps OUT.jsonl --size base --clips 32 --sides ours,tuned-compiled [--device cpu] [--limit 60]
 
 The sides are those of bench/steps.py. A step's time is the device's, over steps queued without a wait; host_ms is what the host
-needs to queue one: where it is the larger, launches bound the step.
+needs to queue one on an idle device: where it is the larger, launches bound the step.
 """
 
 import argparse
@@ -41,27 +41,35 @@ def measure(side, size, clips, device):
     for _ in range(4 if cuda else 1):
         step()
     wait()
-    marks, host = [], []
-    for _ in range((20 if cuda else 3) + 1):
-        if cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
+    host = []
+    for _ in range(5 if cuda else 3):
         begin = time.perf_counter()
         step()
         host.append(1e3 * (time.perf_counter() - begin))
-    wait()
-    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:])] if cuda else host
+        wait()  # for the queue is limited: a full one would make the host wait for the device
+    times = queued(step, 20) if cuda else host
     median = statistics.median(times)
     return {
         "ms": median,
         "least_ms": min(times),
         "most_ms": max(times),
-        "host_ms": statistics.median(host[:6]),
+        "host_ms": statistics.median(host),
         "clips_per_s": 1e3 * clips / median,
         "first_step_s": first,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "loss": loss.item(),
     }
+
+
+def queued(step, count):
+    """Milliseconds of the device for each of ``count`` steps, queued without a wait."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
 
 
 def main():

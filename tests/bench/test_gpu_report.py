@@ -34,7 +34,7 @@ def test_kernels_and_steps_run_on_a_cpu(tmp_path):
     assert status == 0, output + error + (tmp_path / "log.txt").read_text()
     kernels = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert set(kernels["decoder attention"]["seconds"]) >= {"ours", "flash"}
-    assert len(kernels) == 12 and not any("error" in result for result in kernels.values())
+    assert len(kernels) == 17 and not any("error" in result for result in kernels.values())
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [step["side"] for step in steps][:3] == ["ours", "reference", "tuned"]
     # The same weights, clips and masks: the losses after the same number of steps agree to bfloat16's precision.
@@ -58,6 +58,20 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
         assert not Path(f"/proc/{pid.read_text()}").exists()
 
 
+def test_a_command_that_has_no_time_left_is_not_started(tmp_path):
+    marker = tmp_path / "started"
+    outcome = command.Run(tmp_path, "cpu", seconds=1).call([sys.executable, "-c", f"open({str(marker)!r}, 'w')"], 60)
+    assert outcome == "not started: no time left" and not marker.exists()
+
+
+def test_memcheck_runs_tests_that_there_are():
+    """What it selects by name; each kernel that reads ids or rows is among it."""
+    done = subprocess.run([*command.MEMCHECK, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
+    tests = ["ids_out_of_range", "masked_patchify[channels-last]", "patch_loss[channels-last]", "packed_attention[bfloat16-1-157"]
+    for name in (*tests, "packed_attention[bfloat16-1-77", "add_layer_norm_strided", "restore_tokens_strided"):
+        assert f"test_{name}" in done.stdout, done.stdout + done.stderr
+
+
 def test_what_cannot_run_is_an_outcome(tmp_path):
     run = command.Run(tmp_path, "cpu")
     assert run.call([sys.executable, "-c", "raise SystemExit(3)"], 60) == "exit status 3"
@@ -77,4 +91,8 @@ def test_the_page_shows_ncus_metrics_by_launch():
 
 def test_the_page_names_failed_tests():
     text = "....\nFAILED tests/x.py::test_y[3] - assert 1\n1 failed, 4 passed in 3.21s\n"
-    assert report.tests(text) == ["## Tests", "", "- 1 failed, 4 passed in 3.21s", "- `FAILED tests/x.py::test_y[3] - assert 1`"]
+    expected = ["## Tests", "", "- 1 failed, 4 passed in 3.21s", "- `FAILED tests/x.py::test_y[3] - assert 1`"]
+    assert report.tests(text) == expected
+    checked = text + "========= Invalid __global__ read of size 4 bytes\n" * 2 + "========= ERROR SUMMARY: 2 errors\n"
+    found = ["- compute-sanitizer: Invalid __global__ read of size 4 bytes", "- compute-sanitizer: ERROR SUMMARY: 2 errors"]
+    assert report.tests(checked) == [*expected, *found]

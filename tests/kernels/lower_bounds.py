@@ -67,6 +67,19 @@ def patchify_work(B, N, K, Q, D, *, backward=False):
     return B * K * (Q + 8) + 2 * D * (Q + 1) + 4 * N * D + 4 * B * K * D, 2 * B * K * Q * D
 
 
+def norms_work(elements, *, backward=False):
+    """(calls, bytes of one on average) of `add_layer_norm`s on a float32 stream with bfloat16 branches: ``elements`` of the
+    stream at each. The first has no branch, and no gradient of its sum; the sum of the last has no gradient either."""
+    first, *middle, last = elements
+    moved = 10 * first + 16 * sum(middle) + 12 * last if backward else 6 * first + 12 * (sum(middle) + last)
+    return len(elements), moved / len(elements)
+
+
+def gelus_work(elements, *, backward=False):
+    """(calls, bytes of one on average) of `mlp`s' GELUs in bfloat16: ``elements`` of the hidden layer at each."""
+    return len(elements), (6 if backward else 4) * sum(elements) / len(elements)
+
+
 def step_work(model, B):
     """{op: (calls in a training step, bytes, operations, exponentials of one)}, bfloat16 autocast, 90 % of uint8 clips masked."""
     c = model.config
@@ -78,6 +91,13 @@ def step_work(model, B):
     decoder = (B, all_tokens, c.decoder_num_heads, W // c.decoder_num_heads)
     restored = 2 * B * n * W + 4 * all_tokens * W + 4 * B * all_tokens * W
     parameters = sum(x.numel() for x in model.parameters())
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    stream, every, some = B * n * D, B * all_tokens * W, B * M * W
+    norms = {"encoder's": [stream] * (2 * c.depth + 1), "decoder's": [every] * (2 * c.decoder_depth - 1) + [some] * 2}
+    ratio = model.encoder.blocks[0].fc1.out_features // D
+    gelus = {"encoder's": [ratio * stream] * c.depth, "decoder's": [ratio * every] * (c.decoder_depth - 1) + [ratio * some]}
+    # What fc1's bias gets comes out of GELU's backward; of the last block only qkv sees every token.
+    summed = 5 * stream * c.depth + B * n * W + 5 * every * (c.decoder_depth - 1) + 3 * every + 2 * some + B * M * P
     block = 24  # operations per token and width squared: qkv 6, projection 2, MLP 16
     linear = B * n * (c.depth * block * D * D + 2 * D * W)
     linear += B * all_tokens * ((c.decoder_depth - 1) * block + 6) * W * W  # of the last block only qkv sees every token
@@ -94,11 +114,21 @@ def step_work(model, B):
         "decoder's `attention`, backward": (c.decoder_depth, *_attention(*decoder, backward=True)),
         "`gather_tokens`, float32 stream and bfloat16 branch": (1, 12 * B * M * W, 0, 0),
         "`gather_tokens`, backward": (1, 6 * B * (M + all_tokens) * W, 0, 0),
+        **{f"{part} `add_layer_norm`": (*norms_work(sizes), 0, 0) for part, sizes in norms.items()},
+        **{f"{part} `add_layer_norm`, backward": (*norms_work(sizes, backward=True), 0, 0) for part, sizes in norms.items()},
+        **{f"GELU in the {part} `mlp`": (*gelus_work(sizes), 0, 0) for part, sizes in gelus.items()},
+        **{f"GELU in the {part} `mlp`, backward": (*gelus_work(sizes, backward=True), 0, 0) for part, sizes in gelus.items()},
+        "weights of `linear` and `mlp` to bfloat16": (len(layers), 6 * _parameters(layers) / len(layers), 0, 0),
+        "bias gradients of `linear` and `mlp` (torch's)": (1, 2 * summed, 0, 0),
         "`patch_loss`": (1, B * M * (3 * P + 20), 0, 0),
         "`patch_loss`, backward": (1, B * M * (5 * P + 20), 0, 0),
         "linear layers, forward and backward (torch's)": (1, 0, 3 * linear, 0),
         "AdamW (torch's)": (1, 28 * parameters, 0, 0),
     }
+
+
+def _parameters(layers):
+    return sum(x.numel() for layer in layers for x in layer.parameters())
 
 
 def _attention(B, N, H, D, *, backward=False):

@@ -95,6 +95,42 @@ def test_tiles_of_attention_cost_what_is_said(report):
     assert not differing
 
 
+# Issue slots of the main loop for a useful score on sm_90, queries = keys = N: what a tile that is offered has at most.
+SLOTS = {
+    ("attention", 64, 157): 13.8,
+    ("grad_q", 64, 157): 12.3,
+    ("grad_kv", 64, 157): 16.3,
+    ("attention", 32, 1569): 7.1,
+    ("grad_q", 32, 1569): 7.4,
+    ("grad_kv", 32, 1569): 10.5,
+}
+
+
+@pytest.mark.parametrize("kernel, D, N", SLOTS)
+def test_attention_has_a_tile_of_few_instructions(kernel, D, N):
+    """On the checked-in counts, which the tests above hold to what is compiled."""
+    from stmae.kernels import attention_tiles
+
+    def slots(tile):
+        warps, _, block_m, block_n, _, loop, *_ = tile
+        own, walked = (block_n, block_m) if kernel == "grad_kv" else (block_m, block_n)
+        left = N % walked
+        steps = N // walked + (max(16, 1 << (left - 1).bit_length()) / walked if left else 0)  # the last tile is a smaller one
+        return -(-N // own) * steps * loop * 32 * warps / N**2
+
+    assert min(map(slots, attention_tiles.offered(kernel, "sm_90", D))) <= SLOTS[kernel, D, N]
+
+
+def test_tiles_that_spill_with_an_older_triton_are_not_offered_there():
+    from stmae.kernels import attention_tiles
+
+    for (target, kernel, D, *tile), since in attention_tiles.SINCE.items():
+        listed = [(warps, m, n) for warps, _, m, n, *_ in attention_tiles.TILES[target][kernel][D]]
+        older = [(warps, m, n) for warps, _, m, n, *_ in attention_tiles.offered(kernel, target, D, (3, since[1] - 1))]
+        newer = [(warps, m, n) for warps, _, m, n, *_ in attention_tiles.offered(kernel, target, D, since)]
+        assert tuple(tile) in listed and tuple(tile) not in older and tuple(tile) in newer and older
+
+
 def test_nothing_spills(report):
     assert not failing(report, lambda key, x: x["spilled"] == 0)
 

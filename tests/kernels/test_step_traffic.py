@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests.kernels import step_traffic
+from stmae import models
+from tests.kernels import lower_bounds, step_traffic
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="interpreted kernels are not launched")
 
@@ -37,6 +38,27 @@ def test_what_torch_launches_is_little(large):
     by_torch = [kernel for kernel in large.kernels if not kernel.name.startswith(ours)]
     assert not {kernel.name for kernel in by_torch} & {"native_layer_norm", "gelu", "gelu_backward", "native_layer_norm_backward"}
     assert sum(kernel.nbytes for kernel in by_torch if kernel.name != "sum") < 0.6e9
+
+
+def test_lower_bounds_have_what_the_layers_move(large):
+    """Within 5 %: partial sums, statistics and parameters are not in the bounds."""
+    with torch.device("meta"):
+        work = lower_bounds.step_work(models.mae_vit_large_patch16(), 32)
+    names = {
+        "_add_layer_norm": "add_layer_norm`",
+        "_add_layer_norm_backward": "add_layer_norm`, backward",
+        "_gelu": "mlp`",
+        "_gelu_backward": "mlp`, backward",
+        "_cast": "to bfloat16",
+    }
+    for kernel, end in names.items():
+        rows = [(calls, calls * moved) for op, (calls, moved, *_) in work.items() if op.endswith(end)]
+        counted = [launch.nbytes for launch in large.kernels if launch.name == kernel]
+        calls, moved = map(sum, zip(*rows))
+        assert len(counted) == calls, kernel
+        assert moved <= sum(counted) <= 1.05 * moved, kernel
+    (sums,) = (moved for op, (_, moved, *_) in work.items() if op.startswith("bias gradients"))
+    assert sums <= sum(launch.nbytes for launch in large.kernels if launch.name == "sum") <= 1.05 * sums
 
 
 def test_launches_are_counted():
