@@ -57,9 +57,11 @@ def refused_or_right(name, arguments, mode, must=False):
         return
     assert not must, f"{name} took it"
     again = call(name, {key: plain(value) for key, value in arguments.items()})
-    with mode:  # on the CPU: on the meta device the shape functions speak of GPUs
-        fake = {key: faked(value, mode) for key, value in arguments.items()}
-        shapes = [tuple(x.shape) for x in call(name, fake)]
+    shapes = [tuple(x.shape) for x in results]
+    if "out" not in arguments:  # whose shape is given; up to 2.11 torch fails where a fake tensor to be written to is conjugated
+        with mode:  # on the CPU: on the meta device the shape functions speak of GPUs
+            fake = {key: faked(value, mode) for key, value in arguments.items()}
+            shapes = [tuple(x.shape) for x in call(name, fake)]
     for index, (result, expected) in enumerate(zip(results, again, strict=True)):
         if name.startswith(("linear", "mlp")):  # a library sums transposed or stepped operands in another order
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
