@@ -48,27 +48,32 @@ def differentiable(op, backward, setup_context, *, public=None):
     """
     name = _name(op)
     public = public or name.removesuffix("_backward")
+    gradient = {"backward": staticmethod(backward), "jvp": staticmethod(functools.partial(_refuse_forward_mode, public))}
     function: Any = type(
         f"{name}_function",
         (torch.autograd.Function,),
         {
+            **gradient,
             "forward": staticmethod(functools.partial(_below_autograd, op)),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-            "jvp": staticmethod(functools.partial(_refuse_forward_mode, public)),
             "vmap": staticmethod(lambda info, in_dims, *arguments: _one_by_one(call, info, in_dims, arguments)),
         },
     )
 
-    # Function.apply would, at every call, inspect the forward's signature for default arguments (20 us) and ask for torch.func.
-    apply = super(torch.autograd.Function, function).apply
+    def forward(ctx, *arguments):
+        output = _below_autograd(op, *arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    # Without torch.func: a function with a setup_context has its signature inspected at each call, which takes 20 us.
+    plain: Any = type(f"{name}_autograd", (torch.autograd.Function,), {**gradient, "forward": staticmethod(forward)})
 
     def autograd(*arguments):
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"torch.ops.stmae.{name}: torch.func does not see through it; call stmae.ops.{public} or stmae.reference.{public}"
             )
-        return apply(*arguments)
+        return plain.apply(*arguments)
 
     torch.library.impl(f"stmae::{name}", "Autograd")(autograd)
 

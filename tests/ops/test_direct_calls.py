@@ -252,7 +252,7 @@ def test_an_output_that_overlaps_an_input():
 
 
 def test_a_call_inspects_no_signature(monkeypatch):
-    """Which torch.autograd.Function.apply does at each call, for most of what a call costs the host."""
+    """Which torch does at each call of an autograd.Function with a setup_context: most of what a small call costs the host."""
     calls = {name: make() for name, make in CALLS.items()}
 
     def refuse(*arguments, **options):

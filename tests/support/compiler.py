@@ -211,7 +211,7 @@ def _amd(text, warps, shared):
     def count(pattern):
         return len(re.findall(rf"^\s+(?:{pattern})", text, re.M))
 
-    vector = field("vgpr_count")  # of a lane, the accumulation registers among them
+    vector = field("vgpr_count") + field("agpr_count")
     instructions = _amd_instructions(text)
     loop, outside = _main_loop(instructions, lambda opcode: opcode.startswith("v_mfma"))
 
