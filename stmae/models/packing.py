@@ -17,8 +17,10 @@ def check_clips(name: str, config: EncoderConfig, clips: object) -> list[torch.T
         ValueError: in the name of ``name``, for what is no list of clips and pictures of one dtype whose sizes are multiples of
             the patch.
     """
-    if not isinstance(clips, (list, tuple)) or not clips:
-        raise ValueError(f"{name}: expected videos a list of one clip or more, got {type(clips).__name__} of none")
+    if not isinstance(clips, (list, tuple)):
+        raise ValueError(f"{name}: expected the video to be a tensor or a list of clips, got {type(clips).__name__}")
+    if not clips:
+        raise ValueError(f"{name}: expected videos a list of one clip or more, got an empty one")
     checked: list[torch.Tensor] = []
     C, patch = config.in_channels, (config.tubelet_size, *as_pair(config.patch_size))
     for index, clip in enumerate(clips):

@@ -11,6 +11,7 @@ from torch import nn
 from stmae.models.config import VideoClassifierConfig
 from stmae.models.encoder import Encoder, VideoModel
 from stmae.models.layers import add_layer_norm, linear
+from stmae.models.packing import check_clips
 
 Clips = torch.Tensor | Sequence[torch.Tensor]
 Keep = torch.Tensor | Sequence[torch.Tensor] | None
@@ -59,6 +60,7 @@ class VideoClassifier(VideoModel):
         """All tokens [B, N, D], or [B, 1 + N, D] with the class token first, after the last block and before the norm, which
         is that of their mean (timm's ``fc_norm``). Arguments as in ``forward``; for a list of clips a list of [(1 +) N, D]."""
         if not isinstance(video, torch.Tensor):
+            video = check_clips("VideoClassifier", self.config, video)
             if keep is not None and any(len(row) == 0 for row in keep):
                 raise ValueError("VideoClassifier: expected keep with at least one token a clip, got one with none")
             return self.encoder(video, keep, norm=False)

@@ -67,8 +67,9 @@ def test_a_command_that_has_no_time_left_is_not_started(tmp_path):
 def test_memcheck_runs_tests_that_there_are():
     """What it selects by name; each kernel that reads ids or rows is among it."""
     done = subprocess.run([*command.MEMCHECK, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
-    tests = ["ids_out_of_range", "masked_patchify[channels-last]", "patch_loss[channels-last]", "packed_attention[bfloat16-1-157"]
-    for name in (*tests, "packed_attention[bfloat16-1-77", "add_layer_norm_strided", "restore_tokens_strided"):
+    tests = ["ids_out_of_range", "masked_patchify[channels-last]", "patch_loss[channels-last]"]
+    tests += ["attention_qkvpacked[bfloat16-1-157", "attention_qkvpacked[bfloat16-1-77"]
+    for name in (*tests, "add_layer_norm_strided", "restore_tokens_strided"):
         assert f"test_{name}" in done.stdout, done.stdout + done.stderr
 
 

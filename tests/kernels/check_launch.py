@@ -202,7 +202,31 @@ def _transformer():
         launch("mlp_backward", out, x, hidden, activation, *parameters, *dtypes, wanted)
 
 
-OPS = {"tokens": _tokens, "masked_patchify": _patchify, "patch_loss": _loss, "attention": _attention, "transformer": _transformer}
+def _sequences():
+    sizes = ((4, 32, 48), (2, 16, 32))  # 2 * 2 * 3 and 1 * 1 * 2 patches
+    videos = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8).permute(3, 0, 1, 2) for size in sizes]
+    statistics, offsets = ([0.4, 0.45, 0.5], [0.2, 0.225, 0.25]), torch.tensor([0, 5, 6])
+    ids = torch.tensor([0, 3, 7, 8, 11, 13])  # of both, the second's from 12 on
+    arguments = videos, ids, offsets, random(72, 3, 2, 16, 16), random(72), random(14, 72), *statistics
+    out = launch("masked_patchify_varlen", *arguments)
+    launch("masked_patchify_varlen_backward", out, *arguments)
+    pred, frames = random(6, 768), ([1, 16, 16], [0, 2, 1], [2, 1])
+    loss, mean, rstd = launch("patch_loss_varlen", pred, videos, ids % 6, offsets, *frames, 1, *statistics)
+    launch("patch_loss_varlen_backward", loss, pred, videos, ids % 6, offsets, mean, rstd, *frames, *statistics)
+    launch("random_masking_varlen", torch.rand(14), torch.tensor([0, 12, 14]), torch.tensor([0, 3, 4]), 4)
+    qkv, offsets = random(58, 3, 2, 32, dtype=torch.bfloat16), torch.tensor([0, 41, 58], dtype=torch.int32)
+    out, lse = launch("attention_varlen_qkvpacked", qkv, offsets, 0.3)
+    launch("attention_varlen_qkvpacked_backward", out, qkv, out, lse, offsets, 0.3)
+
+
+OPS = {
+    "tokens": _tokens,
+    "masked_patchify": _patchify,
+    "patch_loss": _loss,
+    "attention": _attention,
+    "transformer": _transformer,
+    "sequences": _sequences,
+}
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -214,7 +238,7 @@ def test_every_argument_arrives(ops, recorder, passed):
     total = {name: sum(x[name] for x in counts) for name in counts[0]}
     print(f"{ops}: {len(passed)} launches, {total}")
     assert total["pointer"] and total["number"] and total["constant"]
-    if ops in ("masked_patchify", "patch_loss", "attention"):
+    if ops in ("masked_patchify", "patch_loss", "attention", "sequences"):
         assert total["float"] and total["tuple"]
     if ops in ("masked_patchify", "transformer"):
         assert total["none"]

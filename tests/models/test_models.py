@@ -635,7 +635,7 @@ def test_bad_classifier_configurations_are_refused(changes):
         (lambda v: v[..., :30], r"got \[2, 2, 6, 24, 30\]"),
         (lambda v: v.transpose(1, 2), r"got \[2, 6, 2, 24, 32\]"),
         (lambda v: v.long(), "video uint8 or normalised floating point, got torch.int64"),
-        (lambda v: v.numpy(), "video to be a tensor, got ndarray"),
+        (lambda v: v.numpy(), "video to be a tensor or a list of clips, got ndarray"),
     ],
     ids=["dimensions", "channels", "frames", "size", "order", "dtype", "type"],
 )

@@ -211,7 +211,7 @@ def _amd(text, warps, shared):
     def count(pattern):
         return len(re.findall(rf"^\s+(?:{pattern})", text, re.M))
 
-    vector = field("vgpr_count") + field("agpr_count")
+    vector = field("vgpr_count")  # the accumulation registers are among them
     instructions = _amd_instructions(text)
     loop, outside = _main_loop(instructions, lambda opcode: opcode.startswith("v_mfma"))
 

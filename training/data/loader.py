@@ -289,7 +289,7 @@ class Batches:
         number, status = ended[0] if ended else (None, 0)
         video = self.reading.number(number) if ended and self.reading is not None else None
         if video is not None:
-            reason += f" It was reading {self._path(video)}."
+            reason = f"{reason.rstrip('.')}. It was reading {self._path(video)}."
         to_blame = status > 0 or -status in CRASHES
         if not to_blame:
             reason += " One that was killed may have had too little memory: try fewer run.workers"

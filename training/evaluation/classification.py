@@ -5,12 +5,14 @@ import functools
 import torch
 
 from ..data.dataset import ViewClips, as_video
+from ..data.outage import PATIENCE
 from ..data.video import VideoError
 
 
 @torch.no_grad()
-def predict(model, entries, clips, views, device, autocast):
-    """(scores [videos, views, classes] float32 after softmax, labels [videos], VideoErrors of the videos left out)."""
+def predict(model, entries, clips, views, device, autocast, *, patience=PATIENCE):
+    """(scores [videos, views, classes] float32 after softmax, labels [videos], VideoErrors of the videos left out). ``patience``
+    as for ViewClips."""
     dataset = ViewClips(
         entries,
         clips,
@@ -19,6 +21,7 @@ def predict(model, entries, clips, views, device, autocast):
         temporal=views.temporal,
         spatial=views.spatial,
         crop_pct=views.crop_pct,
+        patience=patience,
     )
     model.eval()
     scores, labels, skipped = [], [], []
@@ -46,7 +49,8 @@ def topk_accuracy(scores, labels, k):
 def accuracy(entries, config, processes, device, model, autocast, logger, step):
     """{"top1", "top5"} on all of ``entries``, each process classifying a shard of them. An EvaluationHook's ``evaluate``, once
     the first four are given."""
-    own = functools.partial(predict, model, processes.shard(entries), config.clips, config.views, device, autocast)
+    settings = config.clips, config.views, device, autocast
+    own = functools.partial(predict, model, processes.shard(entries), *settings, patience=config.run.data_patience)
     scores, labels, skipped = zip(*processes.gather_results(own))
     for error in sum(skipped, []):
         logger.info(f"left out of the test: {error}")

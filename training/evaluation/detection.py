@@ -6,6 +6,7 @@ import torch
 
 from ..data.ava import BoxViews, read_annotations, read_classes, read_detections, read_excluded
 from ..data.dataset import as_video
+from ..data.outage import PATIENCE
 from ..data.video import VideoError
 from .average_precision import mean_average_precision
 
@@ -37,9 +38,9 @@ class BoxTest:
 
 
 @torch.no_grad()
-def score_boxes(model, frames, clips, device, autocast):
-    """({(video, second): (boxes, scores [n, num_classes])}, VideoErrors of the frames left out)."""
-    views = BoxViews(frames, clips, frames=model.config.num_frames, size=model.config.image_size)
+def score_boxes(model, frames, clips, device, autocast, *, patience=PATIENCE):
+    """({(video, second): (boxes, scores [n, num_classes])}, VideoErrors of the frames left out). patience: as for BoxViews."""
+    views = BoxViews(frames, clips, frames=model.config.num_frames, size=model.config.image_size, patience=patience)
     model.eval()
     scored, skipped = {}, []
     for number, frame in enumerate(frames):
@@ -66,10 +67,10 @@ def box_map(test, scored):
     return {"mAP": mean, "classes": len(found)}, found
 
 
-def detection_map(test, clips, processes, device, model, autocast, logger, step):
+def detection_map(test, clips, processes, device, patience, model, autocast, logger, step):
     """{"mAP", "classes"}, each process scoring a shard of the test's frames. An EvaluationHook's ``evaluate``, once the first
-    four are given."""
-    own = functools.partial(score_boxes, model, processes.shard(test.frames), clips, device, autocast)
+    five are given."""
+    own = functools.partial(score_boxes, model, processes.shard(test.frames), clips, device, autocast, patience=patience)
     parts, skipped = zip(*processes.gather_results(own))
     for error in sum(skipped, []):
         logger.info(f"left out of the test: {error}")

@@ -11,19 +11,19 @@ from tqdm import tqdm
 from stmae import checkpoint
 
 from ..data.dataset import ReadableViews, ViewClips, as_video
-from ..data.outage import was_read
+from ..data.outage import PATIENCE, was_read
 from ..engine.device import choose_device, choose_precision, choose_workers
 from ..engine.run_folder import clips_of, weights_file
 
 
-def encode(path, entries, config, *, model=None):
+def encode(path, entries, config, *, model=None, patience=PATIENCE):
     """(features [videos, D] float32, labels [videos], paths, VideoErrors of the videos left out).
 
     The encoder of ``path`` (an autoencoder's or a classifier's), or of ``model``, sees every patch of every view; views
     are averaged.
-    config: with ``tokens``, ``stride``, ``views``, ``device``, ``precision``, ``workers``.
+    config: with ``tokens``, ``stride``, ``views``, ``device``, ``precision``, ``workers``. patience: as for ViewClips.
     """
-    return _encode(path, entries, config, model, None)
+    return _encode(path, entries, config, model, None, patience)
 
 
 def encode_tokens(path, entries, config, *, model=None):
@@ -33,12 +33,12 @@ def encode_tokens(path, entries, config, *, model=None):
     the other. They all stay in memory: 2.4 MB for each view of ViT-B.
     """
     tokens = []
-    features, *rest = _encode(path, entries, config, model, tokens.append)
+    features, *rest = _encode(path, entries, config, model, tokens.append, PATIENCE)
     return features, torch.stack(tokens) if tokens else torch.zeros(0, 0, features.shape[1]), *rest
 
 
 @torch.no_grad()
-def _encode(path, entries, config, model, collect):
+def _encode(path, entries, config, model, collect, patience):
     """What ``encode`` gives; ``collect`` is called with each video's tokens, unless it is None."""
     device = choose_device(config.device)
     dtype, _ = choose_precision(config.precision, device)
@@ -54,6 +54,7 @@ def _encode(path, entries, config, model, collect):
         temporal=config.views.temporal,
         spatial=config.views.spatial,
         crop_pct=config.views.crop_pct,
+        patience=patience,
     )
     workers = choose_workers(config.workers, device)
     loader = DataLoader(ReadableViews(views), batch_size=None, num_workers=workers)

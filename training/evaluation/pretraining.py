@@ -17,6 +17,11 @@ from .pictures import ROWS, grid, to_uint8
 from .probes import knn
 
 
+def _views(entries, config, temporal=1):
+    options = {"frames": config.model.num_frames, "size": config.model.image_size, "patience": config.run.data_patience}
+    return ViewClips(entries, config.clips, temporal=temporal, **options)
+
+
 @torch.no_grad()
 def held_out_loss(entries, config, processes, device, model, autocast, logger, step):
     """Mean loss on fixed clips of ``entries`` (start, middle and end, centre crop) under fixed masks: the same at every call.
@@ -24,7 +29,7 @@ def held_out_loss(entries, config, processes, device, model, autocast, logger, s
     Every process takes a shard of the videos. A video that cannot be read is named and left out, never replaced; with none left
     the result is NaN.
     """
-    views = ViewClips(entries, config.clips, frames=config.model.num_frames, size=config.model.image_size, temporal=3)
+    views = _views(entries, config, temporal=3)
     losses, left_out = {}, {}
     model.eval()
 
@@ -52,13 +57,15 @@ def knn_accuracy(train, test, config, processes, device, model, autocast, logger
     settings = EncodingConfig(
         tokens=config.probe.tokens, device=str(device), precision=config.run.precision, workers=config.run.workers
     )
-    encoder = classifier_from_autoencoder(model)
+    encoder, patience = classifier_from_autoencoder(model), config.run.data_patience
 
     def features(entries):
         """(features, labels) in the order of ``entries``, whatever the number of processes."""
         rows = {}
         mine = processes.shard(range(len(entries)))
-        own = functools.partial(encode, config.output, [entries[number] for number in mine], settings, model=encoder)
+        own = functools.partial(
+            encode, config.output, [entries[number] for number in mine], settings, model=encoder, patience=patience
+        )
         x, y, paths, left_out = processes.gather_results(own)[processes.rank]
         numbers = iter(mine)
         for row, label, path in zip(x, y, paths):
@@ -80,7 +87,7 @@ def knn_accuracy(train, test, config, processes, device, model, autocast, logger
 @torch.no_grad()
 def log_reconstructions(entries, config, device, model, autocast, logger, step):
     """Pictures of what the model makes of the middle clip of each of ``entries``, always under the same mask."""
-    views = ViewClips(entries, config.clips, frames=config.model.num_frames, size=config.model.image_size)
+    views = _views(entries, config)
     model.eval()
 
     def picture(number):

@@ -37,7 +37,7 @@ def _finetune_detector(config, processes, device, folder):
     hooks = []
     if config.test_data:
         test = BoxTest(config, config.test_data, config.model.num_classes)
-        evaluate = functools.partial(detection_map, test, config.clips, processes, device)
+        evaluate = functools.partial(detection_map, test, config.clips, processes, device, config.run.data_patience)
         hooks.append(EvaluationHook(config.run.evaluate_every, evaluate))
     task = detection_task(config, frames, device, hooks)
     if processes.is_main:

@@ -390,7 +390,12 @@ def test_the_attentive_classifier_is_attention_with_one_query():
 def test_one_pass_gives_features_and_tokens(pretrained, videos):
     entries = find_labelled_videos(videos)
     config = probe.Config(
-        checkpoint=str(pretrained), data="", test_data="", workers=0, precision="float32", views=ViewConfig(temporal=2)
+        checkpoint=str(pretrained),
+        data="unused",
+        test_data="unused",
+        workers=0,
+        precision="float32",
+        views=ViewConfig(temporal=2),
     )
     x, tokens, y, paths, _ = encoding.encode_tokens(pretrained, entries, config)
     same, same_y, same_paths, _ = encoding.encode(pretrained, entries, config)

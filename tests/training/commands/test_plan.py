@@ -174,7 +174,10 @@ def test_what_cannot_be_is_refused(settings, message):
 def test_a_recipe_must_name_its_command(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("optimizer: {batch: 4}\n")
     assert cli.main(["plan", "--recipe", str(tmp_path / "mine.yaml"), "--memory", "24"]) == 1
-    assert "expected 'preset: NAME', 'command: pretrain' or 'command: finetune' at its top" in capsys.readouterr().err
+    assert (
+        "expected 'preset: NAME' or 'command: ' and one of pretrain, finetune, finetune detector at its top"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="encoder: expected a pre-training preset or weights"):
         (tmp_path / "mine.yaml").write_text("command: finetune\n")
         make(recipe=str(tmp_path / "mine.yaml"))

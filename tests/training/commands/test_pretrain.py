@@ -351,7 +351,7 @@ def test_broken_videos_are_named_once_and_counted(tiny, tmp_path, videos, capsys
     "arguments, message",
     [
         (["--data", "/nowhere"], "no such folder or list file: /nowhere"),
-        (["--model.num_frames", "40"], "none of the 3 videos can be used"),
+        (["--model.num_frames", "40", "--clips.short", "skip"], "none of the 3 videos can be used"),
         (["--run.device", "cuda:77"], "cuda:77"),
     ],
 )
