@@ -104,6 +104,7 @@ def test_public_ops_on_tensors_that_hold_nothing(device):
             assert all(z.grad.shape == z.shape and z.grad.dtype == z.dtype for z in (*parameters, *layer))
 
 
+@pytest.mark.skipif(support.TRITON_PROBLEM is not None, reason=f"the layers are torch's own: {support.TRITON_PROBLEM}")
 def test_compiled_for_a_gpu_in_one_graph():
     """torch.compile traces the public ops on (fake) CUDA tensors without a break, and keeps each as the one node it is."""
     graphs = []

@@ -2,10 +2,10 @@
 
 import pytest
 
-# What the extras bring. Tests of the kernels, the ops and the models need none of it.
+# What the extras bring. Tests of the ops and the models need none of it, those of the kernels Triton alone.
 OPTIONAL = {
     "PIL", "av", "hypothesis", "jsonargparse", "matplotlib", "peft", "safetensors", "tensorboard", "torchcodec", "tqdm",
-    "transformers", "yaml",
+    "transformers", "triton", "yaml",
 }  # fmt: skip
 
 
