@@ -191,7 +191,7 @@ BAD = [
     ([torch.zeros(3, 4, 32, 32), torch.zeros(3, 4, 32, 32).bfloat16()], "expected videos of one dtype and device"),
     ([torch.zeros(3, 4, 32, 32).long()], r"expected videos\[0\] uint8 or normalised floating point, got torch.int64"),
     ([None], r"expected videos\[0\] to be a tensor, got NoneType"),
-    ("clips", "expected videos a list"),
+    ("clips", "expected the video to be a tensor or a list of clips, got str"),
 ]
 
 
