@@ -123,9 +123,9 @@ def _packed_backward_fake(grad_out, qkv, out, lse, scale):
 
 
 def _setup_context(ctx, inputs, output):
-    *projections, ctx.scale = inputs
+    *tensors, ctx.scale = inputs
     out, lse = output
-    ctx.save_for_backward(*projections, out, lse)
+    ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # no zeros for lse
 

@@ -1,7 +1,7 @@
 import torch
 
 from . import checks, library
-from .attention import _head_dim, _scale
+from .attention import _head_dim, _scale, _setup_context
 
 
 def attention_varlen(
@@ -95,14 +95,6 @@ def _backward_fake(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scal
 
 def _packed_backward_fake(grad_out, qkv, out, lse, cu_seqlens, scale):
     return qkv.new_empty(qkv.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # no zeros for lse
 
 
 def _backward(ctx, grad_out, _):

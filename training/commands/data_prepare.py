@@ -77,7 +77,7 @@ def run(config):
         lines = [line_of(names[i], entries[i]) for i in done]
         list_of.write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
         print(f"list: {list_of}")
-    (output / LEFT_OUT).write_text("".join(f"# {error.reason}\n{error.path}\n" for error in errors), encoding="utf-8")
+    (output / LEFT_OUT).write_bytes(os.fsencode("".join(f"# {error.reason}\n{error.path}\n" for error in errors)))
     print(
         f"{len(entries)} videos: {len(done)} in {output}, {len(errors)} left out" + (f" ({output / LEFT_OUT})" if errors else "")
     )
@@ -92,7 +92,8 @@ def exit_status(config, result):
 
 
 def keep_settings(output, settings):
-    """Writes the settings to the output folder, or raises ValueError where it was prepared with others."""
+    """Writes the settings to the output folder, or raises ValueError where it was prepared with others, or holds what this
+    command did not write."""
     file = output / SETTINGS
     if file.exists():
         try:
@@ -101,6 +102,8 @@ def keep_settings(output, settings):
             before = None
         if before != settings:
             raise ValueError(f"output: {output} was prepared with {before}, not {settings}: choose another folder")
+    elif any(output.iterdir()):
+        raise ValueError(f"output: {output} is not empty, and this command did not write it: choose another folder")
     file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,8 @@
 """``stmae test detector``: an action detector's mean average precision on AVA's annotations."""
 
 import functools
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +13,7 @@ from stmae.models import ActionDetector
 from ..config import BoxClipConfig, BoxDataConfig
 from ..config.checks import require_device, require_text
 from ..engine.device import choose_device, choose_precision
+from ..engine.outputs import is_results, require_own, write_results
 from ..engine.run_folder import weights_file
 from ..evaluation.detection import BoxTest, box_map, score_boxes
 
@@ -48,6 +47,8 @@ Config = TestConfig
 
 def run(config):
     """Prints the mean average precision; returns it as a dict."""
+    if config.output:
+        require_own(config.output, is_results("mAP", "average_precision"))
     device = choose_device(config.device)
     dtype, precision = choose_precision(config.precision, device)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype else nullcontext
@@ -70,5 +71,5 @@ def run(config):
     )
     if config.output:
         by_class = {str(label + 1): value for label, value in by_class.items()}  # as the annotations number them
-        Path(config.output).write_text(json.dumps({**results, "average_precision": by_class}, indent=1) + "\n")
+        write_results(config.output, {**results, "average_precision": by_class})
     return results

@@ -42,6 +42,7 @@ COMMANDS = {
     "probe.json": ["probe", *MAE, *VIDEOS, "--test_data", "videos", "--stride", "1", "--workers", "0", "--kinds", "knn"],
     "list.txt": ["data", "check", *VIDEOS, "--frames", "4", "--workers", "0"],
 }
+REFUSED_EARLY = ["test", "detector", "--checkpoint", "none", "--data", "none.csv", "--data_root", "videos"]
 OWN = {
     "results": outputs.is_results("top1", "views"),
     "list": outputs.is_list_of("features"),
@@ -85,6 +86,19 @@ def test_what_a_command_did_not_write_is_not_overwritten(name, folder, monkeypat
     assert cli.main(command) == 1
     assert f"output: {beside.name} exists, and this command did not write it" in capsys.readouterr().err
     assert contents(folder) == before
+
+
+def test_a_detectors_results_and_a_folder_of_videos_are_not_overwritten_either(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "mine.json").write_text("{}")
+    assert cli.main([*REFUSED_EARLY, "--output", "mine.json"]) == 1
+    assert "mine.json exists, and this command did not write it" in capsys.readouterr().err
+    assert (folder / "mine.json").read_text() == "{}"
+    (folder / "notes").mkdir()
+    (folder / "notes" / "left_out.txt").write_text("mine")
+    assert cli.main(["data", "prepare", *VIDEOS, "--output", "notes"]) == 1
+    assert "notes is not empty, and this command did not write it" in capsys.readouterr().err
+    assert [file.name for file in (folder / "notes").iterdir()] == ["left_out.txt"]
 
 
 def test_the_array_beside_no_list_is_not_overwritten_either(folder, monkeypatch, capsys):
