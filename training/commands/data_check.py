@@ -16,7 +16,7 @@ from ..data.dataset import length_of, within
 from ..data.decoders import choose_decoder, open_entry
 from ..data.loader import LoaderError, results
 from ..data.video import MAX_CLIP_PIXELS, VideoError
-from ..data.video_list import find_videos
+from ..data.video_list import find_mixture
 from ..engine.outputs import is_list_of, require_own, write_list
 
 
@@ -59,7 +59,7 @@ ERRORS = (LoaderError,)
 
 def run(config):
     """Prints what is broken and a summary; returns (usable entries, VideoErrors)."""
-    entries = find_videos(config.data, config.data_root, config.data_labels)
+    entries = find_mixture(config.data, config.data_root, config.data_labels).entries
     if config.output:
         require_own(config.output, is_list_of("data check"))
     decoder = choose_decoder(config.decoder)

@@ -12,7 +12,7 @@ from stmae.models import EncoderConfig, VideoClassifierConfig
 from ..config import DetectionConfig, FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
 from ..config.checks import check_types, require_positive, require_text
 from ..data.ava import count_key_frames
-from ..data.video_list import find_videos
+from ..data.video_list import find_mixture
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
 from ..planning.memory import GB, estimate
@@ -59,7 +59,7 @@ def run(config):
     command, recipe, header = read_recipe(config.recipe)
     model = recipe.model if command == "pretrain" else classifier_config(config, recipe, header)
     dataset, size = header.get("dataset") or "Kinetics-400", header.get("videos") or KINETICS_400
-    count = count_key_frames if command == "finetune detector" else lambda data: len(find_videos(data))
+    count = count_key_frames if command == "finetune detector" else lambda data: len(find_mixture(data).entries)
     videos = config.videos or (count(config.data) if config.data else size)
     repeats = getattr(recipe.clips, "repeats", 1)  # a detector takes one clip around a frame
     batch = config.batch or recipe.optimizer.batch

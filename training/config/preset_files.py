@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from .checks import nearest
+from .sources import map_sources
 
 PRESETS = Path(__file__).parents[1] / "presets"
 # At the top of a preset or configuration file: not settings.
@@ -108,7 +109,11 @@ def read_settings(file):
         else:
             settings[name] = value
     named = {name: value for name, value in settings.items() if isinstance(value, str)}
-    paths = {name: str(file.parent.joinpath(named[name]).resolve()) for name in PATH_FIELDS if named.get(name)}
+    paths = {
+        name: map_sources(named[name], lambda path: str(file.parent.joinpath(path).resolve()))
+        for name in PATH_FIELDS
+        if named.get(name)
+    }
     return header, {**settings, **paths}
 
 

@@ -220,7 +220,8 @@ class PretrainConfig(DataLocationConfig):
 
     data: str
     """videos: a folder, searched recursively, a list file with a line 'path' or 'path label' each,
-    Something-Something's json, or split files of UCF101 or HMDB51 ('splits/*_test_split1.txt:train')"""
+    Something-Something's json, or split files of UCF101 or HMDB51 ('splits/*_test_split1.txt:train'); or several of them with
+    weights, the parts of the samples that they give: 'a.csv:0.7,b.csv:0.3'"""
     output: str
     """folder of the run; the same command again continues what is there"""
     held_out: str | None = None
@@ -253,7 +254,8 @@ class FinetuneConfig(DataLocationConfig):
 
     data: str
     """labelled videos: a list file with a line 'path label' each, Something-Something's json, split files of UCF101 or
-    HMDB51 ('splits/*_test_split1.txt:train'), or a folder with a folder for each class"""
+    HMDB51 ('splits/*_test_split1.txt:train'), or a folder with a folder for each class; or several of them with weights:
+    'a.csv:0.7,b.csv:0.3'"""
     output: str
     """folder of the run; the same command again continues what is there"""
     checkpoint: str

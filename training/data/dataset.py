@@ -37,6 +37,9 @@ class RandomClips(Dataset):
         self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
         self.patient = PatientReader(patience)
         self.left_out = frozenset()  # absolute paths of videos that are treated as broken
+        self.lists = (
+            (len(entries), 1.0),
+        )  # (videos, weight) of the lists that ``entries`` are from, see batch_sampler.VideoOrder
 
     reading = staticmethod(lambda number: None)  # see loader.Reading
 
@@ -76,7 +79,7 @@ class RandomClips(Dataset):
         errors = []
         for attempt in range(SUBSTITUTES + 1):
             if attempt:  # another video instead, drawn by the same key so that every run draws the same
-                number = int(np.random.default_rng([self.seed, *key, attempt, 1]).integers(len(self.entries)))
+                number = self._any_of_the_list(number, np.random.default_rng([self.seed, *key, attempt, 1]))
             try:
                 self.reading(number)
                 short = self._read(epoch, number, out)
@@ -90,6 +93,15 @@ class RandomClips(Dataset):
                 self.reading(-1)
         self.patient.raise_if_all_away(errors)
         raise RuntimeError(f"{SUBSTITUTES + 1} videos in a row could not be read, the last: {errors[-1]}; see 'stmae data check'")
+
+    def _any_of_the_list(self, number, rng):
+        """A video of the list that video ``number`` is of, so that its weight stays."""
+        start = 0
+        for videos, _ in self.lists:
+            if number < start + videos:
+                break
+            start += videos
+        return start + int(rng.integers(videos))
 
     def _read(self, epoch, number, out):
         """Fills ``out`` with clips of one video; returns its ``short_note``."""

@@ -10,7 +10,8 @@
 - the split files of UCF101 and HMDB51, see ``split_files``.
 
 Paths in a list are relative to the list, or to the ``root`` given. They may hold spaces and commas, so a line is split at its
-**last** separators, and only where what follows is an integer or where nothing else fits.
+**last** separators, and only where what follows is an integer or where nothing else fits. Of several data sets by weight see
+``find_mixture``.
 """
 
 import json
@@ -20,6 +21,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.sources import split_mixture
+from .batch_sampler import samples_an_epoch
 from .images import IMAGE_EXTENSIONS
 from .split_files import is_split, read_class_index, read_split
 from .video import EXTENSIONS
@@ -43,6 +46,63 @@ class Entry(NamedTuple):
     path: str
     label: int  # -1: none
     frames: int = 0  # of a folder of numbered images, which ``path`` then is; 0: path is a video or an image
+
+
+class ListedVideos(NamedTuple):
+    """A list of a Mixture: what it was named, the number of its videos, its weight."""
+
+    source: str
+    videos: int
+    weight: float
+
+
+class Mixture(NamedTuple):
+    """The videos to train on, of one list or of several by weight: ``entries`` of all, in the order of ``lists``."""
+
+    entries: list
+    lists: list
+
+    @property
+    def weights(self):
+        """[(videos, weight)] of the lists, as VideoOrder takes them."""
+        return [(listed.videos, listed.weight) for listed in self.lists]
+
+    def parts(self):
+        """The entries of each list."""
+        start = 0
+        for listed in self.lists:
+            yield self.entries[start : start + listed.videos]
+            start += listed.videos
+
+    def describe(self):
+        """A line for each of several lists: how much of an epoch it is."""
+        if len(self.lists) == 1:
+            return []
+        samples = samples_an_epoch(self.weights)
+        return [
+            f"  {listed.source}: {listed.videos} videos, {count / len(self.entries):.1%} of the samples, "
+            f"{count / listed.videos:.3g} passes an epoch"
+            for listed, count in zip(self.lists, samples)
+        ]
+
+
+def find_mixture(source, root=None, labels=None, *, labelled=False):
+    """The Mixture that ``source`` names: ``SOURCE:WEIGHT,SOURCE:WEIGHT``, a weight being the part of the samples that come from
+    that list, or a single data set. root, labels: as of ``find_videos``, for all lists.
+
+    labelled: every video gets a label, as by ``find_labelled_videos``; the same label must mean the same in all lists, and the
+    class folders of all are numbered together. Raises ValueError as these, and where class folders are mixed with a list and no
+    ``labels`` say their numbers, or where a weight is too small.
+    """
+    sources = split_mixture(source) or [(str(source), 1.0)]
+    numbers = class_numbers(source, labels) if labelled and len(sources) > 1 else None
+    found = []
+    for name, _ in sources:
+        found.append(find_labelled_videos(name, root, labels, numbers) if labelled else find_videos(name, root, labels))
+    lists = [ListedVideos(name, len(entries), weight) for (name, weight), entries in zip(sources, found)]
+    mixture = Mixture([entry for entries in found for entry in entries], lists)
+    samples_an_epoch(mixture.weights)
+    return mixture
 
 
 def find_videos(source, root=None, labels=None):
@@ -86,12 +146,20 @@ def find_labelled_videos(source, root=None, labels=None, numbers=None):
 
 
 def class_numbers(source, labels=None):
-    """{class: number} of the class folders of ``source``, by which those of a test set are numbered too. None: ``source`` is a
-    list, whose labels are numbers."""
-    source = Path(source)
-    if not source.is_dir():
+    """{class: number} of the class folders of ``source``, of all of them in a mixture, by which those of a test set are numbered
+    too. None: ``source`` is a list, whose labels are numbers."""
+    sources = [Path(name) for name, _ in split_mixture(source) or [(source, 1.0)]]
+    folders = [source for source in sources if source.is_dir()]
+    if not folders:
         return None
-    return _number(_class_of(entry, source) for entry in _in_folder(source)) if labels is None else read_labels(labels)
+    if labels is not None:
+        return read_labels(labels)
+    if len(folders) < len(sources):
+        raise ValueError(
+            f"{folders[0]}: its class folders cannot be numbered as the lists it is mixed with are: name the numbers with "
+            "--data_labels"
+        )
+    return _number(_class_of(entry, source) for source in folders for entry in _in_folder(source))
 
 
 def find_train_and_test(data, test_data, root=None, labels=None):
@@ -146,6 +214,8 @@ def read_labels(file):
 
 
 def _find(source, root, labels, labelled):
+    if split_mixture(source):
+        raise ValueError(f"expected one data set, got several with weights, which training alone takes: {source}")
     if root is not None and not Path(root).is_dir():
         raise ValueError(f"data_root: there is no folder {root}")
     if source.is_dir():

@@ -294,6 +294,7 @@ class Training:
             accumulate=settings.accumulate,
             rank=processes.rank,
             world_size=processes.world_size,
+            lists=self.task.dataset.lists,
         )
         # Of this step and of the next.
         held, on_gpu = 2 * settings.accumulate, self.device.type == "cuda"

@@ -44,6 +44,7 @@ from stmae.checkpoint.files import sync_folder
 
 from ..config import ClipConfig, defaults, load_yaml, to_dict
 from ..config.preset_files import PATH_FIELDS
+from ..config.sources import map_sources
 from ..data.pixels import choose_pixels
 from . import checksum, fsdp
 from .distributed import SINGLE_PROCESS
@@ -446,7 +447,7 @@ def _remove_tree(path):
 
 def _as_path(name, value):
     """``value``; of a setting that is a path, the one way of writing it that has no links in it."""
-    return os.path.realpath(value) if name in PATH_FIELDS and isinstance(value, str) else value
+    return map_sources(value, os.path.realpath) if name in PATH_FIELDS and isinstance(value, str) else value
 
 
 def _info_problem(step, info):

@@ -10,7 +10,7 @@ from stmae.models import VideoClassifier, VideoClassifierConfig
 
 from ..data.dataset import LabelledClips, as_video, require_readable
 from ..data.mixup import mix, smooth_targets
-from ..data.video_list import class_numbers, find_labelled_videos
+from ..data.video_list import class_numbers, find_labelled_videos, find_mixture
 from ..engine.launch import run_distributed
 from ..engine.loop import EvaluationHook, Task, train
 from ..engine.optimizer import layer_decay_groups, peak_learning_rate
@@ -35,7 +35,8 @@ def finetune(config):
 
 def _finetune(config, processes, device, folder):
     locations = config.data_root, config.data_labels
-    entries = find_labelled_videos(config.data, *locations)
+    mixture = find_mixture(config.data, *locations, labelled=True)
+    entries = mixture.entries
     numbers = class_numbers(config.data, config.data_labels)
     test_entries = find_labelled_videos(config.test_data, *locations, numbers) if config.test_data else []
     classes = config.model.num_classes or 1 + max(entry.label for entry in entries)
@@ -48,12 +49,15 @@ def _finetune(config, processes, device, folder):
         test = functools.partial(accuracy, test_entries, config, processes, device)
         hooks.append(EvaluationHook(config.run.evaluate_every, test))
     task = finetuning_task(config, entries, classes, device, hooks)
-    require_readable(entries, task.model.config.num_frames, config.clips)
+    task.dataset.lists = mixture.weights
+    for part in mixture.parts():
+        require_readable(part, task.model.config.num_frames, config.clips)
     if processes.is_main:
         if numbers is not None:
             folder.save_classes(numbers)
         start = "random weights" if config.random_weights else config.checkpoint
-        print(f"{len(entries)} videos of {classes} classes in {config.data}, from {start}")
+        head = f"{len(entries)} videos of {classes} classes in {config.data}, from {start}"
+        print("\n".join([head, *mixture.describe()]))
     state = train(task, config, processes, device, folder)
     if state.done and test_entries and processes.is_main:
         views = f"{config.views.temporal} x {config.views.spatial} views"

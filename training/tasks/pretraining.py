@@ -9,7 +9,7 @@ from stmae.masking import Mask, make_mask
 from stmae.models import MaskedAutoencoder
 
 from ..data.dataset import PretrainClips, as_video, require_readable
-from ..data.video_list import find_train_and_test, find_videos
+from ..data.video_list import find_mixture, find_train_and_test, find_videos
 from ..engine.launch import run_distributed
 from ..engine.loop import EvaluationHook, Task, train
 from ..engine.optimizer import peak_learning_rate, weight_decay_groups
@@ -36,12 +36,16 @@ def pretrain(config):
 
 
 def _pretrain(config, processes, device, folder):
-    entries = find_videos(config.data, config.data_root, config.data_labels)
-    require_readable(entries, config.model.num_frames, config.clips)
+    mixture = find_mixture(config.data, config.data_root, config.data_labels)
+    entries = mixture.entries
+    for part in mixture.parts():
+        require_readable(part, config.model.num_frames, config.clips)
     held_out = find_videos(config.held_out, config.data_root, config.data_labels) if config.held_out else []
     if processes.is_main:
-        print(f"{len(entries)} videos in {config.data}" + (f", {len(held_out)} held out" if held_out else ""))
+        head = f"{len(entries)} videos in {config.data}" + (f", {len(held_out)} held out" if held_out else "")
+        print("\n".join([head, *mixture.describe()]))
     task = pretraining_task(config, entries, device, evaluation_hooks(config, processes, device, entries, held_out))
+    task.dataset.lists = mixture.weights
     if config.init and not folder.states():  # a run that goes on has its own weights
         report = checkpoint.initialize(task.model, weights_file(config.init), decoder=config.init_decoder)
         if processes.is_main:
