@@ -43,15 +43,20 @@ class LoadReport:
         return dataclasses.asdict(self)
 
     def check_values(self, weights: dict[str, torch.Tensor], *, vectors: bool = True) -> None:
-        """Adds a note for every tensor that no training leaves behind: all zero, or with values that are not finite.
+        """Adds notes of tensors that no training leaves behind: with values that are not finite, or all zero.
 
         Args:
             vectors: zeros of biases and tokens, too; false: of matrices alone, where the model may be a new one.
         """
+        zeros = []
         for name, value in weights.items():
             if value.numel() == 0 or value.device.type == "meta":
                 continue
             if not torch.isfinite(value).all():
                 self.notes.append(f"{name} holds values that are not finite")
             elif not value.any() and (vectors or (value.dim() > 1 and value.shape[0] > 1)):
-                self.notes.append(f"{name} is all zeros, which trained weights are not")
+                zeros.append(name)
+        if len(zeros) > 3:  # of a model that was never trained: hundreds
+            self.notes.append(f"{zeros[0]} and {len(zeros) - 1} further tensors are all zeros, which trained weights are not")
+        else:
+            self.notes += [f"{name} is all zeros, which trained weights are not" for name in zeros]

@@ -19,7 +19,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-PAGES = FRONT + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*FRONT, ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = ("stmae/**/*.py", "kernels/**/*.py", "training/**/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "setup.py", "Makefile")
 BESIDE_TRAINING = ["av", "jsonargparse", "matplotlib", "numpy", "PIL", "yaml", "safetensors", "tensorboard", "tqdm"]
@@ -254,7 +254,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_can_be_reached():
-    reached, queue = set(), [FRONT[0], ROOT / "docs/index.md"]
+    reached, queue = set(), [FRONT[0], ROOT / "examples/README.md", ROOT / "docs/index.md"]
     while queue:
         page = queue.pop()
         if page in reached:
