@@ -15,6 +15,7 @@ from ..data.ava import count_key_frames
 from ..data.video_list import find_mixture
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
+from ..planning.flops import autoencoder_flops, classifier_flops
 from ..planning.memory import GB, estimate
 
 KINETICS_400 = 240_000  # videos to train on, about: the data set that a plan assumes, where the recipe names none
@@ -70,6 +71,7 @@ def run(config):
             f"try --batch {lower or config.gpus}{f' or {lower + config.gpus}' if lower else ''}"
         )
     micro_batches, memory = fit(config, model, batch // config.gpus, repeats)
+    flops = (autoencoder_flops if command == "pretrain" else classifier_flops)(model)[1]  # of a clip, forward and backward
 
     def numbers(videos, batch, gpus):
         settings = dataclasses.replace(recipe.optimizer, batch=batch)
@@ -86,6 +88,7 @@ def run(config):
             "passes over the videos": settings.epochs / repeats,
             "steps": steps,
             "steps of warm-up": round(steps * settings.warmup_epochs / settings.epochs),
+            "EFLOP in all": flops * batch * repeats * steps / 1e18,
         }
 
     clips = batch // config.gpus // micro_batches * repeats
