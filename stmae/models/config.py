@@ -347,18 +347,23 @@ class MaskedAutoencoderConfig(EncoderConfig):
         # torch's own linspace: its rounding decides the truncation, and the weights were trained with it.
         return torch.linspace(0, num_frames - 1, count, device="cpu", dtype=torch.float32).long().tolist()
 
-    def token_counts(self, mask_ratio: float | None = None, decoder_mask_ratio: float | None = None) -> TokenCounts:
+    def token_counts(
+        self,
+        mask_ratio: float | None = None,
+        decoder_mask_ratio: float | None = None,
+        grid: tuple[int, int, int] | None = None,
+    ) -> TokenCounts:
         """How many tokens there are, are visible, masked and reconstructed, without the class token.
 
         Args:
-            mask_ratio, decoder_mask_ratio: instead of the configuration's.
+            mask_ratio, decoder_mask_ratio, grid: instead of the configuration's.
 
         Raises:
             ValueError: a ratio that keeps nothing or everything.
         """
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         decoder_ratio = self.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio
-        return token_counts(self.mask_strategy, self.grid, ratio, decoder_ratio)
+        return token_counts(self.mask_strategy, self.grid if grid is None else grid, ratio, decoder_ratio)
 
     @property
     def target_patch_size(self) -> tuple[int, int, int]:

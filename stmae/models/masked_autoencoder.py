@@ -502,13 +502,21 @@ class MaskedAutoencoder(VideoModel):
         ``keep`` [B, K]."""
         return self.decoder(latent, keep, masked)
 
+    @overload
     def reconstruct(
         self, video: torch.Tensor, out: MaskedAutoencoderOutput | None = None, *, fill: float = 0.5
-    ) -> Reconstruction:
+    ) -> Reconstruction: ...
+
+    @overload
+    def reconstruct(
+        self, video: Sequence[torch.Tensor], out: PackedOutput | None = None, *, fill: float = 0.5
+    ) -> list[Reconstruction]: ...
+
+    def reconstruct(self, video: Any, out: Any = None, *, fill: float = 0.5) -> Any:
         """Pictures of what the model was given, saw and predicted; see ``stmae.models.visualization.reconstruct``.
 
         Args:
-            video: [B, C, T, H, W], as in ``forward``.
+            video: [B, C, T, H, W], or a list of clips, as in ``forward``.
             out: ``forward``'s result for this video; default: computed here, in evaluation mode, without
                 gradients and without a decoder mask.
             fill: grey value in [0, 1] of masked patches in the ``masked`` pictures.
@@ -517,9 +525,13 @@ class MaskedAutoencoder(VideoModel):
             ``Reconstruction(original, masked, reconstruction, frames, patch_statistics)``: three float32
             tensors [B, C, F, H, W] in [0, 1], F the predicted frames, ``frames`` their indices in the clip.
             ``patch_statistics`` is ``"original"`` if the model predicts normalised patches, in which case
-            each patch's mean and deviation were taken from the original, else ``"predicted"``.
+            each patch's mean and deviation were taken from the original, else ``"predicted"``. Of a list, a list with the
+            pictures of each clip, B = 1.
         """
-        self._check_video(video)
+        if isinstance(video, torch.Tensor):
+            self._check_video(video)
+        else:
+            video = check_clips(type(self).__name__, self.config, video)
         with torch.no_grad():
             if out is None:
                 training = self.training
@@ -528,4 +540,15 @@ class MaskedAutoencoder(VideoModel):
                     out = self(video, decoder_mask_ratio=0)
                 finally:
                     self.train(training)
-            return reconstruct(self.config, video, out.pred, out.masked, keep=out.keep, fill=fill)
+            if isinstance(video, torch.Tensor):
+                return reconstruct(self.config, video, out.pred, out.masked, keep=out.keep, fill=fill)
+            return [
+                reconstruct(self._config_of(clip), clip[None], pred[None], masked[None], keep=keep[None], fill=fill)
+                for clip, pred, masked, keep in zip(video, out.pred, out.masked, out.keep, strict=True)
+            ]
+
+    def _config_of(self, clip: torch.Tensor) -> MaskedAutoencoderConfig:
+        """The configuration of a model whose own clips are as ``clip`` [C, T, H, W] is."""
+        frames, *size = clip.shape[1:]
+        predicted = self.config.target_patch_size[0] * (frames // self.config.tubelet_size)
+        return self.config.replace(num_frames=frames, image_size=tuple(size), predicted_frames=predicted)

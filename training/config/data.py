@@ -4,7 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from stmae.models.config import LARGEST
+from stmae.models.field_types import show
+
 from .checks import check_types, require, require_fraction, require_not_negative, require_positive
+
+LARGEST_SIDE = 4096  # pixels, of 'native' frames
 
 
 @dataclass(kw_only=True)
@@ -22,7 +27,7 @@ class DataLocationConfig:
 
 
 @dataclass(kw_only=True)
-class ClipConfig:
+class SampledClipConfig:
     """Clips: how they are cut from a video and augmented."""
 
     stride: int = 4
@@ -57,7 +62,47 @@ class ClipConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneClipConfig(ClipConfig):
+class ClipConfig(SampledClipConfig):
+    """Clips: how they are cut from a video and augmented."""
+
+    size: Literal["fixed", "native"] = "fixed"
+    """'fixed': a random resized crop of model.image_size; 'native': the frames in their own aspect ratio, in packed batches"""
+    side: tuple[float, float] | None = None
+    """of 'native': a clip's frames have at most the area of a square of this side, in pixels, drawn from this range; null: the
+    area of model.image_size"""
+    frames: int | tuple[int, ...] | str | None = None
+    """frames of a clip, or several numbers, of which one is drawn for each clip ('8,16,32'), in packed batches; null:
+    model.num_frames"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        most = f"two numbers above 0, at most {LARGEST_SIDE:,}, the smaller first"
+        require(self, "side", lambda value: 0 < value[0] <= value[1] <= LARGEST_SIDE, most)
+        if self.side is not None and self.size != "native":
+            raise ValueError(f"side: expected null unless size is 'native', got {show(self.side)}")
+        for name in ("scale", "aspect"):
+            default = type(self).__dataclass_fields__[name].default
+            if self.size == "native" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: expected its default with size 'native', which takes frames as they are and no random resized "
+                    f"crop, got {show(getattr(self, name))}"
+                )
+        if self.frames is not None:
+            self.frames = self._frames()
+
+    def _frames(self):
+        try:
+            numbers = tuple(int(word) for word in self.frames.split(",")) if isinstance(self.frames, str) else self.frames
+        except ValueError:
+            numbers = ()
+        numbers = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+        if not numbers or not all(0 < number <= LARGEST["num_frames"] for number in numbers):
+            raise ValueError(f"frames: expected a number above 0, or several with commas between them, got {show(self.frames)}")
+        return numbers
+
+
+@dataclass(kw_only=True)
+class FinetuneClipConfig(SampledClipConfig):
     """Clips: how they are cut from a video and augmented."""
 
     repeats: int = 2

@@ -1,5 +1,6 @@
 """Sections about training, and the two configurations made of them: of pre-training and of fine-tuning."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +21,7 @@ from .data import AugmentationConfig, ClipConfig, DataLocationConfig, FinetuneCl
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class AdamWConfig:
     """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
 
     batch: int = 512
@@ -54,7 +55,20 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneOptimizerConfig(OptimizerConfig):
+class OptimizerConfig(AdamWConfig):
+    """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
+
+    tokens: int | None = None
+    """in the place of batch: a step takes as many videos as have so many tokens at most, in packed batches. Counted are the
+    tokens that the encoder and those that the decoder sees; the learning rate is that of as many clips of the model's own size"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "tokens")
+
+
+@dataclass(kw_only=True)
+class FinetuneOptimizerConfig(AdamWConfig):
     """Optimisation: AdamW, linear warm-up, cosine decay, all per step."""
 
     batch: int = 256
@@ -199,6 +213,9 @@ class EncodingConfig(DataLocationConfig):
     """'mean': the normalised mean of a clip's tokens; 'all': every token, side by side, for small models"""
     stride: int | None = None
     """every stride-th frame; null: as the run was trained, else 4"""
+    size: Literal["fixed", "native"] | None = None
+    """'fixed': crops of the model's own size; 'native': the frames in their own aspect ratio, of at most as large an area, and a
+    picture as a clip of one tubelet; null: as the run was trained, else 'fixed'"""
     views: ViewConfig = field(default_factory=ViewConfig)
     device: str = "auto"
     """'auto': cuda where there is one, else cpu"""
@@ -245,7 +262,29 @@ class PretrainConfig(DataLocationConfig):
         require_seed(self)
         if self.model.in_channels != 3:
             raise ValueError(f"model.in_channels: expected 3 for decoded video, got {self.model.in_channels}")
-        self.model.token_counts()  # a ratio that keeps nothing is an error
+        if self.packed:
+            self._check_packed()
+        else:
+            self.model.token_counts()  # a ratio that keeps nothing is an error
+
+    @property
+    def packed(self):
+        """Whether its batches are packed: clips of unequal shapes, or as many as fit a budget of tokens."""
+        unequal = self.clips.size == "native" or self.clips.frames is not None or self.model.mask_strategy == "multi_block"
+        return unequal or self.optimizer.tokens is not None
+
+    def _check_packed(self):
+        tubelet, patch = self.model.tubelet_size, as_pair(self.model.patch_size)
+        for frames in self.clips.frames or ():
+            if frames % tubelet:
+                raise ValueError(f"clips.frames: expected multiples of model.tubelet_size {tubelet}, got {frames}")
+        if self.clips.side is not None and self.clips.side[0] ** 2 < math.prod(patch):
+            raise ValueError(
+                f"clips.side: expected at least the side of a square as large as a patch of {patch[0]}x{patch[1]}, "
+                f"{math.prod(patch) ** 0.5:g}, got {self.clips.side[0]:g}"
+            )
+        if self.run.cuda_graph:
+            raise ValueError("run.cuda_graph: expected false with packed batches, whose shapes differ from step to step")
 
 
 @dataclass(kw_only=True)

@@ -232,7 +232,7 @@ class BoxClips(RandomClips):
         for row, labels in zip(actions, frame.actions):
             row[list(labels)] = 1
         out["valid"][0] = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return []
+        return {"short": []}
 
 
 class BoxViews(Dataset):

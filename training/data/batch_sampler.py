@@ -33,12 +33,12 @@ class VideoOrder:
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self))
         if epoch != self._epoch:
-            self._epoch, self._keys = epoch, self._of_epoch(epoch)
+            self._epoch, self._keys = epoch, self.of_epoch(epoch)
         passes, numbers = self._keys
         return int(passes[place]), int(numbers[place])
 
-    def _of_epoch(self, epoch):
-        """(passes, video numbers), int64 [len(self)] each."""
+    def of_epoch(self, epoch):
+        """(passes, video numbers) of its samples, int64 [len(self)] each."""
         passes, numbers = np.empty((2, len(self)), np.int64)
         sources = np.zeros(len(self), np.int64)
         if len(self.lists) > 1:
@@ -94,13 +94,13 @@ class ResumableBatchSampler:
         self.num_videos, self.batch, self.seed = num_videos, batch, seed
         self.num_steps, self.first_step = num_steps, first_step
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+        self.videos = self.fewest = batch // micro_batches  # of a micro-batch
 
     def __len__(self):
         return (self.num_steps - self.first_step) * self.accumulate
 
     def __iter__(self):
-        size = self.batch // (self.accumulate * self.world_size)
         for step in range(self.first_step, self.num_steps):
             for part in range(self.accumulate):
-                start = step * self.batch + (part * self.world_size + self.rank) * size
-                yield [self.order[position] for position in range(start, start + size)]
+                start = step * self.batch + (part * self.world_size + self.rank) * self.videos
+                yield [self.order[position] for position in range(start, start + self.videos)]

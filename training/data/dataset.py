@@ -31,6 +31,9 @@ class RandomClips(Dataset):
     where the video has fewer frames than a clip reaches over.
 
     clips: a ClipConfig; frames, size: of a clip, T and (H, W). patience: seconds to wait for data that are away.
+
+    A batch is a dict of tensors [B * R, ...] by the names of an item's. How items lie in its memory is said by ``batch_layout``,
+    ``places``, ``at`` and ``joined``, which a data set of other batches overrides.
     """
 
     def __init__(self, entries, clips, *, frames, size, seed, patience=PATIENCE):
@@ -70,25 +73,42 @@ class RandomClips(Dataset):
         out = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()}
         return {**out, **self.fill(key, out)}
 
+    def batch_layout(self, sampler):
+        """{name: (shape, dtype)} of a micro-batch's memory."""
+        return {name: ((sampler.videos, *shape), dtype) for name, (shape, dtype) in self.layout.items()}
+
+    def places(self, keys):
+        """Where each item of a micro-batch lies in its memory, for ``at``."""
+        return range(len(keys))
+
+    def at(self, memory, place):
+        """The tensors of an item, for ``fill``."""
+        return {name: value[place] for name, value in memory.items()}
+
+    def joined(self, memory, keys, notes):
+        """The micro-batch that lies in ``memory``, with what ``fill`` gave for its items in one list for each name."""
+        lists = {name: [note for item in notes for note in item[name]] for name in NOTES}
+        return {**{name: value.flatten(0, 1) for name, value in memory.items()}, **lists}
+
     def fill(self, key, out):
         """Writes the tensors of item ``key`` to ``out``, which has the ``layout``. Returns the rest: ``skipped``, ``short``."""
         return self.patient(functools.partial(self._sample, key, out))
 
     def _sample(self, key, out):
-        epoch, number = key
-        errors = []
+        epoch, first, *shapes = key
+        number, errors = first, []
         for attempt in range(SUBSTITUTES + 1):
             if attempt:  # another video instead, drawn by the same key so that every run draws the same
-                number = self._any_of_the_list(number, np.random.default_rng([self.seed, *key, attempt, 1]))
+                number = self._any_of_the_list(number, np.random.default_rng([self.seed, epoch, first, attempt, 1]))
             try:
                 self.reading(number)
-                short = self._read(epoch, number, out)
+                notes = self._read(epoch, number, out, *shapes)
             except VideoError as error:  # not remembered: another clip of the same video may be readable, or it may come back
                 self.patient.raise_if_away(error)
                 errors.append(error)
             else:
                 was_read(self.entries[number])
-                return {"skipped": [(error.path, error.reason) for error in errors], "short": short}
+                return {"skipped": [(error.path, error.reason) for error in errors], **notes}
             finally:
                 self.reading(-1)
         self.patient.raise_if_all_away(errors)
@@ -104,7 +124,7 @@ class RandomClips(Dataset):
         return start + int(rng.integers(videos))
 
     def _read(self, epoch, number, out):
-        """Fills ``out`` with clips of one video; returns its ``short_note``."""
+        """Fills ``out`` with clips of one video; returns what is noted of it: ``short``, its ``short_note``."""
         entry = self.entries[number]
         self.raise_if_left_out(entry)
         settings = self.clips
@@ -130,7 +150,7 @@ class RandomClips(Dataset):
                 clip.copy_(augmented)
             for name, value in self.extras(rng, entry).items():
                 out[name][r] = value[0]
-        return short
+        return {"short": short}
 
 
 class PretrainClips(RandomClips):
@@ -188,20 +208,28 @@ class ViewClips(Dataset):
         entry = self.entries[number]
         return self.patient.read(entry, functools.partial(self._read, number, entry))
 
-    def _read(self, number, entry):
-        settings = self.clips
+    def frames_of(self, entry):
+        """T of its clips."""
+        return self.frames
+
+    def crops(self, height, width):
+        """The ``spatial`` Crops of frames of this height and width."""
         positions = [0.5] if self.spatial == 1 else [i / (self.spatial - 1) for i in range(self.spatial)]
-        clips = torch.empty((self.temporal * self.spatial, self.frames, *self.size, 3), dtype=torch.uint8)
+        return [Crop(view_box(height, width, self.size, position, self.crop_pct), self.size) for position in positions]
+
+    def _read(self, number, entry):
+        settings, frames, clips = self.clips, self.frames_of(entry), []
         with open_entry(entry, settings.decoder, settings.pixels) as video:
-            length = length_of(video, self.frames, settings)
-            wanted = spaced_clips(self.temporal, length, self.frames, settings.stride, settings.spacing, self.start)
+            length = length_of(video, frames, settings)
+            wanted = spaced_clips(self.temporal, length, frames, settings.stride, settings.spacing, self.start)
 
             def crops(height, width):
-                boxes = [view_box(height, width, self.size, position, self.crop_pct) for position in positions]
-                return [Crop(box, self.size) for box in boxes] * self.temporal
+                made = self.crops(height, width) * self.temporal
+                clips[:] = np.empty((len(made), frames, *made[0].size, 3), np.uint8)
+                return made
 
-            video.clips([within(video, clip, settings) for clip in wanted for _ in positions], crops, clips.numpy())
-        return {"clips": clips, "label": entry.label, "number": number}
+            video.clips([within(video, clip, settings) for clip in wanted for _ in range(self.spatial)], crops, clips)
+        return {"clips": torch.from_numpy(clips[0].base), "label": entry.label, "number": number}
 
 
 def length_of(video, frames, clips):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from .dataset import NOTES, worker_died
+from .dataset import worker_died
 from .outage import DataAwayError
 from .shared_ring import SharedRing
 from .video import printable
@@ -57,8 +57,9 @@ class Reading:
 
 
 class ClipLoader:
-    """The micro-batches of ``sampler`` (a ResumableBatchSampler) from ``dataset`` (a RandomClips), decoded by ``num_workers``
-    processes (0: in this one): {name: tensor [B*R, ...]}, and the lists ``skipped`` and ``short``.
+    """The micro-batches of ``sampler`` (a ResumableBatchSampler, or a PackedBatchSampler) from ``dataset`` (a RandomClips, or a
+    PackedClips), decoded by ``num_workers`` processes (0: in this one): {name: tensor [B*R, ...]}, or {name: list of a tensor for
+    each clip}, and the lists ``skipped`` and ``short``.
 
     A worker takes a video at a time, the next one in the order of all, and writes its clips to where the batch will be. So the
     videos of one batch are read by all workers, and no batch is put together or copied.
@@ -71,10 +72,9 @@ class ClipLoader:
 
     def __init__(self, dataset, sampler, num_workers, *, held=None, pin_memory=False):
         self.dataset, self.sampler, self.num_workers, self.held, self.pin_memory = dataset, sampler, num_workers, held, pin_memory
-        self.videos = sampler.batch // (sampler.accumulate * sampler.world_size)
-        self.ahead = max(self.AHEAD, -(-2 * self.videos // max(num_workers, 1)))
+        self.ahead = max(self.AHEAD, -(-2 * sampler.videos // max(num_workers, 1)))
         # Of the videos that are read ahead the last belongs to batch i + ceil(...) while batch i is the newest in use.
-        self.slots = -(-self.ahead * num_workers // self.videos) + (held or 1) + 1
+        self.slots = -(-self.ahead * num_workers // sampler.fewest) + (held or 1) + 1
         dataset.reading = Reading(num_workers)
 
     def __len__(self):
@@ -82,8 +82,8 @@ class ClipLoader:
 
     @property
     def layout(self):
-        """{name: (shape, dtype)} of a batch, its videos in the first dimension."""
-        return {name: ((self.videos, *shape), dtype) for name, (shape, dtype) in self.dataset.layout.items()}
+        """{name: (shape, dtype)} of a batch's memory."""
+        return self.dataset.batch_layout(self.sampler)
 
     @property
     def shared_bytes(self):
@@ -96,17 +96,12 @@ class ClipLoader:
 
     def _filled_here(self):
         for keys in self.sampler:
-            batch = {
+            memory = {
                 name: torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory) for name, (shape, dtype) in self.layout.items()
             }
-            places = [{name: value[i] for name, value in batch.items()} for i in range(self.videos)]
-            yield _joined(batch, [self.dataset.fill(key, place) for key, place in zip(keys, places)])
-
-
-def _joined(batch, notes):
-    """The batch with videos and their clips in one dimension, and what was noted of the videos in one list for each name."""
-    lists = {name: [note for video in notes for note in video[name]] for name in NOTES}
-    return {**{name: value.flatten(0, 1) for name, value in batch.items()}, **lists}
+            data = self.dataset
+            notes = [data.fill(key, data.at(memory, place)) for key, place in zip(keys, data.places(keys))]
+            yield data.joined(memory, keys, notes)
 
 
 class _Fill(Dataset):
@@ -117,18 +112,18 @@ class _Fill(Dataset):
 
     def __getitem__(self, task):
         batch, place, key = task
-        return self.dataset.fill(key, {name: value[place] for name, value in self.ring[batch].items()})
+        return self.dataset.fill(key, self.dataset.at(self.ring[batch], place))
 
 
 class _Tasks:
     """The tasks of _Fill in order; can be iterated again."""
 
-    def __init__(self, sampler):
-        self.sampler = sampler
+    def __init__(self, sampler, places):
+        self.sampler, self.places = sampler, places
 
     def __iter__(self):
         for batch, keys in enumerate(self.sampler):
-            yield from ((batch, place, key) for place, key in enumerate(keys))
+            yield from ((batch, place, key) for place, key in zip(self.places(keys), keys))
 
     def __len__(self):
         return len(self.sampler)
@@ -151,7 +146,7 @@ class _FilledBySeveral:
             DataLoader(
                 _Fill(loader.dataset, self.ring),
                 batch_size=None,
-                sampler=_Tasks(loader.sampler),
+                sampler=_Tasks(loader.sampler, loader.dataset.places),
                 collate_fn=_as_it_is,
                 num_workers=loader.num_workers,
                 prefetch_factor=loader.ahead,
@@ -159,19 +154,22 @@ class _FilledBySeveral:
                 worker_init_fn=ignore_stop_signals,
             )
         )
-        self._workers, self.received = self.notes._workers, []
+        self._workers = self.notes._workers
+        self.order, self.keys, self.received = iter(loader.sampler), None, []
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        while len(self.received) < self.loader.videos:  # where it times out, it goes on from here
+        if self.keys is None:
+            self.keys = next(self.order)
+        while len(self.received) < len(self.keys):  # where it times out, it goes on from here
             self.received.append(next(self.notes))
-        batch, notes, self.received = self.ring[self.batch], self.received, []
-        self.batch += 1
+        memory, keys, notes = self.ring[self.batch], self.keys, self.received
+        self.batch, self.keys, self.received = self.batch + 1, None, []
         if self.loader.held is None:
-            batch = {name: value.clone() for name, value in batch.items()}
-        return _joined(batch, notes)
+            memory = {name: value.clone() for name, value in memory.items()}
+        return self.loader.dataset.joined(memory, keys, notes)
 
     def _shutdown_workers(self):
         self.notes._shutdown_workers()

@@ -167,7 +167,8 @@ class ClipWriter:
     """Writes frames as they come to the clips that hold them.
 
     indices: for each clip the numbers of its frames [T]. crops: called with the first frame's (height, width) as shown, gives a
-    Crop for each clip. out: uint8 [clips, T, h, w, 3]. converter: a FrameConverter; None: frames come as RGB.
+    Crop for each clip. out: uint8 [clips, T, h, w, 3], or a list of [T, h, w, 3], which ``crops`` may fill. converter: a
+    FrameConverter; None: frames come as RGB.
     """
 
     def __init__(self, indices, crops, out, converter=None):
@@ -189,7 +190,7 @@ class ClipWriter:
         if self._size is None:
             self._size, self._crops = size, self._make_crops(*size)
         for clip, position in self._places[index]:
-            out, crop = self._out[clip, position], self._crops[clip]
+            out, crop = self._out[clip][position], self._crops[clip]
             if pixels is None and size == self._size and self._converter.crop(frame, crop, out):
                 continue
             if pixels is None:

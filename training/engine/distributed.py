@@ -106,6 +106,13 @@ class Processes:
             values /= self.world_size
         return values.tolist()
 
+    def sum(self, *values, device):
+        """The sums of numbers over the processes, as floats."""
+        values = torch.tensor(values, dtype=torch.float64, device=device)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
     def _require_all(self):
         """Waits for all processes to come here. A collective that times out does not say who was missing: this does, by a key
         that every process sets in the group's store."""

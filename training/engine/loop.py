@@ -17,9 +17,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..data.batch_sampler import ResumableBatchSampler
+from ..data.batch_sampler import ResumableBatchSampler, VideoOrder
+from ..data.clip_shapes import ClipShapes
 from ..data.loader import Batches, LoaderError, training_loader
 from ..data.outage import DataAwayError
+from ..data.packed_batch_sampler import PackedBatchSampler, PackedOrder
 from ..data.video import printable
 from ..planning.flops import measured_peak_flops
 from . import fsdp
@@ -57,6 +59,17 @@ class EvaluationHook(NamedTuple):
     evaluate: Callable
 
 
+class PackedBatches(NamedTuple):
+    """What a Task of packed batches says in the place of its clips' tokens and FLOPs, and of their equal weight."""
+
+    shapes: ClipShapes
+    """what clips are drawn"""
+    pictures: list
+    """of each video, whether it is a picture"""
+    measure: Callable
+    """micro-batch -> (weight of its loss in a batch's, its tokens N, its FLOPs in a step, forward and backward)"""
+
+
 @dataclass(kw_only=True)
 class Task:
     """What is trained on what: the model, the data, the loss, and what is evaluated on the way."""
@@ -77,6 +90,8 @@ class Task:
     """of a clip"""
     flops: Callable
     """epoch in [0, epochs) -> FLOPs of a clip in a step, forward and backward"""
+    packed: PackedBatches | None = None
+    """where batches are packed; ``tokens`` and ``flops`` are not used then"""
     hooks: list[EvaluationHook] = field(default_factory=list)
     average_decay: float = 0.0
     """of the running average of the weights, which is evaluated and saved in their place; 0: none"""
@@ -108,7 +123,7 @@ def train(task, config, processes, device, folder):
             if state.before is None:
                 state.before = evaluate(training, task.hooks, state, folder, logger)
             task.model.train()
-            meter, stopping = StepMeter(task.tokens, training.peak_flops, device), False
+            meter, stopping = StepMeter(training.peak_flops, device), False
             parts, no_data = next_parts(training, batches, state.step, meter, logger, broken)
             (lacking,) = processes.mean(float(no_data is not None), device=device)
             while state.step < training.steps and not stopping and not lacking:
@@ -204,20 +219,43 @@ def train_step(training, parts, step, meter):
     # Dropout, drop path and mixing draw from the global generator: seeded by the step, they are the same after a restart.
     torch.manual_seed(step_seed(config.seed, step, processes.rank))
     epoch, accumulate = step / training.steps * config.optimizer.epochs, config.optimizer.accumulate
-    for part in parts:
-        meter.add_clips(len(part["clips"]) * processes.world_size, task.flops(epoch))
+    divisors = loss_divisors(training, parts, epoch, meter)
     if training.graphed_step is not None:
         return training.graphed_step(parts)
     loss = 0.0
-    for number, part in enumerate(parts):
-        batch = {name: value.to(device, non_blocking=True) for name, value in part.items()}
+    for number, (part, divisor) in enumerate(zip(parts, divisors)):
+        batch = {name: on_device(value, device) for name, value in part.items()}
         with processes.no_sync(training.wrapped, last=number == accumulate - 1):
             with training.autocast():
-                part_loss = task.loss(training.forward, batch, epoch) / accumulate
+                part_loss = task.loss(training.forward, batch, epoch) / divisor
             part_loss.backward()
         loss += part_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(training.parameters, config.optimizer.clip_grad or math.inf)
     return loss, fsdp.full_tensor(norm)
+
+
+def on_device(value, device):
+    """A tensor, or a list of one for each clip, on ``device``."""
+    if isinstance(value, list):
+        return [one.to(device, non_blocking=True) for one in value]
+    return value.to(device, non_blocking=True)
+
+
+def loss_divisors(training, parts, epoch, meter):
+    """What the loss of each micro-batch is divided by. Gradients are summed over micro-batches and averaged over processes, and
+    the result must be that of the step's batch: so an unequal micro-batch counts as its weight among all. Notes its clips in the
+    ``meter``."""
+    task, processes = training.task, training.processes
+    if task.packed is None:
+        clips = sum(len(part["clips"]) for part in parts) * processes.world_size
+        meter.add_clips(clips, clips * task.tokens, clips * task.flops(epoch))
+        return [len(parts)] * len(parts)
+    measured = [task.packed.measure(part) for part in parts]
+    weight, tokens, flops = (sum(values) for values in zip(*measured))
+    clips = sum(len(part["clips"]) for part in parts)
+    weight, clips, tokens, flops = processes.sum(weight, clips, tokens, flops, device=training.device)
+    meter.add_clips(int(clips), int(tokens), flops)
+    return [weight / (own * processes.world_size) for own, _, _ in measured]
 
 
 def update_or_skip(training, state, loss, norm, meter, logger, folder):
@@ -251,6 +289,7 @@ class Training:
         self.print = print if processes.is_main else lambda *words: None
         self.dtype, self.precision = choose_precision(config.run.precision, device)
         self.autocast = functools.partial(torch.autocast, device.type, self.dtype) if self.dtype else nullcontext
+        self.order = self.packed_order() if task.packed is not None else None
         self.steps = self.steps_of(len(task.dataset))
         self.short = {}  # path -> what is done about it, of the videos with fewer frames than a clip needs
         self.workers = choose_workers(config.run.workers, device)
@@ -262,18 +301,33 @@ class Training:
         self.model_class = type(model)  # sharding makes it another class
         model.checkpoint_activations = config.run.checkpoint_activations
         sharded = config.run.parallel == "fsdp" and processes.world_size > 1
-        if config.run.compile and sharded:
-            for block in model.blocks():  # sharding works between them, where a graph of the model would be cut anyway
-                block.compile()
+        by_block = sharded or task.packed is not None
+        if config.run.compile and by_block:
+            # Sharding works between them, where a graph of the model would be cut anyway. Of packed batches every one has other
+            # shapes, of which a block sees the number of tokens alone.
+            for block in model.blocks():
+                block.compile(dynamic=True if task.packed is not None else None)
         self.wrapped = processes.wrap(model, device, config.run.parallel)
-        self.forward = torch.compile(self.wrapped) if config.run.compile and not sharded else self.wrapped
+        self.forward = torch.compile(self.wrapped) if config.run.compile and not by_block else self.wrapped
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = adamw(task.parameter_groups(model), config.optimizer)
         self.graphed_step = self.graph_step() if config.run.cuda_graph else None
         self.average = {n: value.detach().clone() for n, value in model.state_dict().items()} if task.average_decay else {}
 
+    def packed_order(self):
+        settings, packed = self.config.optimizer, self.task.packed
+        order = VideoOrder(self.task.dataset.lists, self.config.seed)
+        size = {"batch": settings.batch} if settings.tokens is None else {"tokens": settings.tokens}
+        return PackedOrder(order, packed.shapes, packed.pictures, seed=self.config.seed, **size)
+
     def steps_of(self, videos):
+        if self.order is not None:
+            return self.order.steps(self.config.optimizer.epochs / self.task.repeats * videos)
         return total_steps(self.config.optimizer, videos, self.task.repeats)
+
+    def samples(self, step):
+        """How many videos the steps before ``step`` take."""
+        return step * self.config.optimizer.batch if self.order is None else self.order.start(step)
 
     def graph_step(self):
         def loss(batch):
@@ -285,17 +339,18 @@ class Training:
 
     def loader(self, first_step):
         settings, processes = self.config.optimizer, self.processes
-        sampler = ResumableBatchSampler(
-            len(self.task.dataset),
-            settings.batch,
-            seed=self.config.seed,
-            num_steps=self.steps,
-            first_step=first_step,
-            accumulate=settings.accumulate,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            lists=self.task.dataset.lists,
-        )
+        part = {
+            "num_steps": self.steps,
+            "first_step": first_step,
+            "accumulate": settings.accumulate,
+            "rank": processes.rank,
+            "world_size": processes.world_size,
+        }
+        if self.order is not None:
+            sampler = PackedBatchSampler(self.order, **part)
+        else:
+            lists = self.task.dataset.lists
+            sampler = ResumableBatchSampler(len(self.task.dataset), settings.batch, seed=self.config.seed, lists=lists, **part)
         # Of this step and of the next.
         held, on_gpu = 2 * settings.accumulate, self.device.type == "cuda"
         loader = training_loader(self.task.dataset, sampler, workers=self.workers, held=held, pin_memory=on_gpu)
@@ -319,14 +374,18 @@ class Training:
         size = sum(p.numel() for p in self.task.model.parameters()) / 1e6
         where = describe(device) if processes.world_size == 1 else f"{processes.world_size} processes, {describe(device)} each"
         self.print(f"{size:.1f} M parameters on {where}, {self.precision}, {self.workers} data workers")
+        videos = self.samples(self.steps) / self.steps  # of a step
+        size = f"{round(videos, 1):g} videos x {self.task.repeats} clips"
+        if self.order is not None and settings.tokens is not None:
+            size = f"at most {settings.tokens:,} tokens, on average {size},"
         self.print(
-            f"{self.steps} steps of {settings.batch} videos x {self.task.repeats} clips = {settings.epochs:g} effective epochs; "
-            f"peak learning rate {self.task.peak_lr:.3g}"
+            f"{self.steps} steps of {size} = {settings.epochs:g} effective epochs; peak learning rate {self.task.peak_lr:.3g}"
         )
-        if settings.batch > len(self.task.dataset):
+        if videos > len(self.task.dataset):
+            name = "batch" if self.order is None or settings.tokens is None else "tokens"
             self.print(
-                f"note: optimizer.batch {settings.batch} is more than the {len(self.task.dataset)} videos: a step takes some of "
-                "them more than once, in other clips"
+                f"note: optimizer.{name} {getattr(settings, name)} is more than the {len(self.task.dataset)} videos: a step "
+                "takes some of them more than once, in other clips"
             )
         if first_step:
             self.print(f"continuing from step {first_step}")
@@ -380,7 +439,7 @@ class Training:
         return lr
 
     def progress(self, state, broken):
-        epoch = state.step * self.config.optimizer.batch * self.task.repeats / len(self.task.dataset)
+        epoch = self.samples(state.step) * self.task.repeats / len(self.task.dataset)
         return {
             "epoch": epoch,
             "skipped_steps": state.skipped_steps,

@@ -13,22 +13,23 @@ import torch
 class StepMeter:
     """Collects the numbers of a line of the log; ``summary`` gives them and starts over.
 
-    tokens: of a clip. peak_flops: what all devices together reach, in FLOP/s.
+    peak_flops: what all devices together reach, in FLOP/s.
     """
 
-    def __init__(self, tokens, peak_flops, device):
-        self.tokens, self.peak_flops, self.device = tokens, peak_flops, device
+    def __init__(self, peak_flops, device):
+        self.peak_flops, self.device = peak_flops, device
         self._reset()
 
     def _reset(self):
         self.start = time.perf_counter()
-        self.data_wait, self.clips, self.flops = 0.0, 0, 0.0
+        self.data_wait, self.clips, self.tokens, self.flops = 0.0, 0, 0, 0.0
         self.losses, self.norms = [], []
 
-    def add_clips(self, clips, flops):
-        """``clips`` clips of ``flops`` FLOPs each."""
+    def add_clips(self, clips, tokens, flops):
+        """``clips`` clips, with the tokens and FLOPs of all of them."""
         self.clips += clips
-        self.flops += clips * flops
+        self.tokens += tokens
+        self.flops += flops
 
     def add_step(self, loss, norm):
         self.losses.append(loss)
@@ -51,12 +52,11 @@ class StepMeter:
         """{name: number} of the steps since the last call."""
         seconds = time.perf_counter() - self.start
         count = len(self.losses)
-        clips_per_second = self.clips / seconds
         values = {
             "loss": sum(self.losses) / count if count else math.nan,
             "gradient_norm": sum(self.norms) / count if count else math.nan,
-            "clips_per_second": clips_per_second,
-            "tokens_per_second": clips_per_second * self.tokens,
+            "clips_per_second": self.clips / seconds,
+            "tokens_per_second": self.tokens / seconds,
             "data_wait": self.data_wait / seconds,
             "mfu": self.flops / seconds / self.peak_flops,
             "memory_gb": peak_memory(self.device) / 1e9,

@@ -422,19 +422,20 @@ def weights_file(path):
     return path
 
 
-def clips_of(checkpoint_path, stride=None):
+def clips_of(checkpoint_path, stride=None, size=None):
     """The ClipConfig that the weights at ``checkpoint_path`` were trained with, as the config.yaml beside them says, else
     the default.
 
-    Only what decides which frames and pixels make a clip; ``stride`` overrides.
+    Only what decides which frames and pixels make a clip; ``stride`` and ``size`` override.
     """
     path = Path(checkpoint_path)
     settings = (path if path.is_dir() else path.parent) / "config.yaml"
     clips = {}
     if settings.exists():
         clips = {"pixels": BEFORE_PIXELS, **(load_yaml(settings.read_text(encoding="utf-8")).get("clips") or {})}
-    chosen = {name: clips[name] for name in ("stride", "spacing", "short", "pixels") if name in clips}
-    return ClipConfig(**{**chosen, **({} if stride is None else {"stride": stride})})
+    chosen = {name: clips[name] for name in ("stride", "spacing", "short", "pixels", "size") if name in clips}
+    given = {name: value for name, value in (("stride", stride), ("size", size)) if value is not None}
+    return ClipConfig(**{**chosen, **given})
 
 
 def _remove_tree(path):

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from stmae import checkpoint
 
-from ..data.dataset import ReadableViews, ViewClips, as_video
+from ..data.dataset import ReadableViews, as_video
 from ..data.outage import PATIENCE, was_read
+from ..data.packed_clips import evaluation_views
 from ..engine.device import choose_device, choose_precision, choose_workers
 from ..engine.run_folder import clips_of, weights_file
 
@@ -46,11 +47,15 @@ def _encode(path, entries, config, model, collect, patience):
     if model is None:
         model = checkpoint.load_classifier(weights_file(path))
     model.to(device).eval()
-    views = ViewClips(
+    clips = clips_of(path, config.stride, config.size)
+    native = clips.size == "native"
+    if native and (config.tokens == "all" or collect is not None):
+        what = "tokens 'mean'" if collect is None else "no probe of all tokens ('attentive')"
+        raise ValueError(f"size: expected 'fixed' or {what}: of native size every video has its own number of tokens")
+    views = evaluation_views(
         entries,
-        clips_of(path, config.stride),
-        frames=model.config.num_frames,
-        size=model.config.image_size,
+        clips,
+        model.config,
         temporal=config.views.temporal,
         spatial=config.views.spatial,
         crop_pct=config.views.crop_pct,
@@ -65,7 +70,8 @@ def _encode(path, entries, config, model, collect, patience):
             continue
         was_read(entries[item["number"]])  # what a worker learnt ends with it
         with autocast():
-            tokens = model.features(as_video(item["clips"].to(device)), pooled=False)
+            video = as_video(item["clips"].to(device))
+            tokens = torch.stack(model.features(list(video), pooled=False)) if native else model.features(video, pooled=False)
             values = model.pool(tokens) if config.tokens == "mean" else tokens.flatten(1)
         if collect is not None:
             collect(F.layer_norm(tokens.float().flatten(0, 1), tokens.shape[2:]).half().cpu())

@@ -11,9 +11,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from stmae import checkpoint
 from stmae.models import MaskedAutoencoder
+from stmae.models.packing import grid_of
 
 from ..config.checks import check_types, require, require_device, require_fraction, require_positive, require_seed, require_text
-from ..data.dataset import ViewClips, as_video
+from ..data.dataset import as_video
+from ..data.packed_clips import evaluation_views
 from ..data.video import VideoError, printable
 from ..data.video_list import find_videos
 from ..engine.device import choose_device
@@ -76,9 +78,11 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
     model.to(device)
     ratio = model.config.mask_ratio if mask_ratio is None else mask_ratio
     generator = torch.Generator().manual_seed(seed)
-    mask = model.sample_mask(1, mask_ratio=ratio, decoder_mask_ratio=0, generator=generator).to(device)
+    packed = clip_settings.size == "native" or model.config.mask_strategy == "multi_block"
+    options = {"mask_ratio": ratio, "decoder_mask_ratio": 0, "generator": generator}
+    mask = None if packed else model.sample_mask(1, **options).to(device)
     entries = find_videos(source)
-    views = ViewClips(entries, clip_settings, frames=model.config.num_frames, size=model.config.image_size, start=clip)
+    views = evaluation_views(entries, clip_settings, model.config, start=clip)
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: expected a folder, got the file {output}")
@@ -93,9 +97,16 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
             print(f"skipped video {error}")
             continue
         video = as_video(clips.to(device))
+        if packed:
+            generator.manual_seed(seed)  # whatever the videos before it
+            video, mask = list(video), model.sample_masks([grid_of(model.config, video[0])], **options)
+            mask = [own.to(device) for own in mask]
         with torch.no_grad():
             out = model(video, mask=mask)
         pictures = model.reconstruct(video, out)
+        if packed:
+            (pictures,) = pictures
+            ratio = len(out.masked[0]) / (len(out.masked[0]) + len(out.keep[0]))
         if not explained:
             print(
                 "In masked patches, "

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from stmae.checkpoint.resize import classifier_from_autoencoder
+from stmae.models.packing import grid_of
 
 from ..config import EncodingConfig
-from ..data.dataset import ViewClips, as_video
+from ..data.dataset import as_video
+from ..data.packed_clips import evaluation_views
 from ..data.video import VideoError, printable
 from .features import encode
 from .pictures import ROWS, grid, to_uint8
@@ -18,8 +20,7 @@ from .probes import knn
 
 
 def _views(entries, config, temporal=1):
-    options = {"frames": config.model.num_frames, "size": config.model.image_size, "patience": config.run.data_patience}
-    return ViewClips(entries, config.clips, temporal=temporal, **options)
+    return evaluation_views(entries, config.clips, config.model, temporal=temporal, patience=config.run.data_patience)
 
 
 @torch.no_grad()
@@ -40,9 +41,9 @@ def held_out_loss(entries, config, processes, device, model, autocast, logger, s
             except VideoError as error:
                 left_out[number] = f"left out of the held-out loss: {error}"
                 continue
-            mask = fixed_mask(model, len(clips), number).to(device)
+            video, mask = masked_views(model, clips.to(device), number, packed=config.packed)
             with autocast():
-                losses[number] = model(as_video(clips.to(device)), mask=mask).loss.item()
+                losses[number] = model(video, mask=mask).loss.item()
 
     processes.gather_results(own_losses)
     losses, left_out = processes.gather_dict(losses), processes.gather_dict(left_out)
@@ -91,12 +92,17 @@ def log_reconstructions(entries, config, device, model, autocast, logger, step):
     model.eval()
 
     def picture(number):
-        video = as_video(views[number]["clips"].to(device))
+        clips = views[number]["clips"].to(device)
+        video, mask = masked_views(model, clips, number, packed=config.packed, decoder_mask_ratio=0)
         with autocast():
-            out = model(video, mask=fixed_mask(model, 1, number, decoder_mask_ratio=0).to(device))
+            out = model(video, mask=mask)
         pictures = model.reconstruct(video, out)
+        ratio = config.model.mask_ratio
+        if config.packed:
+            (pictures,), hidden, visible = pictures, len(out.masked[0]), len(out.keep[0])
+            ratio = hidden / (hidden + visible)
         note = "patch mean and contrast from the original" if pictures.patch_statistics == "original" else "all of it predicted"
-        labels = ("original", f"{config.model.mask_ratio:.0%} masked", f"reconstruction at step {step} ({note})")
+        labels = ("original", f"{ratio:.0%} masked", f"reconstruction at step {step} ({note})")
         return grid([to_uint8(getattr(pictures, name)[0]) for name in ROWS], labels)
 
     for number, entry in enumerate(entries):
@@ -104,6 +110,11 @@ def log_reconstructions(entries, config, device, model, autocast, logger, step):
     return {}
 
 
-def fixed_mask(model, clips, number, **options):
-    """The Mask of ``clips`` clips that is always the same for video ``number``; options: as of ``model.sample_mask``."""
-    return model.sample_mask(clips, generator=torch.Generator().manual_seed(number), **options)
+def masked_views(model, clips, number, *, packed, **options):
+    """What the model takes for the views ``clips`` [B, T, H, W, C] of video ``number``: the video and its Mask, always the same
+    one; with ``packed`` a list of clips and of their Masks. options: as of ``model.sample_mask``."""
+    video, generator = as_video(clips), torch.Generator().manual_seed(number)
+    if not packed:
+        return video, model.sample_mask(len(video), generator=generator, **options).to(video.device)
+    grids = [grid_of(model.config, clip) for clip in video]
+    return list(video), [mask.to(video.device) for mask in model.sample_masks(grids, generator=generator, **options)]

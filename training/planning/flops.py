@@ -15,9 +15,11 @@ from stmae import ops
 REPEATS = 5
 
 
-def autoencoder_flops(config):
-    """(forward, forward and backward) of one clip through a MaskedAutoencoder; config: its MaskedAutoencoderConfig."""
-    _, kept, _, predicted = config.token_counts()
+def autoencoder_flops(config, kept=None, predicted=None):
+    """(forward, forward and backward) of one clip through a MaskedAutoencoder; config: its MaskedAutoencoderConfig. kept,
+    predicted: how many of its tokens are visible and how many are reconstructed; None: as of its configuration."""
+    if kept is None or predicted is None:
+        _, kept, _, predicted = config.token_counts()
     class_tokens = int(config.class_token)
     patches, encoder = _encoder(config, kept)
     width, tokens = config.decoder_width, kept + predicted + class_tokens

@@ -1,17 +1,21 @@
 """Masked-autoencoder pre-training, from a folder of videos to weights."""
 
 import functools
+import math
 
 import torch
 
 from stmae import checkpoint
-from stmae.masking import Mask, make_mask
+from stmae.masking import Blocks, Mask, make_mask, make_masks
 from stmae.models import MaskedAutoencoder
+from stmae.models.config import as_pair
 
+from ..data.clip_shapes import ClipShapes, is_picture
 from ..data.dataset import PretrainClips, as_video, require_readable
+from ..data.packed_clips import PackedClips
 from ..data.video_list import find_mixture, find_train_and_test, find_videos
 from ..engine.launch import run_distributed
-from ..engine.loop import EvaluationHook, Task, train
+from ..engine.loop import EvaluationHook, PackedBatches, Task, train
 from ..engine.optimizer import peak_learning_rate, weight_decay_groups
 from ..engine.run_folder import weights_file
 from ..evaluation.pretraining import held_out_loss, knn_accuracy, log_reconstructions
@@ -63,34 +67,57 @@ def pretraining_task(config, entries, device, hooks=()):
     torch.manual_seed(config.seed)
     model = MaskedAutoencoder(config.model).to(device)
     model.backend = config.run.backend
-    shape = config.model
-    mask = (shape.mask_strategy, 1, shape.grid, shape.mask_ratio)
-    dataset = PretrainClips(
-        entries,
-        config.clips,
-        frames=config.model.num_frames,
-        size=config.model.image_size,
-        sample_mask=functools.partial(make_mask, *mask, decoder_ratio=shape.decoder_mask_ratio),
-        seed=config.seed,
-        patience=config.run.data_patience,
-    )
+    shape, batch, packed = config.model, config.optimizer.batch, None
+    options = {"seed": config.seed, "patience": config.run.data_patience}
+    if config.packed:
+        pictures = [is_picture(entry) for entry in entries]
+        shapes = ClipShapes(shape, config.clips, pictures=any(pictures))
+        dataset = PackedClips(entries, config.clips, shapes=shapes, sample_mask=functools.partial(clip_mask, shape), **options)
+        packed = PackedBatches(shapes, pictures, functools.partial(measure, shape))
+        if config.optimizer.tokens is not None:
+            batch = config.optimizer.tokens / shapes.standard_cost
+    else:
+        mask = (shape.mask_strategy, 1, shape.grid, shape.mask_ratio)
+        draw = functools.partial(make_mask, *mask, decoder_ratio=shape.decoder_mask_ratio)
+        size = {"frames": shape.num_frames, "size": shape.image_size}
+        dataset = PretrainClips(entries, config.clips, sample_mask=draw, **size, **options)
     return Task(
         model=model,
         dataset=dataset,
         loss=autoencoder_loss,
         parameter_groups=functools.partial(weight_decay_groups, weight_decay=config.optimizer.weight_decay),
         # A batch counts videos: the repeats of one video are not counted in pre-training.
-        peak_lr=peak_learning_rate(config.optimizer, config.optimizer.batch),
+        peak_lr=peak_learning_rate(config.optimizer, batch),
         repeats=config.clips.repeats,
         tokens=config.model.num_tokens,
         flops=lambda epoch: autoencoder_flops(config.model)[1],
+        packed=packed,
         hooks=list(hooks),
     )
 
 
 def autoencoder_loss(forward, batch, epoch):
     """The autoencoder's own loss [] of a batch's clips under their masks."""
+    if isinstance(batch["clips"], list):
+        masks = [Mask(keep, masked) for keep, masked in zip(batch["keep"], batch["masked"])]
+        return forward([as_video(clip[None])[0] for clip in batch["clips"]], mask=masks).loss
     return forward(as_video(batch["clips"]), mask=Mask(batch["keep"], batch["masked"])).loss
+
+
+def clip_mask(config, grid, generator):
+    """The Mask of one clip of this patch grid."""
+    blocks = Blocks(config.mask_blocks, config.mask_block_scale, config.mask_block_aspect, config.mask_block_length)
+    ratios = {"ratios": [config.mask_ratio], "decoder_ratio": config.decoder_mask_ratio}
+    return make_masks(config.mask_strategy, [grid], **ratios, blocks=blocks, generator=generator)[0]
+
+
+def measure(config, batch):
+    """Of a packed micro-batch: what its loss is the mean over, patches or clips, its tokens and its FLOPs."""
+    counts = [(len(keep), len(masked)) for keep, masked in zip(batch["keep"], batch["masked"])]
+    weight = len(counts) if config.loss_reduction == "clip" else sum(masked for _, masked in counts)
+    area = math.prod(as_pair(config.patch_size)) * config.tubelet_size
+    tokens = sum(math.prod(clip.shape[:3]) // area for clip in batch["clips"])
+    return weight, tokens, sum(autoencoder_flops(config, *own)[1] for own in counts)
 
 
 def evaluation_hooks(config, processes, device, entries, held_out):

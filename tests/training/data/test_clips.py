@@ -429,7 +429,7 @@ def test_a_batch_lies_where_its_workers_wrote_it_until_it_is_overwritten(workers
     assert len(kept) == 24
     if workers:
         assert len(addresses) <= loader.slots < 24
-        size = loader.videos * 2 * (4 * 32 * 32 * 3 + 8 * 32)
+        size = loader.sampler.videos * 2 * (4 * 32 * 32 * 3 + 8 * 32)
         assert size * loader.slots <= loader.shared_bytes <= (size + 3 * 64) * loader.slots
 
 

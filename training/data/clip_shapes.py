@@ -1,0 +1,172 @@
+"""How long and how large each clip of a packed batch is: drawn by seed and place in the order, before a file is opened.
+
+A draw gives a clip's frames and the most patches that each of them may have, its *area*. What a clip of native size then has
+follows from its video's aspect ratio: a patch grid (h, w) with h * w at most the area, see ``native_grid``. So how many tokens a
+batch holds at most is known when it is filled, and depends on nothing that is in the files.
+
+What has an image's name is a clip of one tubelet.
+"""
+
+import functools
+import math
+import os
+
+import numpy as np
+
+from stmae.masking import TokenCounts
+
+from .images import IMAGE_EXTENSIONS
+from .transforms import Crop, random_crop, view_box
+
+
+class ClipShapes:
+    """The shapes of clips that a pre-training run draws.
+
+    model: a MaskedAutoencoderConfig. clips: a ClipConfig, whose ``repeats`` clips are drawn for a sample. pictures: whether there
+    are any among the videos.
+
+    Raises ValueError for a shape of which the model's masks keep nothing or everything.
+    """
+
+    def __init__(self, model, clips, *, pictures=False):
+        self.model, self.repeats, self.native = model, clips.repeats, clips.size == "native"
+        self.patch = model.patch_size
+        self.tubelet, self.frames = model.tubelet_size, clips.frames or (model.num_frames,)
+        self.settings = clips
+        self.slices = sorted({*([1] if pictures else []), *(frames // self.tubelet for frames in self.frames)})
+        if self.native:
+            whole = math.sqrt(math.prod(model.image_size))
+            self.sides = clips.side or (whole, whole)
+            self.areas = tuple(int(side**2 / math.prod(self.patch) + 1e-9) for side in self.sides)
+        else:
+            self.areas = (math.prod(model.grid[1:]),) * 2
+        for slices in self.slices:
+            smallest = self.areas[0] // 4 + 1 if self.native else self.areas[0]
+            if slices * smallest < 2:
+                raise ValueError(f"masking: expected clips of two tokens or more, may get one of {slices * smallest}")
+            try:
+                self.counts(slices, smallest)
+            except ValueError as error:
+                raise ValueError(f"of the smallest clip that may be drawn: {error}") from error
+
+    @property
+    def token_bytes(self):
+        """Of the uint8 pixels of a patch."""
+        return self.model.in_channels * self.tubelet * math.prod(self.patch)
+
+    def draw(self, seed, epoch, pictures):
+        """(frames, areas) int64 [samples, repeats] of the samples of an epoch. pictures: bool [samples]."""
+        rng = np.random.default_rng([seed, epoch, 0, 2])  # another stream than those of the order and of the samples
+        size = (len(pictures), self.repeats)
+        frames = np.array(self.frames)[rng.integers(len(self.frames), size=size)]
+        frames = np.where(pictures[:, None], self.tubelet, frames)
+        if not self.native:
+            return frames, np.full(size, self.areas[0])
+        areas = (rng.uniform(*self.sides, size=size) ** 2 / math.prod(self.patch) + 1e-9).astype(np.int64)
+        return frames, areas
+
+    def tokens(self, frames, areas):
+        """N at most."""
+        return frames // self.tubelet * areas
+
+    def costs(self, frames, areas):
+        """Tokens that the encoder and the decoder see, K + (K + M), at most: int64, the shape of ``frames`` and ``areas``."""
+        table = self._table
+        return table[frames // self.tubelet, areas - self.areas[0]]
+
+    def counts(self, slices, area):
+        """The TokenCounts of a clip of ``slices`` time slices and ``area`` patches in each. Of ``multi_block``, whose number of
+        visible tokens is known only when a mask is drawn, as if all were visible: the most there can be."""
+        tokens = slices * area
+        if self.model.mask_strategy == "multi_block":
+            return TokenCounts(tokens, tokens, tokens, 0)
+        return self.model.token_counts(grid=(slices, 1, area))
+
+    def cost(self, slices, area):
+        """Tokens that the encoder and the decoder see of it, K + (K + M)."""
+        counts = self.counts(slices, area)
+        return 2 * counts.visible + counts.reconstructed
+
+    @property
+    def standard_cost(self):
+        """Of a sample whose clips have the model's own size."""
+        t, h, w = self.model.grid
+        return self.repeats * self.cost(t, h * w)
+
+    @functools.cached_property
+    def _table(self):
+        """Costs [time slices, areas], 0 where none are drawn."""
+        lowest, highest = self.areas
+        table = np.zeros((max(self.frames) // self.tubelet + 1, highest - lowest + 1), np.int64)
+        for slices in self.slices:
+            for area in range(lowest, highest + 1):
+                table[slices, area - lowest] = self.cost(slices, area)
+        return table
+
+    @functools.cached_property
+    def most_tokens(self):
+        """N of the largest clip."""
+        return max(self.frames) // self.tubelet * self.areas[1]
+
+    @functools.cached_property
+    def most_cost(self):
+        """Of a sample, of the most."""
+        return self.repeats * int(self._table.max())
+
+    @functools.cached_property
+    def least_cost(self):
+        return self.repeats * int(self._table[self._table > 0].min())
+
+    @functools.cached_property
+    def mean_cost(self):
+        """Of a sample of a video, expected."""
+        drawn = range(self.areas[0], self.areas[1] + 1)
+        edges = np.sqrt(np.array([*drawn, self.areas[1] + 1]) * math.prod(self.patch))
+        if self.native and self.sides[0] < self.sides[1]:
+            weights = np.diff(edges.clip(*self.sides)) / (self.sides[1] - self.sides[0])
+        else:
+            weights = np.ones(1)
+        rows = [frames // self.tubelet for frames in self.frames]
+        return self.repeats * float((self._table[rows] @ weights).mean())
+
+    @functools.cached_property
+    def tokens_per_cost(self):
+        """N over cost, at most: how many tokens there can be in a micro-batch of some cost."""
+        areas = np.arange(self.areas[0], self.areas[1] + 1)
+        return max(float((slices * areas / self._table[slices]).max()) for slices in self.slices)
+
+    def crop(self, rng, height, width, area):
+        """A random Crop of frames of this height and width, as of a clip of this ``area``."""
+        settings = self.settings
+        if not self.native:
+            return random_crop(rng, height, width, self.model.image_size, settings.scale, settings.aspect, settings.flip)
+        return native_crop(height, width, area, self.patch, rng.random(), bool(settings.flip and rng.random() < 0.5))
+
+
+def native_crop(height, width, area, patch, position=0.5, flip=False):
+    """The Crop that keeps the aspect ratio of frames, in ``native_grid``'s size. What the grid does not reach, less than a patch
+    as a rule, is left out; position: in [0, 1], where the box lies along that side."""
+    h, w = native_grid(height, width, area, patch)
+    size = (h * patch[0], w * patch[1])
+    return Crop(view_box(height, width, size, position), size, flip)
+
+
+@functools.lru_cache(maxsize=4096)
+def native_grid(height, width, area, patch):
+    """(h, w) in patches, h * w <= ``area``, for frames of this height and width: where the fraction of the frame that a box of
+    this shape keeps, squared, times the fraction of the area that it uses is largest. It uses more than a quarter, for else a
+    grid twice as high and wide would be better.
+    """
+    aspect = width / patch[1] * patch[0] / height  # of the frame, in patches
+    best = (0.0, 0, 1, 1)
+    for h in range(1, area + 1):
+        widest = area // h
+        for w in {min(widest, max(1, math.floor(h * aspect))), min(widest, max(1, math.ceil(h * aspect)))}:
+            kept = min(aspect * h / w, w / (aspect * h))
+            best = max(best, (kept**2 * h * w / area, h * w, h, w))
+    return best[2:]
+
+
+def is_picture(entry):
+    """Whether an Entry's name is that of an image: a clip of one tubelet."""
+    return not entry.frames and os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS
