@@ -1,5 +1,6 @@
 # make demo   from nothing: builds, pre-trains a small model on the clips that ship with the project, shows what it reconstructs
 # make test   from nothing: all tests, in JOBS=2 processes; make test-quick: the ops of small tensors, masks, clips, recipes and imports
+# make compile-kernels  from nothing: the Triton kernels compiled for every kind of GPU, their figures compared (tests: for sm_90 alone)
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
 # make docs   from nothing: the documentation as a site, build/site
 # make wheel, make sdist  from nothing: packages to publish, in dist, checked
@@ -25,7 +26,7 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test test-quick lint docs wheel sdist sanitize old-processor bench gpu study clean
+.PHONY: demo test test-quick compile-kernels lint docs wheel sdist sanitize old-processor bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -43,6 +44,9 @@ QUICK = $(addprefix tests/,ops/test_gather_tokens.py ops/test_restore_tokens.py 
 
 test-quick: $(STAMP)
 	$(PARALLEL) $(VENV)/bin/python -m pytest $(QUICK) -n $(JOBS) --dist loadfile
+
+compile-kernels: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/kernels/test_compiled.py --every-target
 
 lint: $(STAMP)-dev
 	$(VENV)/bin/ruff check .

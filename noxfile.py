@@ -41,7 +41,7 @@ def _beside_torch(session, triton):
 def triton(session, triton):
     """The kernels interpreted, compiled for GPUs that are not there, and launched on a recording driver, with one Triton."""
     _beside_torch(session, triton)
-    session.run("python", "-m", "pytest", *(session.posargs or ("tests/kernels",)))
+    session.run("python", "-m", "pytest", *(session.posargs or ("tests/kernels", "--every-target")))
 
 
 @nox.session(python="3.11")

@@ -13,6 +13,12 @@ CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
 OFFERED = CAPABILITIES[: CAPABILITIES.index(library.best_cpu_capability()) + 1]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-target", action="store_true", help="compile the Triton kernels for every kind of GPU, not for sm_90 alone"
+    )
+
+
 @pytest.fixture(params=OFFERED)
 def capability(request):
     """Runs a test once for each instruction set that this processor offers."""

@@ -286,8 +286,10 @@ if __name__ == "__main__":
         print(f"no figures are kept for triton {triton.__version__}: nothing to compare with")
     else:
         old = json.loads(figures_of().read_text())["kernels"]
-        if arguments.case or arguments.target:
-            old = {key: value for key, value in old.items() if key in new}
+        if arguments.case:
+            old = {key: value for key, value in old.items() if key.split(" | ")[1] in arguments.case}
+        if arguments.target:
+            old = {key: value for key, value in old.items() if key.split(" | ")[3] in arguments.target}
         lines = difference(old, new)
         print("\n".join(lines) or f"all {len(new)} kernels as in {figures_of().name}")
         sys.exit(bool(lines))
