@@ -6,6 +6,7 @@ import torch
 from stmae.ops import library
 
 os.environ["STMAE_INDEX"] = "off"  # here and in what the tests start: nothing is left in, or taken from, the user's cache folder
+os.environ["STMAE_CACHE"] = "off"
 for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
     del os.environ[_name]  # a pytest that a test starts is no part of this one: pytest-benchmark would refuse to measure
 

@@ -3,7 +3,6 @@
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch.utils.data import Dataset
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from ..config import ClipConfig, DataLocationConfig
 from ..config.checks import require_not_negative, require_positive, require_text
+from ..config.sources import absolute
 from ..data.clip_sampling import clip_indices, clip_span, spaced_clips
 from ..data.dataset import length_of, within
 from ..data.decoders import choose_decoder, open_entry
@@ -168,7 +168,7 @@ class VideoCheck(Dataset):
 
 def line_of(entry):
     """The entry as a line of a list, which find_videos reads as the same entry."""
-    words = [str(Path(entry.path).absolute())]
+    words = [absolute(entry.path)]
     if entry.frames:
         words.append(str(entry.frames))
     if entry.frames or entry.label >= 0:

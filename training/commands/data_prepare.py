@@ -11,11 +11,13 @@ from tqdm import tqdm
 
 from ..config import DataLocationConfig
 from ..config.checks import require, require_not_negative, require_positive, require_text
+from ..config.sources import absolute, suffix_of
 from ..data.images import IMAGE_EXTENSIONS
 from ..data.loader import LoaderError, results
-from ..data.prepare import prepare_video, target_names
+from ..data.local_copy import is_elsewhere, local_copy
+from ..data.prepare import prepare_video, target_names, tree_path
 from ..data.video import VideoError
-from ..data.video_list import find_videos
+from ..data.video_list import find_videos, is_folder
 
 SETTINGS, LEFT_OUT = "prepare.json", "left_out.txt"
 
@@ -54,12 +56,14 @@ ERRORS = (LoaderError,)
 def run(config):
     """Encodes what is not there yet; prints a report and returns (entries prepared, VideoErrors)."""
     entries = find_videos(config.data, config.data_root, config.data_labels)
-    source, output = Path(config.data), Path(config.output)
+    source, output, in_folder = Path(config.data), Path(config.output), is_folder(config.data)
     if output.resolve() == source.resolve() or (source.is_dir() and source.resolve() in output.resolve().parents):
         raise ValueError(f"output: expected a folder outside of {source}, got {output}")
-    root = source if source.is_dir() else os.path.commonpath([os.path.dirname(os.path.abspath(entry.path)) for entry in entries])
-    entries = [entry._replace(path=os.path.abspath(entry.path)) for entry in entries]
-    names = target_names(entries, os.path.abspath(root))
+    entries = [entry._replace(path=absolute(entry.path)) for entry in entries]
+    root = (
+        absolute(config.data) if in_folder else os.path.commonpath([os.path.dirname(tree_path(entry.path)) for entry in entries])
+    )
+    names = target_names(entries, tree_path(root))
     output.mkdir(parents=True, exist_ok=True)
     keep_settings(output, {"short_side": config.short_side, "gop": config.gop, "crf": config.crf})
 
@@ -72,7 +76,7 @@ def run(config):
         else:
             done.append(number)
             before, after = before + result[0], after + result[1]
-    if not source.is_dir():
+    if not in_folder:
         list_of = output / f"{source.stem}.txt"
         lines = [line_of(names[i], entries[i]) for i in done]
         list_of.write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
@@ -105,6 +109,11 @@ def keep_settings(output, settings):
     elif any(output.iterdir()):
         raise ValueError(f"output: {output} is not empty, and this command did not write it: choose another folder")
     file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def is_newer(target, source):
+    """Whether ``target`` is there, and no older than ``source``."""
+    return os.path.exists(target) and os.path.getmtime(target) >= os.path.getmtime(source)
 
 
 def line_of(name, entry):
@@ -140,17 +149,20 @@ class VideoPreparation(Dataset):
         try:
             if entry.frames:
                 return 0, 0
-            size = os.path.getsize(entry.path)
-            if not (os.path.exists(target) and os.path.getmtime(target) >= os.path.getmtime(entry.path)):
-                if os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS:
-                    os.makedirs(os.path.dirname(target), exist_ok=True)
-                    shutil.copyfile(entry.path, target + ".tmp")
-                    os.replace(target + ".tmp", target)
-                else:
-                    prepare_video(entry.path, target, short_side=config.short_side, gop=config.gop, crf=config.crf)
+            if is_elsewhere(entry) and os.path.exists(target):
+                return 0, 0
+            with local_copy(entry) as copy:
+                size = os.path.getsize(copy.path)
+                if is_elsewhere(entry) or not is_newer(target, entry.path):
+                    if suffix_of(entry.path) in IMAGE_EXTENSIONS:
+                        os.makedirs(os.path.dirname(target), exist_ok=True)
+                        shutil.copyfile(copy.path, target + ".tmp")
+                        os.replace(target + ".tmp", target)
+                    else:
+                        prepare_video(copy.path, target, short_side=config.short_side, gop=config.gop, crf=config.crf)
             return size, os.path.getsize(target)
         except VideoError as error:
-            return error
+            return VideoError(entry.path, error.reason, error.errno)
         except FileNotFoundError as error:
             return VideoError(entry.path, f"cannot be opened ({error.strerror})", error.errno)
         finally:

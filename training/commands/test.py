@@ -13,7 +13,7 @@ from stmae.models import VideoClassifier
 
 from ..config import DataLocationConfig, ViewConfig
 from ..config.checks import require_device, require_positive, require_text
-from ..data.video_list import find_labelled_videos
+from ..data.video_list import find_labelled_videos, is_folder
 from ..engine.device import choose_device, choose_precision
 from ..engine.outputs import is_results, require_own, write_results
 from ..engine.run_folder import clips_of, weights_file
@@ -91,10 +91,10 @@ def labelled_videos(config, file, num_classes):
     """The entries of ``config.data``, labelled as the classifier was trained. Raises ValueError for a label that it lacks,
     and for class folders whose numbers are unknown."""
     labels, beside = config.data_labels, Path(file).parent / "classes.json"
-    if labels is None and beside.is_file() and Path(config.data).is_dir():
+    if labels is None and beside.is_file() and is_folder(config.data):
         labels = beside
     entries = find_labelled_videos(config.data, config.data_root, labels)
-    if labels is None and Path(config.data).is_dir():
+    if labels is None and is_folder(config.data):
         found = len({entry.label for entry in entries})
         if found != num_classes:
             raise ValueError(

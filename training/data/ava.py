@@ -36,6 +36,7 @@ class KeyFrame(NamedTuple):
     actions: tuple
     scores: np.ndarray
     frames: int = 0  # as of an Entry: the path is a video
+    member: None = None
 
 
 def read_annotations(file, root, num_classes):

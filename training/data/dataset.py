@@ -6,16 +6,16 @@ workers changes nothing, and a run resumes in mid-epoch exactly, with files that
 """
 
 import functools
-import os
 import re
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..config.sources import absolute, is_url
 from .clip_sampling import clip_span, random_clip, spaced_clips
 from .decoders import open_entry
-from .outage import PATIENCE, PatientReader, was_read
+from .outage import LASTING, PATIENCE, DataAwayError, PatientReader, was_read
 from .randaugment import rand_augment
 from .transforms import Crop, random_crop, random_erasing, view_box
 from .video import VideoError, printable
@@ -56,7 +56,7 @@ class RandomClips(Dataset):
 
     def raise_if_left_out(self, entry):
         """Raises VideoError for one of ``left_out``."""
-        if self.left_out and os.path.abspath(entry.path) in self.left_out:
+        if self.left_out and absolute(entry.path) in self.left_out:
             raise VideoError(entry.path, "left out, as left_out.txt in the run's folder says")
 
     def __len__(self):
@@ -143,7 +143,7 @@ class RandomClips(Dataset):
 
             indices = [within(video, clip, settings) for clip in wanted]
             video.clips(indices, crops, out["clips"].numpy())  # one pass for all repeats
-            short = short_note(video, self.frames, settings)
+            short = short_note(entry.path, video, self.frames, settings)
         for r, (rng, clip) in enumerate(zip(rngs, out["clips"])):
             augmented = self.augment(rng, clip)
             if augmented is not clip:
@@ -252,13 +252,13 @@ def within(video, indices, clips):
     return indices % len(video) if clips.short == "loop" else np.minimum(indices, len(video) - 1)
 
 
-def short_note(video, frames, clips):
+def short_note(path, video, frames, clips):
     """[(path, what is done about it)] where the video has fewer frames than a clip needs, else []."""
     needed = clip_span(frames, clips.stride, clips.spacing)
     if video.still or len(video) >= needed:
         return []
     done = "it begins again" if clips.short == "loop" else "its last frame is repeated"
-    return [(printable(video.path), f"{len(video)} frames, and a clip needs {needed}: {done}")]
+    return [(printable(path), f"{len(video)} frames, and a clip needs {needed}: {done}")]
 
 
 class ReadableViews(Dataset):
@@ -293,7 +293,8 @@ def as_video(clips):
 def require_readable(entries, frames, clips):
     """Find one video that can give a clip, so that a data set with none is an error before training starts.
 
-    Returns the list of VideoError passed over on the way to it. Raises ValueError when there is none.
+    Returns the list of VideoError passed over on the way to it. Raises ValueError when there is none, DataAwayError where a
+    server does not answer.
     """
     errors = []
     for entry in entries:
@@ -301,8 +302,11 @@ def require_readable(entries, frames, clips):
             with open_entry(entry, clips.decoder) as video:
                 (clip,) = spaced_clips(1, length_of(video, frames, clips), frames, clips.stride, clips.spacing)
                 video.frames(within(video, clip, clips))
+            was_read(entry)
             return errors
         except VideoError as error:
+            if is_url(error.file) and error.errno not in (None, *LASTING):
+                raise DataAwayError(f"{error}") from error
             errors.append(error)
     shown = "".join(f"\n  {error}" for error in errors[:10])
     more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""

@@ -5,14 +5,17 @@ formats in SAME_IN_BOTH; every frame's time stamp is compared with what PyAV's s
 where they differ or torchcodec gives up. So the decoder is a matter of speed alone.
 """
 
+import contextlib
 import functools
 import os
 
 import numpy as np
 
+from ..config.sources import suffix_of
 from .images import IMAGE_EXTENSIONS, FrameFolder, open_image
+from .local_copy import is_elsewhere, local_copy
 from .pixels import choose_pixels, orientation
-from .video import PROGRESSIVE, Video, reason_of
+from .video import PROGRESSIVE, Video, VideoError, reason_of
 
 DECODERS = ("pyav", "torchcodec", "auto")
 
@@ -22,7 +25,7 @@ SAME_IN_BOTH = frozenset(["yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p
 
 
 def open_entry(entry, decoder="pyav", pixels="swscale"):
-    """The opened ``entry`` (listing.Entry): a Video, a Still, an Animation or a FrameFolder, to be used as a context manager.
+    """The opened ``entry`` (video_list.Entry): a Video, a Still, an Animation or a FrameFolder, to be used as a context manager.
 
     decoder: 'pyav', 'torchcodec', or 'auto', torchcodec where it works; of videos alone.
     pixels: 'exact' or 'swscale', of the clips (see ``pixels``); torchcodec, which gives RGB alone, decodes for the latter.
@@ -31,10 +34,30 @@ def open_entry(entry, decoder="pyav", pixels="swscale"):
     """
     if entry.frames:
         return FrameFolder(entry.path, entry.frames)
-    if os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS:
-        return open_image(entry.path)
+    if is_elsewhere(entry):
+        return _open_copy(entry, decoder, pixels)
+    return _open_file(entry.path, suffix_of(entry.path), decoder, pixels)
+
+
+def _open_file(path, suffix, decoder, pixels, index_name=None):
+    if suffix in IMAGE_EXTENSIONS:
+        return open_image(path)
     exact = choose_pixels(pixels) == "exact"
-    return Video(entry.path, exact=exact) if exact or choose_decoder(decoder) == "pyav" else TorchcodecVideo(entry.path)
+    kind = Video if exact or choose_decoder(decoder) == "pyav" else TorchcodecVideo
+    return kind(path, exact=exact, index_name=index_name)
+
+
+@contextlib.contextmanager
+def _open_copy(entry, decoder, pixels):
+    """An entry from elsewhere, whose errors bear its own name and not its copy's."""
+    with local_copy(entry) as copy:
+        try:
+            with _open_file(copy.path, suffix_of(entry.path), decoder, pixels, copy.name) as video:
+                yield video
+        except VideoError as error:
+            if error.file != copy.path:
+                raise
+            raise VideoError(entry.path, error.reason) from error
 
 
 def choose_decoder(name):

@@ -1,4 +1,5 @@
-"""What a scan of a long or counted file found, kept for the next time: time stamps, key frames, how many frames there are.
+"""What a scan of a file found, kept for the next time: of a long or counted video time stamps, key frames and how many frames
+there are; of a shard what it holds (see ``shards``).
 
 An entry is a file in the cache folder, named after the video's path, size, time of change and codec, and it names the bytes that
 the video begins and ends with: a video that is written anew has another entry. Entries are written under another name and
@@ -34,26 +35,17 @@ def folder():
     return Path(base) / "stmae" / "index"
 
 
-class FrameIndex:
-    """The entry of one video in the cache folder.
+class KeptIndex:
+    """An entry in the cache folder.
 
-    what: names beyond the file what the entry was made from, such as the codec's.
+    name: of what it is about. about: plain values that tell the version of that, and how it was read.
     """
 
-    def __init__(self, path, *what):
-        self._file = None
+    def __init__(self, name, about):
         cache = folder()
-        if cache is None:
-            return
-        with contextlib.suppress(OSError):
-            real = os.path.realpath(path)
-            status = os.stat(real)
-            with open(real, "rb") as file:
-                ends = file.read(ENDS)
-                file.seek(max(0, status.st_size - ENDS))
-                ends += file.read(ENDS)
-            self._about = {"size": status.st_size, "changed": status.st_mtime_ns, "what": list(what), "ends": zlib.crc32(ends)}
-            name = hashlib.sha256(os.fsencode(real) + b"\0" + repr(self._about).encode()).hexdigest()
+        self._file, self._about = None, about
+        if cache is not None:
+            name = hashlib.sha256(os.fsencode(name) + b"\0" + repr(about).encode()).hexdigest()
             self._file = cache / name[:2] / name[2:]
 
     def read(self):
@@ -96,3 +88,26 @@ class FrameIndex:
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
+
+
+class FrameIndex(KeptIndex):
+    """The entry of one video.
+
+    name: stands for its bytes for good; None: its path, size, time of change and ends do.
+    what: names beyond the file what the entry was made from, such as the codec's.
+    """
+
+    def __init__(self, path, *what, name=None):
+        if name is not None:
+            super().__init__(name, {"what": list(what)})
+            return
+        self._file = None
+        with contextlib.suppress(OSError):
+            real = os.path.realpath(path)
+            status = os.stat(real)
+            with open(real, "rb") as file:
+                ends = file.read(ENDS)
+                file.seek(max(0, status.st_size - ENDS))
+                ends += file.read(ENDS)
+            about = {"size": status.st_size, "changed": status.st_mtime_ns, "what": list(what), "ends": zlib.crc32(ends)}
+            super().__init__(real, about)

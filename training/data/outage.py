@@ -4,12 +4,18 @@ A file that is broken, or not there beside others that are, is another matter: i
 is the folder that the file lies in. Where this process has read from it before, and it now cannot be listed or is empty, the data
 are away: reading waits, with growing pauses, and then gives what it would have given without the outage. An error of the disk
 itself, in a folder that is there, is waited for as well, but not for long: one bad sector must not stop a run.
+
+Of data behind a URL what decides is the server: where it does not answer for another file that was read from it before, the data
+are away; where it does, the trouble is that of one file. What a server says is not there, or not for us, is passed over at once.
 """
 
 import errno
 import os
 import time
 
+from ..config.sources import is_url
+from . import remote
+from .shards import split_member
 from .video import VideoError
 
 PATIENCE = 60.0  # seconds, unless it is said otherwise
@@ -23,6 +29,7 @@ LASTING = frozenset(
 
 
 _read_from = set()  # folders that this process, or the one it was forked from, read videos from
+_answered = {}  # protocol and host: a URL that was read from there
 
 
 class DataAwayError(OSError):
@@ -30,7 +37,7 @@ class DataAwayError(OSError):
 
 
 class _Away(Exception):
-    """A try that is worth repeating. ``path``: of the file, or of its folder where ``folder`` is true."""
+    """A try that is worth repeating. ``path``: of the file, or of its folder or server where ``folder`` is true."""
 
     def __init__(self, path, folder, error):
         self.path, self.folder, self.error = path, folder, error
@@ -59,7 +66,8 @@ class PatientReader:
                     self._given_up.add(away.path)  # from now on it is as broken as any
                     continue
                 if waited >= self.patience:
-                    what = f"the folder {away.path} is away" if away.folder else f"{away.path} cannot be read"
+                    kind = "server" if is_url(away.path) else "folder"
+                    what = f"the {kind} {away.path} is away" if away.folder else f"{away.path} cannot be read"
                     raise DataAwayError(f"{what} ({away.error.reason}); waited {waited:.0f} s for it") from away.error
                 limit = self.patience if away.folder else FILE_PATIENCE
                 time.sleep(min(pause, max(limit - waited, 0.01)))
@@ -69,18 +77,19 @@ class PatientReader:
         """Returns where ``error`` (a VideoError) says that the file is broken or missing; else the try is over."""
         if error.errno is None:
             return
-        folder = os.path.dirname(error.file)
-        if is_away(folder):
-            if folder in _read_from:
-                raise _Away(folder, True, error)
+        place = place_of(error.file)
+        on_server = is_url(error.file)
+        if (error.errno not in LASTING and not _answers(place)) if on_server else is_away(place):
+            if on_server or place in _read_from:
+                raise _Away(place, True, error)
         elif error.errno not in LASTING and error.file not in self._given_up:
             raise _Away(error.file, False, error)
 
     def raise_if_all_away(self, errors):
         """Where not one of many videos could be read: the same, of folders too that were never read from."""
         for error in errors:
-            if error.errno is not None and is_away(os.path.dirname(error.file)):
-                raise _Away(os.path.dirname(error.file), True, error)
+            if error.errno is not None and not is_url(error.file) and is_away(place_of(error.file)):
+                raise _Away(place_of(error.file), True, error)
 
     def read(self, entry, read):
         """``read()``, which opens ``entry`` alone, repeated while that is away."""
@@ -99,9 +108,30 @@ class PatientReader:
 
 def was_read(entry):
     """To be called when ``entry`` was read: from now on its folder is known to be there."""
-    _read_from.add(os.path.dirname(entry.path))
+    place = place_of(entry.path)
+    if is_url(entry.path):
+        member = split_member(entry.path)
+        _answered[place] = entry.path if member is None else member[0]
+        return
+    _read_from.add(place)
     if entry.frames:
         _read_from.add(entry.path)
+
+
+def place_of(path):
+    """The folder that a file lies in, its shard if it is in one; of a URL the protocol and host."""
+    if is_url(path):
+        return remote.host_of(path)
+    member = split_member(path)
+    return os.path.dirname(path if member is None else member[0])
+
+
+def _answers(host):
+    """Whether the server still gives a file that was read from it before."""
+    try:
+        return host in _answered and remote.version(_answered[host]) is not None
+    except remote.RemoteError as error:
+        return error.errno in LASTING
 
 
 def is_away(folder):

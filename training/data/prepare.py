@@ -6,13 +6,16 @@ name, so that a file in place is complete, and right.
 
 import fractions
 import os
+import re
 import tempfile
 
 import av
 import av.error
 import numpy as np
 
+from ..config.sources import is_url
 from .images import IMAGE_EXTENSIONS
+from .shards import split_member
 from .video import Video, VideoError, reason_of
 
 TIME_BASE = fractions.Fraction(1, 90_000)
@@ -133,10 +136,19 @@ def _umask():
     return mask
 
 
+def tree_path(path):
+    """A path from the root on for an absolute path or a URL: ``/HOST/...`` for the latter, and for videos in a shard a folder of
+    its name."""
+    member = split_member(path)
+    if member is not None:
+        path = f"{os.path.splitext(member[0])[0]}/{member[1]}"
+    return "/" + re.sub(r"^[^/]+://", "", path) if is_url(path) else path
+
+
 def target_names(entries, root):
     """For each entry its file below the output folder: the path below ``root`` with the suffix .mp4; where two would have the
     same one, with their own suffix before it. An image keeps its name."""
-    names = [os.path.relpath(entry.path, root) for entry in entries]
+    names = [os.path.relpath(tree_path(entry.path), root) for entry in entries]
     stems = [os.path.splitext(name)[0] for name in names]
     taken = {}
     for stem in stems:

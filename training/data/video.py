@@ -76,15 +76,16 @@ class Video:
     ``len(video)`` is the number of frames that can be shown, ``video.times`` [len] their time stamps in seconds,
     ``video.size`` the (height, width) as stored, before rotation, and ``video.rate`` the average frames a second.
 
-    exact: of the pixels of clips, whether they are made straight from the decoder's planes (see ``pixels``).
+    exact: of the pixels of clips, whether they are made straight from the decoder's planes (see ``pixels``). index_name: stands
+    for the file's bytes in the index, where its path does not last.
 
     Raises VideoError when there is nothing to decode: no such file, empty, not a video, audio only.
     """
 
     still = False  # as of an image, from which a clip of any length can be taken
 
-    def __init__(self, path, *, exact=False):
-        self.path = os.fspath(path)
+    def __init__(self, path, *, exact=False, index_name=None):
+        self.path, self._index_name = os.fspath(path), index_name
         self._container = None
         self._until = time_limit()
         self._open()
@@ -121,7 +122,8 @@ class Video:
     def _read_times(self):
         """The frames' time stamps, from the index (see ``frame_index``) or by a scan."""
         versions = [list(av.library_versions[name]) for name in ("libavformat", "libavcodec")]
-        index = FrameIndex(self.path, versions, self._container.format.name, self._stream.codec_context.name, self._stream.index)
+        what = versions, self._container.format.name, self._stream.codec_context.name, self._stream.index
+        index = FrameIndex(self.path, *what, name=self._index_name)
         found = index.read()
         if found is None:
             packets = self._scan()

@@ -7,7 +7,10 @@
   VideoMAE's ``frame_folder total_frames label`` for videos that were taken apart into numbered images. A first line with the
   names of columns is passed over, and so is a line that begins with ``#``, but where it names a file;
 - Something-Something's ``train.json`` or ``validation.json``;
-- the split files of UCF101 and HMDB51, see ``split_files``.
+- the split files of UCF101 and HMDB51, see ``split_files``;
+- a tar shard of samples, ``shard-{000..122}.tar`` for several, see ``shards``.
+
+A folder, a list, a shard and what a list names may be URLs (see ``remote``). A URL that ends with a slash is a folder.
 
 Paths in a list are relative to the list, or to the ``root`` given. They may hold spaces and commas, so a line is split at its
 **last** separators, and only where what follows is an integer or where nothing else fits. Of several data sets by weight see
@@ -21,9 +24,11 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config.sources import split_mixture
+from ..config.sources import is_url, joined, split_mixture, suffix_of
+from . import remote, shards
 from .batch_sampler import samples_an_epoch
 from .images import IMAGE_EXTENSIONS
+from .shards import Member
 from .split_files import is_split, read_class_index, read_split
 from .video import EXTENSIONS
 
@@ -46,6 +51,7 @@ class Entry(NamedTuple):
     path: str
     label: int  # -1: none
     frames: int = 0  # of a folder of numbered images, which ``path`` then is; 0: path is a video or an image
+    member: Member | None = None  # of a video in a shard: where it lies
 
 
 class ListedVideos(NamedTuple):
@@ -116,7 +122,7 @@ def find_videos(source, root=None, labels=None):
 
     Raises ValueError when there is no such folder or list, when it lists nothing, or when a line of the list is not understood.
     """
-    return _find(Path(source), root, labels, labelled=False)
+    return _find(_place(source), root, labels, labelled=False)
 
 
 def find_labelled_videos(source, root=None, labels=None, numbers=None):
@@ -127,9 +133,9 @@ def find_labelled_videos(source, root=None, labels=None, numbers=None):
     ``class_numbers`` gives for another set) numbers them. Raises ValueError where a label is missing or above MAX_LABEL, or where
     a class has no number.
     """
-    source = Path(source)
+    source = _place(source)
     entries = _find(source, root, labels, labelled=True)
-    if not source.is_dir():
+    if not is_folder(source):
         return entries
     known = "the training set" if labels is None else labels
     if labels is not None:
@@ -140,7 +146,7 @@ def find_labelled_videos(source, root=None, labels=None, numbers=None):
     for entry in entries:
         name = _class_of(entry, source)
         if name not in numbers:
-            raise ValueError(f"{known} numbers {len(numbers)} classes, and {source / name} is none of them")
+            raise ValueError(f"{known} numbers {len(numbers)} classes, and {joined(str(source), name)} is none of them")
         labelled.append(entry._replace(label=numbers[name]))
     return labelled
 
@@ -148,8 +154,8 @@ def find_labelled_videos(source, root=None, labels=None, numbers=None):
 def class_numbers(source, labels=None):
     """{class: number} of the class folders of ``source``, of all of them in a mixture, by which those of a test set are numbered
     too. None: ``source`` is a list, whose labels are numbers."""
-    sources = [Path(name) for name, _ in split_mixture(source) or [(source, 1.0)]]
-    folders = [source for source in sources if source.is_dir()]
+    sources = [_place(name) for name, _ in split_mixture(source) or [(source, 1.0)]]
+    folders = [source for source in sources if is_folder(source)]
     if not folders:
         return None
     if labels is not None:
@@ -173,7 +179,7 @@ def find_train_and_test(data, test_data, root=None, labels=None):
     numbers = class_numbers(data, labels)
     test = find_labelled_videos(test_data, root, labels, numbers)
     known = {entry.label for entry in train}
-    if numbers is None and labels is None and Path(test_data).is_dir() and {entry.label for entry in test} != known:
+    if numbers is None and labels is None and is_folder(test_data) and {entry.label for entry in test} != known:
         raise ValueError(
             f"{test_data}: its class folders cannot be numbered as {data} is, which is a list: "
             "name the numbers with --data_labels"
@@ -184,8 +190,18 @@ def find_train_and_test(data, test_data, root=None, labels=None):
     return train, test
 
 
+def _place(source):
+    """A Path, or a URL as text."""
+    return str(source) if is_url(source) else Path(source)
+
+
+def is_folder(source):
+    """Whether ``source`` is a folder: of a URL, whether it says so by a slash at its end."""
+    return str(source).endswith("/") if is_url(source) else Path(source).is_dir()
+
+
 def _class_of(entry, source):
-    parts = Path(entry.path).relative_to(source).parts
+    parts = entry.path.removeprefix(source).split("/") if is_url(source) else Path(entry.path).relative_to(source).parts
     if len(parts) == 1:
         raise ValueError(f"{entry.path} lies in no class folder: expected {source}/CLASS/VIDEO")
     return parts[0]
@@ -216,34 +232,98 @@ def read_labels(file):
 def _find(source, root, labels, labelled):
     if split_mixture(source):
         raise ValueError(f"expected one data set, got several with weights, which training alone takes: {source}")
-    if root is not None and not Path(root).is_dir():
+    if root is not None and not is_url(root) and not Path(root).is_dir():
         raise ValueError(f"data_root: there is no folder {root}")
-    if source.is_dir():
-        return _in_folder(source)
+    if is_folder(source):
+        return _in_remote_folder(source) if is_url(source) else _in_folder(source)
+    if suffix_of(source) == shards.SUFFIX:
+        return _expand([Entry(str(source), -1)], labelled)
+    if is_url(source):
+        return _find_remote(source, root, labelled)
     if is_split(source):
         numbers = None if labels is None else read_class_index(labels) or read_labels(labels)
         return [Entry(path, label) for path, label in read_split(source, root, numbers, labelled)]
-    suffix = source.suffix.lower()
-    if suffix in EXTENSIONS | IMAGE_EXTENSIONS and source.is_file():
-        if labelled:
-            raise ValueError(f"{source} is a single video with no label: expected a folder of classes or a list")
-        return [Entry(str(source), -1)]
+    if suffix_of(source) in EXTENSIONS | IMAGE_EXTENSIONS and source.is_file():
+        return _single(source, labelled)
     if not source.is_file():
         raise ValueError(f"no such folder or list file: {source}")
     try:
         data = source.read_bytes()
     except OSError as error:
         raise ValueError(f"{source}: cannot be read ({error.strerror})") from error
+    if suffix_of(source) == ".json":
+        return _something(source, _text(source, data), root, labels, labelled)
+    return _lines(_text(source, data), source, str(source.parent) if root is None else str(root), labelled)
+
+
+def _single(source, labelled):
+    if labelled:
+        raise ValueError(f"{source} is a single video with no label: expected a folder of classes or a list")
+    return [Entry(str(source), -1)]
+
+
+def _text(source, data):
+    """Bytes that are no UTF-8 as in the names of files. Raises ValueError for what is no text."""
     if re.search(rb"[\0-\x08\x0e-\x1a]", data):
         raise ValueError(f"{source} is neither a folder, a video, an image nor a list of them in UTF-8")
-    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")  # bytes that are no UTF-8 as in the names of files
-    if suffix == ".json":
-        return _something(source, text, root, labels, labelled)
-    folder = source.parent if root is None else Path(root)
-    entries = _lines(text, source, folder, labelled)
-    if not entries:
-        raise ValueError(f"the list {source} names no videos")
-    return entries
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def _find_remote(source, root, labelled):
+    """What a URL names that is neither a folder nor a shard."""
+    suffix, folder, name = suffix_of(source), *source.rsplit("/", 1)
+    if suffix in EXTENSIONS | IMAGE_EXTENSIONS:
+        return _single(source, labelled)
+    if suffix == ".json" or re.match(r"(train|test)list0[1-3]\.txt|.+_test_split[1-3]\.txt", name):
+        raise ValueError(
+            f"{source}: Something-Something's json and the split files of UCF101 and HMDB51 are read from this machine alone: "
+            "expected a folder, which ends with '/', a list or a shard"
+        )
+    return _lines(_text(source, remote.read_bytes(source)), source, folder if root is None else str(root), labelled)
+
+
+def _in_remote_folder(source):
+    """As ``_in_folder``, of a URL."""
+    wanted = EXTENSIONS | IMAGE_EXTENSIONS
+    found = [url for url in remote.list_folder(source) if suffix_of(url) in wanted]
+    found = [url for url in found if not any(part.startswith(".") for part in url.removeprefix(source).split("/"))]
+    if not found:
+        raise ValueError(f"no videos in folder {source} (looked for {' '.join(sorted(wanted))})")
+    return [Entry(url, -1) for url in found]
+
+
+def _expand(entries, labelled):
+    """``entries`` with the videos of each shard in its place, and where every video in a shard lies."""
+    wanted = {}  # shard: its videos, by their paths
+    for entry in entries:
+        if suffix_of(entry.path) == shards.SUFFIX:
+            wanted.update(dict.fromkeys(shards.expanded(entry.path)))
+        elif (inner := shards.split_member(entry.path)) is not None:
+            wanted[inner[0]] = None
+    if not wanted:
+        return entries
+    found = {}
+    for shard, members in zip(wanted, shards.members_of(wanted)):
+        if not members:
+            raise ValueError(f"{shard}: no videos in this shard")
+        found[shard] = {path: Entry(path, label, 0, member) for path, label, member in members}
+    made = []
+    for entry in entries:
+        inner = shards.split_member(entry.path)
+        if suffix_of(entry.path) == shards.SUFFIX:
+            for shard in shards.expanded(entry.path):
+                made += [video._replace(label=entry.label) if entry.label >= 0 else video for video in found[shard].values()]
+        elif inner is None:
+            made.append(entry)
+        elif entry.path in found[inner[0]]:
+            video = found[inner[0]][entry.path]
+            made.append(video._replace(label=entry.label) if entry.label >= 0 else video)
+        else:
+            raise ValueError(f"{inner[0]}: this shard has no video {inner[1]}")
+    without = next((entry for entry in made if entry.label < 0), None) if labelled else None
+    if without is not None:
+        raise ValueError(f"{without.path}: expected a label of 0 or more, as NAME.cls in the shard or in the list, got none")
+    return made
 
 
 def _in_folder(source):
@@ -314,14 +394,20 @@ def _lines(text, source, folder, labelled):
             raise ValueError(f"{source}, line {number}: {error}, got {line!r}") from None
         if line.startswith("#") and not os.path.exists(entry.path):
             continue
-        if labelled and entry.label < 0:
+        if labelled and entry.label < 0 and not _is_in_shard(entry.path):  # else it may have one there
             raise ValueError(f"{source}, line {number}: expected a label of 0 or more for {entry.path}, got none in {line!r}")
         if hint:
             hints.setdefault(hint, number)
         entries.append(entry)
     for hint, number in hints.items():
         warnings.warn(f"{source}, from line {number} on: {hint}", stacklevel=5)
-    return entries
+    if not entries:
+        raise ValueError(f"the list {source} names no videos")
+    return _expand(entries, labelled)
+
+
+def _is_in_shard(path):
+    return suffix_of(path) == shards.SUFFIX or shards.split_member(path) is not None
 
 
 def _is_header(line):
@@ -348,11 +434,14 @@ def _entry(line, folder):
         if before and _is_integer(count):
             if label == -1 and int(count) == 0:
                 path, hint = before, "'path 0 -1', as VideoMAE V2 writes it to pre-train, is read as the path of a video"
-            elif _is_file_name(before) and not os.path.isdir(os.path.join(folder, _unquoted(before))):
+            elif _is_file_name(before) and not os.path.isdir(joined(folder, _unquoted(before))):
                 path, hint = before, "'video frames label' is read as 'video label': a video's own frames are counted"
             elif int(count) > 0:
                 path, frames = before, int(count)
-    return Entry(os.path.join(folder, _unquoted(path)), label, frames), hint
+    path = joined(folder, _unquoted(path))
+    if frames and is_url(path):
+        raise ValueError("expected a folder of frames on this machine (or its images as a video, or in a shard)")
+    return Entry(path, label, frames), hint
 
 
 def _split(text):
@@ -371,7 +460,7 @@ def _unquoted(text):
 
 
 def _is_file_name(text):
-    return os.path.splitext(_unquoted(text))[1].lower() in EXTENSIONS | IMAGE_EXTENSIONS
+    return suffix_of(_unquoted(text)) in EXTENSIONS | IMAGE_EXTENSIONS | {shards.SUFFIX}
 
 
 def _something(source, text, root, labels, labelled):

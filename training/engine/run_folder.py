@@ -44,7 +44,7 @@ from stmae.checkpoint.files import sync_folder
 
 from ..config import ClipConfig, defaults, load_yaml, to_dict
 from ..config.preset_files import PATH_FIELDS
-from ..config.sources import map_sources
+from ..config.sources import absolute, map_sources
 from ..data.pixels import choose_pixels
 from . import checksum, fsdp
 from .distributed import SINGLE_PROCESS
@@ -309,11 +309,11 @@ class RunFolder:
             return frozenset()
         except OSError as error:
             raise RunFolderError(f"cannot read {self.path / LEFT_OUT}: {error.strerror}") from error
-        return frozenset(os.path.abspath(os.fsdecode(line.strip())) for line in lines if line.strip() and line[:2] != b"# ")
+        return frozenset(absolute(os.fsdecode(line.strip())) for line in lines if line.strip() and line[:2] != b"# ")
 
     def leave_out(self, path, reason):
         """Add a video to left_out.txt: no start of this run uses it from now on."""
-        text = f"# {reason}\n{os.path.abspath(path)}\n"
+        text = f"# {reason}\n{absolute(path)}\n"
         try:
             with open(open_regular(self.path / LEFT_OUT, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
                 file.write(os.fsencode(text))

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ from stmae.training.engine.loop import TrainingError
 from stmae.training.engine.run_folder import RunFolder
 from tests.support import two_processes
 from tests.support.fork_server import ForkServer
+from tests.support.http_server import FileServer
 from tests.support.synthetic_video import write_image, write_video
 
 from .test_faults import TINY, wait_for_step
@@ -38,9 +40,11 @@ LONG = TINY.replace("epochs: 8", "epochs: 32")  # 5 videos: 160 steps
 
 
 @pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
+def server(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STMAE_CACHE", str(tmp_path_factory.mktemp("cache") / "files"))
+        with ForkServer() as server:
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,30 @@ def test_a_folder_that_is_away_for_a_moment_changes_nothing(workers, leave, serv
     status = server.wait()
     assert status == 0 and "skipped video" not in said.read_text(), said.read_text()
     assert_same(output, weights)
+
+
+def test_killed_again_and_again_while_data_come_from_a_server(server, settings, source, weights, tmp_path):
+    """At random moments, with and without data workers; requests fail, too."""
+    kill_at_random(2, server, settings, source, tmp_path)
+    assert_same(tmp_path / "run", weights)
+
+
+def kill_at_random(kills, server, settings, source, folder, seed=1):
+    """A run that is killed so many times, then comes to its end."""
+    draw, done = random.Random(seed), 0
+    with FileServer(source) as files:
+        files.fault = lambda method, path: draw.choice(["drop", "cut", 503]) if draw.random() < 0.05 else None
+        while True:
+            before = max([0, *(int(path.name[6:14]) for path in folder.glob("run/state-*.safetensors"))])
+            workers = ("--run.workers", draw.randrange(5) if kills > 10 else done)
+            process = server.start(command(settings, f"{files.url}/", folder / "run", *workers), folder / "said")
+            if done == kills:
+                break
+            wait_for_step(folder / "run", min(before + 1, STEPS - 10), process)
+            time.sleep(draw.uniform(0, 0.2))
+            os.kill(process, signal.SIGKILL)
+            done += server.wait() == -signal.SIGKILL
+        assert server.wait() == 0, (folder / "said").read_text()
 
 
 def test_a_folder_that_does_not_come_back(server, settings, videos, weights, tmp_path):
