@@ -9,12 +9,12 @@ What has an image's name is a clip of one tubelet.
 
 import functools
 import math
-import os
 
 import numpy as np
 
 from stmae.masking import TokenCounts
 
+from ..config.sources import suffix_of
 from .images import IMAGE_EXTENSIONS
 from .transforms import Crop, random_crop, view_box
 
@@ -169,4 +169,4 @@ def native_grid(height, width, area, patch):
 
 def is_picture(entry):
     """Whether an Entry's name is that of an image: a clip of one tubelet."""
-    return not entry.frames and os.path.splitext(entry.path)[1].lower() in IMAGE_EXTENSIONS
+    return not entry.frames and suffix_of(entry.path) in IMAGE_EXTENSIONS

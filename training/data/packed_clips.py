@@ -98,7 +98,7 @@ class PackedClips(RandomClips):
                 return made
 
             video.clips(indices, crops, clips)
-            short = short_note(video, max(frames for frames, _ in drawn), settings)
+            short = short_note(entry.path, video, max(frames for frames, _ in drawn), settings)
         sizes = []
         for rng, start, clip in zip(rngs, starts, clips):
             grid = clip.shape[0] // shapes.tubelet, *(n // p for n, p in zip(clip.shape[1:3], shapes.patch))
