@@ -15,7 +15,7 @@ from ..config.sources import absolute, suffix_of
 from ..data.images import IMAGE_EXTENSIONS
 from ..data.loader import LoaderError, results
 from ..data.local_copy import is_elsewhere, local_copy
-from ..data.prepare import prepare_video, target_names, tree_path
+from ..data.prepare import PREPARED, prepare_video, target_names, tree_path
 from ..data.video import VideoError
 from ..data.video_list import find_videos, is_folder
 
@@ -30,11 +30,11 @@ class PrepareConfig(DataLocationConfig):
     """videos: a folder, searched recursively, a list file, or Something-Something's json"""
     output: str
     """folder for the prepared videos, laid out as those of data; of a list, also a list of its name"""
-    short_side: int = 256
+    short_side: int = PREPARED.short_side
     """pixels; smaller videos keep their size"""
-    gop: int = 12
+    gop: int = PREPARED.gop
     """frames from one key frame to the next"""
-    crf: float = 20.0
+    crf: float = PREPARED.crf
     """quality as x264 has it: 17 is hardly distinguished from the source, 23 is x264's own choice"""
     workers: int = 2
     """processes that encode; 0: none"""

@@ -8,6 +8,7 @@ import fractions
 import os
 import re
 import tempfile
+from typing import NamedTuple
 
 import av
 import av.error
@@ -18,6 +19,16 @@ from .images import IMAGE_EXTENSIONS
 from .shards import split_member
 from .video import Video, VideoError, reason_of
 
+
+class Preparation(NamedTuple):
+    """How videos are encoded: the short side at most, frames from a key frame to the next, x264's quality."""
+
+    short_side: int = 256
+    gop: int = 12
+    crf: float = 20.0
+
+
+PREPARED = Preparation()
 TIME_BASE = fractions.Fraction(1, 90_000)
 COMPARED = 3  # frames of a result
 MIN_PSNR = 25.0  # dB, of luma; what the encoder loses at its usual settings leaves 35 and more

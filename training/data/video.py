@@ -223,6 +223,16 @@ class Video:
     def __len__(self):
         return self._length
 
+    @property
+    def codec(self):
+        """FFmpeg's name of it."""
+        return self._stream.codec_context.name
+
+    @property
+    def gop(self):
+        """Frames from one key frame to the next, on average; None: frames are counted from the start, whatever they are."""
+        return None if self._stamps is None else len(self._stamps) / max(1, len(self._key_stamps))
+
     def __enter__(self):
         return self
 
