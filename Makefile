@@ -4,6 +4,7 @@
 # make lint   from nothing: formatters, linters and the type checker, at the versions of the [dev] extra
 # make docs   from nothing: the documentation as a site, build/site
 # make wheel, make sdist  from nothing: packages to publish, in dist, checked
+# make hf-kernels  from nothing: the ops as a kernel that Hugging Face's kernels package loads, in build/hf-kernels
 # make sanitize  from nothing: tests that call ops as no one should, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make old-processor  from nothing: each op once on an emulated processor without AVX; needs qemu-x86_64 (Debian's qemu-user)
 # make bench  from nothing: every op and the training step beside the reference and tuned PyTorch
@@ -26,7 +27,7 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test test-quick compile-kernels lint docs wheel sdist sanitize old-processor bench gpu study clean
+.PHONY: demo test test-quick compile-kernels lint docs wheel sdist hf-kernels sanitize old-processor bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -67,6 +68,9 @@ wheel: $(STAMP)-dev
 sdist: $(STAMP)-dev
 	$(VENV)/bin/python -m build --sdist --no-isolation --outdir dist .
 	$(VENV)/bin/twine check --strict dist/*.tar.gz
+
+hf-kernels: $(STAMP)
+	$(VENV)/bin/python -m stmae.integrations.hf_kernels build/hf-kernels
 
 # Built beside the extension that is in use. Without optimisation, which would take the compiler several times as long.
 SANITIZE = -fsanitize=address,undefined
