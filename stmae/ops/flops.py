@@ -84,6 +84,14 @@ def _masked_patchify_backward(grad_out, video, keep, weight, *_, **__):
     return _masked_patchify(video, keep, weight)
 
 
+def _masked_patchify_varlen(videos, keep, cu_seqlens, weight, *_, **__):
+    return _masked_patchify(videos, keep, weight)
+
+
+def _masked_patchify_varlen_backward(grad_out, videos, keep, cu_seqlens, weight, *_, **__):
+    return _masked_patchify(videos, keep, weight)
+
+
 FORMULAS = {
     "linear": _linear,
     "linear_backward": _linear_backward,
@@ -95,6 +103,8 @@ FORMULAS = {
     "attention_qkvpacked_backward": _attention_qkvpacked_backward,
     "masked_patchify": _masked_patchify,
     "masked_patchify_backward": _masked_patchify_backward,
+    "masked_patchify_varlen": _masked_patchify_varlen,
+    "masked_patchify_varlen_backward": _masked_patchify_varlen_backward,
 }
 
 

@@ -224,3 +224,15 @@ def test_nan_in_noise_is_said_with_its_place():
     noise[6] = float("nan")
     with pytest.raises(RuntimeError, match=r"random_masking_varlen: expected noise without NaN, got NaN at \[6\] in sequence 1"):
         ops.random_masking_varlen(noise, offsets([4, 5]), [1, 1])
+
+
+def test_flops_are_the_kept_patches_times_the_weight():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    videos = [torch.rand(3, 2, 16, 24), torch.rand(3, 4, 8, 8)]
+    weight = torch.rand(5, 3, 2, 8, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = ops.masked_patchify_varlen(videos, torch.tensor([0, 4, 6]), torch.tensor([0, 2, 3]), weight, None, None)
+        assert counter.get_total_flops() == 2 * 3 * weight.numel()
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 3 * weight.numel())

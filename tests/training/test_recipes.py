@@ -22,6 +22,7 @@ from stmae.training.config import (
     to_dict,
 )
 from stmae.training.config.preset_files import PRESETS
+from stmae.training.data.clip_shapes import ClipShapes
 from stmae.training.engine import device, optimizer
 from tests.support.golden import read_golden
 
@@ -169,6 +170,18 @@ def test_steps_and_rate_on_kinetics_400_are_the_sources(name, passes, batch, pea
     counted = batch if name in PRETRAINING else batch * repeats  # clips in fine-tuning, videos in pre-training
     assert optimizer.peak_learning_rate(settings, counted) == pytest.approx(peak)
     assert settings.min_lr < 0.1 * peak
+
+
+@pytest.mark.parametrize("name", ["one-gpu-base", "cpu-small"])
+def test_a_native_preset_is_its_base_at_equal_tokens(name):
+    """As many tokens a step, the same rate, and steps that fill: a batch's largest video is a small part of it."""
+    base, made = config_of(name), config_of(f"{name}-native")
+    shapes = ClipShapes(made.model, made.clips, pictures=True)
+    assert made.packed and not base.packed and made.model == base.model
+    assert made.optimizer.tokens == base.optimizer.batch * shapes.standard_cost
+    assert made.optimizer.tokens >= 2 * shapes.most_cost * (made.optimizer.accumulate > 1)
+    assert made.optimizer.tokens >= made.optimizer.accumulate * shapes.most_cost
+    assert shapes.mean_cost < 2 * shapes.standard_cost and shapes.sides[0] < base.model.image_size[0] < shapes.sides[1]
 
 
 def test_the_preset_of_ava_is_the_sources():

@@ -8,10 +8,12 @@ from typing import Literal
 
 from stmae import checkpoint
 from stmae.models import EncoderConfig, VideoClassifierConfig
+from stmae.models.field_types import show
 
 from ..config import DetectionConfig, FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
 from ..config.checks import check_types, require_positive, require_text
 from ..data.ava import count_key_frames
+from ..data.clip_shapes import ClipShapes
 from ..data.video_list import find_mixture
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
@@ -40,6 +42,8 @@ class Config:
     none"""
     batch: int | None = None
     """videos a step; null: the recipe's"""
+    tokens: int | None = None
+    """the most tokens a step, as optimizer.tokens, in the place of batch; null: the recipe's"""
     encoder: str | None = None
     """for fine-tuning, where the encoder's shape is from: a pre-training preset or weights; null: as the preset says"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -52,7 +56,9 @@ class Config:
     def __post_init__(self):
         check_types(self)
         require_text(self, "recipe", "data", "encoder")
-        require_positive(self, "memory", "gpus", "gpus_per_machine", "videos", "batch")
+        require_positive(self, "memory", "gpus", "gpus_per_machine", "videos", "batch", "tokens")
+        if self.batch is not None and self.tokens is not None:
+            raise ValueError(f"tokens: expected null beside batch {self.batch}, got {self.tokens}")
 
 
 def run(config):
@@ -62,51 +68,124 @@ def run(config):
     dataset, size = header.get("dataset") or "Kinetics-400", header.get("videos") or KINETICS_400
     count = count_key_frames if command == "finetune detector" else lambda data: len(find_mixture(data).entries)
     videos = config.videos or (count(config.data) if config.data else size)
-    repeats = getattr(recipe.clips, "repeats", 1)  # a detector takes one clip around a frame
-    batch = config.batch or recipe.optimizer.batch
-    if batch % config.gpus:
-        lower = batch // config.gpus * config.gpus
+    changed = with_step(recipe, command, config)
+    step = step_of(changed, command, model)
+    if step.shapes is None and changed.optimizer.batch % config.gpus:
+        lower = changed.optimizer.batch // config.gpus * config.gpus
         raise ValueError(
-            f"a batch of {batch} videos does not divide into {config.gpus} GPUs: "
+            f"a batch of {changed.optimizer.batch} videos does not divide into {config.gpus} GPUs: "
             f"try --batch {lower or config.gpus}{f' or {lower + config.gpus}' if lower else ''}"
         )
-    micro_batches, memory = fit(config, model, batch // config.gpus, repeats)
-    flops = (autoencoder_flops if command == "pretrain" else classifier_flops)(model)[1]  # of a clip, forward and backward
+    micro_batches, memory = fit(config, model, step)
 
-    def numbers(videos, batch, gpus):
-        settings = dataclasses.replace(recipe.optimizer, batch=batch)
-        steps = total_steps(settings, videos, repeats)
-        counted = batch * repeats if command == "finetune" else batch
+    def numbers(videos, step, gpus):
+        steps = step.steps(videos)
         return {
             "GPUs": gpus,
             "videos in the data": videos,
-            "videos a step": batch,
-            "clips a step": batch * repeats,
-            "clips of each video (repeats)": repeats,
-            "learning rate": peak_learning_rate(settings, counted),
-            "effective epochs": settings.epochs,
-            "passes over the videos": settings.epochs / repeats,
+            **({"tokens a step": step.settings.tokens} if step.has_budget else {}),
+            "videos a step": step.videos,
+            "clips a step": step.videos * step.repeats,
+            "clips of each video (repeats)": step.repeats,
+            "learning rate": peak_learning_rate(step.settings, step.counted),
+            "effective epochs": step.settings.epochs,
+            "passes over the videos": step.settings.epochs / step.repeats,
             "steps": steps,
-            "steps of warm-up": round(steps * settings.warmup_epochs / settings.epochs),
-            "EFLOP in all": flops * batch * repeats * steps / 1e18,
+            "steps of warm-up": round(steps * step.settings.warmup_epochs / step.settings.epochs),
+            "EFLOP in all": step.flops * step.videos * step.repeats * steps / 1e18,
         }
 
-    clips = batch // config.gpus // micro_batches * repeats
-    plan = numbers(videos, batch, config.gpus)
+    units = step.units(config.gpus, micro_batches)
+    plan = numbers(videos, step, config.gpus)
     plan |= {
         "micro-batches a step": micro_batches,
-        "clips on a GPU at a time": clips,
+        "clips on a GPU at a time": step.videos * step.repeats / config.gpus / micro_batches if step.shapes else units,
         "GB of a GPU: weights, gradients, AdamW": memory.state / GB,
-        "GB of a GPU: activations": memory.clip * clips / GB,
-        "GB of a GPU: in all, expected": memory.total(clips) / GB,
+        "GB of a GPU: activations": memory.clip * units / GB,
+        "GB of a GPU: in all, expected": memory.total(units) / GB,
     }
-    source = numbers(size, recipe.optimizer.batch, header["gpus"] or "-")
-    words = command_line(config, command, batch, micro_batches, recipe)
+    source = numbers(size, step_of(recipe, command, model), header["gpus"] or "-")
+    words = command_line(config, command, changed, micro_batches, recipe)
     print(table(plan, source, f"{config.recipe}, on {dataset}"))
     counted = "clips (repeats are counted)" if command == "finetune" else "videos (repeats are not counted)"
     print(f"\nThe learning rate is base_lr * {counted} / base_batch. The memory is an estimate: see planning/memory.py.")
+    if step.shapes is not None:
+        print(
+            "Batches are packed: videos, clips, steps and FLOPs are those expected of videos, without pictures. With a budget of "
+            "tokens\nthe learning rate is that of as many tokens in clips of the model's own size."
+        )
     print("\n" + words)
     return {**plan, "command": words}
+
+
+def with_step(recipe, command, config):
+    """The recipe with the batch, or the budget of tokens, that the plan asks for."""
+    if config.tokens is not None and command != "pretrain":
+        raise ValueError(f"tokens: expected null for 'stmae {command}', got {config.tokens}: only pre-training takes a budget")
+    asked = {} if config.batch is None else {"batch": config.batch}
+    if command == "pretrain" and (config.batch or config.tokens):
+        asked["tokens"] = config.tokens
+    return dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, **asked))
+
+
+@dataclass(kw_only=True)
+class Step:
+    """What a recipe's step takes, of videos as they are expected where batches are packed."""
+
+    settings: object
+    """the recipe's ``optimizer``"""
+    repeats: int
+    videos: float
+    counted: float
+    """what the learning rate counts of it"""
+    flops: float
+    """of a clip, forward and backward"""
+    shapes: ClipShapes | None = None
+    """of packed batches"""
+
+    @property
+    def has_budget(self):
+        return self.shapes is not None and self.settings.tokens is not None
+
+    def steps(self, videos):
+        """In all, with so many videos in the data."""
+        if self.has_budget:
+            return max(1, math.ceil(self.settings.epochs / self.repeats * videos / self.videos))
+        return total_steps(self.settings, videos, self.repeats)
+
+    def units(self, gpus, micro_batches):
+        """How many clips, or of packed batches tokens, a GPU has at a time at most."""
+        if self.shapes is None:
+            return self.settings.batch // gpus // micro_batches * self.repeats
+        return self.videos * self.shapes.mean_cost / gpus / micro_batches + self.shapes.most_cost
+
+    def divisions(self, gpus):
+        """The numbers of micro-batches that it can be computed in, ascending."""
+        if self.shapes is None:
+            videos = self.settings.batch // gpus
+            return [parts for parts in range(1, videos + 1) if videos % parts == 0]
+        most = self.settings.tokens // self.shapes.most_cost if self.has_budget else self.settings.batch
+        return range(1, most // gpus + 1)
+
+
+def step_of(recipe, command, model):
+    """The Step of a recipe."""
+    settings, repeats = recipe.optimizer, getattr(recipe.clips, "repeats", 1)  # a detector takes one clip around a frame
+    batch = settings.batch
+    if command != "pretrain":
+        counted = batch * repeats if command == "finetune" else batch
+        return Step(settings=settings, repeats=repeats, videos=batch, counted=counted, flops=classifier_flops(model)[1])
+    if not recipe.packed:
+        return Step(settings=settings, repeats=repeats, videos=batch, counted=batch, flops=autoencoder_flops(model)[1])
+    shapes, counted = ClipShapes(model, recipe.clips), batch
+    if settings.tokens is not None:
+        batch, counted = settings.tokens / shapes.mean_cost, settings.tokens / shapes.standard_cost
+
+    def flops(slices, area):
+        counts = shapes.counts(slices, area)
+        return autoencoder_flops(model, counts.visible, counts.reconstructed)[1]
+
+    return Step(settings=settings, repeats=repeats, videos=batch, counted=counted, flops=shapes.mean(flops), shapes=shapes)
 
 
 def read_recipe(name):
@@ -145,15 +224,22 @@ def classifier_config(config, recipe, header):
     return VideoClassifierConfig(**shape, num_classes=recipe.model.num_classes or 400)
 
 
-def fit(config, model, videos, repeats):
-    """(micro_batches, Memory): in how few micro-batches the ``videos`` of a GPU in a step fit into its memory.
+def fit(config, model, step):
+    """(micro_batches, Memory): in how few micro-batches the part of a Step that a GPU has fits into its memory.
 
     Raises ValueError that says how much one video needs, and what would help.
     """
-    memory = estimate(model, config)
-    for micro_batches in range(1, videos + 1):
-        if videos % micro_batches == 0 and memory.total(videos // micro_batches * repeats) <= config.memory * GB:
+    memory = estimate(model, config, step.shapes)
+    divisions = step.divisions(config.gpus)
+    if not len(divisions):
+        most = step.shapes.most_cost
+        expected = f"expected {config.gpus * most} or more, {most} for each, what a video's {step.repeats} clips cost at most"
+        batch = f"a budget of {step.settings.tokens} tokens" if step.has_budget else f"a batch of {step.settings.batch} videos"
+        raise ValueError(f"{batch} does not divide into {config.gpus} GPUs" + (f": {expected}" if step.has_budget else ""))
+    for micro_batches in divisions:
+        if memory.total(step.units(config.gpus, micro_batches)) <= config.memory * GB:
             return micro_batches, memory
+    least, repeats = step.units(config.gpus, divisions[-1]), step.repeats
     advice = []
     for words, change in (
         ("--checkpoint_activations true", {"checkpoint_activations": True}),
@@ -161,18 +247,18 @@ def fit(config, model, videos, repeats):
         ("both", {"checkpoint_activations": True, "parallel": "fsdp"}),
     ):
         other = dataclasses.replace(config, **change)
-        need = estimate(model, other).total(repeats) / GB
-        if other != config and (config.gpus > 1 or "parallel" not in change) and need < memory.total(repeats) / GB:
+        need = estimate(model, other, step.shapes).total(least) / GB
+        if other != config and (config.gpus > 1 or "parallel" not in change) and need < memory.total(least) / GB:
             advice.append(f"{words} needs {need:.1f} GB")
     clips = "clip" if repeats == 1 else f"{repeats} clips"
     raise ValueError(
-        f"it does not fit: a single video of {clips} needs {memory.total(repeats) / GB:.1f} GB, of which "
+        f"it does not fit: a single video of {clips} needs {memory.total(least) / GB:.1f} GB, of which "
         f"{memory.state / GB:.1f} GB are weights, gradients and AdamW's moments, and a GPU has {config.memory:g} GB"
         + ("; " + ", ".join(advice) if advice else "")
     )
 
 
-def command_line(config, command, batch, micro_batches, recipe):
+def command_line(config, command, changed, micro_batches, recipe):
     """What to type."""
     machines = math.ceil(config.gpus / config.gpus_per_machine)
     if config.gpus % machines:
@@ -185,14 +271,15 @@ def command_line(config, command, batch, micro_batches, recipe):
     words += [f"--data {config.data or 'DATA'}", *["--data_root VIDEOS"] * (command == "finetune detector")]
     words += [*["--checkpoint WEIGHTS"] * (command != "pretrain"), "--output RUN"]
     for name, value, usual in (
-        ("optimizer.batch", batch, recipe.optimizer.batch),
+        ("optimizer.batch", changed.optimizer.batch, recipe.optimizer.batch),
+        ("optimizer.tokens", getattr(changed.optimizer, "tokens", None), getattr(recipe.optimizer, "tokens", None)),
         ("optimizer.accumulate", micro_batches, recipe.optimizer.accumulate),
         ("run.parallel", config.parallel, recipe.run.parallel),
         ("run.checkpoint_activations", config.checkpoint_activations, recipe.run.checkpoint_activations),
         ("run.precision", config.precision, "bf16"),
     ):
         if value != usual:
-            words.append(f"--{name} {str(value).lower() if isinstance(value, bool) else value}")
+            words.append(f"--{name} {show(value) if value is None or isinstance(value, bool) else value}")
     return " ".join(words)
 
 

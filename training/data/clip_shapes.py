@@ -18,6 +18,8 @@ from ..config.sources import suffix_of
 from .images import IMAGE_EXTENSIONS
 from .transforms import Crop, random_crop, view_box
 
+SEARCHED = 256  # patches: of larger areas a quarter is enough for any mask
+
 
 class ClipShapes:
     """The shapes of clips that a pre-training run draws.
@@ -41,7 +43,7 @@ class ClipShapes:
         else:
             self.areas = (math.prod(model.grid[1:]),) * 2
         for slices in self.slices:
-            smallest = self.areas[0] // 4 + 1 if self.native else self.areas[0]
+            smallest = fewest_tokens(self.areas[0]) if self.native else self.areas[0]
             if slices * smallest < 2:
                 raise ValueError(f"masking: expected clips of two tokens or more, may get one of {slices * smallest}")
             try:
@@ -117,17 +119,20 @@ class ClipShapes:
     def least_cost(self):
         return self.repeats * int(self._table[self._table > 0].min())
 
+    def mean(self, of_clip):
+        """Of a video's clips, the mean of of_clip(time slices, area) over what is drawn."""
+        areas = range(self.areas[0], self.areas[1] + 1)
+        weights = np.ones(1)
+        if self.native and self.sides[0] < self.sides[1]:
+            edges = np.sqrt(np.array([*areas, self.areas[1] + 1]) * math.prod(self.patch))
+            weights = np.diff(edges.clip(*self.sides)) / (self.sides[1] - self.sides[0])
+        slices = [frames // self.tubelet for frames in self.frames]
+        return float(np.mean([np.dot([of_clip(n, area) for area in areas], weights) for n in slices]))
+
     @functools.cached_property
     def mean_cost(self):
         """Of a sample of a video, expected."""
-        drawn = range(self.areas[0], self.areas[1] + 1)
-        edges = np.sqrt(np.array([*drawn, self.areas[1] + 1]) * math.prod(self.patch))
-        if self.native and self.sides[0] < self.sides[1]:
-            weights = np.diff(edges.clip(*self.sides)) / (self.sides[1] - self.sides[0])
-        else:
-            weights = np.ones(1)
-        rows = [frames // self.tubelet for frames in self.frames]
-        return self.repeats * float((self._table[rows] @ weights).mean())
+        return self.repeats * self.mean(self.cost)
 
     @functools.cached_property
     def tokens_per_cost(self):
@@ -165,6 +170,20 @@ def native_grid(height, width, area, patch):
             kept = min(aspect * h / w, w / (aspect * h))
             best = max(best, (kept**2 * h * w / area, h * w, h, w))
     return best[2:]
+
+
+@functools.lru_cache
+def fewest_tokens(area):
+    """The least h * w that ``native_grid`` gives for an ``area``, whatever the frame; of large ones its bound.
+
+    A grid that is best for a frame is best for one of its own shape, too: to that one its score is nearest to its highest."""
+    tokens = area // 4 + 1
+    while area <= SEARCHED and tokens < area:
+        for h in range(1, tokens + 1):
+            if tokens % h == 0 and math.prod(native_grid(h, tokens // h, area, (1, 1))) <= tokens:
+                return tokens
+        tokens += 1
+    return tokens
 
 
 def is_picture(entry):

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a training step needs, by formula: what every step needs, and what each clip adds."""
+"""How much of a GPU's memory a training step needs, by formula: what every step needs, and what each clip, or token, adds."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SLACK = 1.1  # what an allocator holds beyond what is asked of it
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU: what every step needs, and what each clip adds."""
+    """Bytes on one GPU: what every step needs, and what each clip adds; of packed batches each token, as they are counted."""
 
     state: float
     """weights, gradients, AdamW's moments, and copies of them"""
@@ -27,8 +27,9 @@ class Memory:
         return (self.state + self.clip * clips) * SLACK + CONTEXT_GB * GB
 
 
-def estimate(model, config):
-    """The Memory that training a model of this configuration needs on a GPU.
+def estimate(model, config, shapes=None):
+    """The Memory that training a model of this configuration needs on a GPU; with ``shapes``, the ClipShapes of packed batches,
+    what a token adds in the clips in which it adds most.
 
     Parameters: 16 bytes each; with DDP 4 more for its buckets; with FSDP a shard of the 16 and, gathered, those of two blocks.
     Under bf16 autocast a bfloat16 copy of each weight is kept from the forward pass to the backward. Activations: see
@@ -43,9 +44,16 @@ def estimate(model, config):
         state = (STATE_BYTES + BUCKET_BYTES * together) * size
     if bf16:
         state += 2 * (largest if config.checkpoint_activations else size)
-    kept, block = activation_bytes(model, bf16=bf16, checkpointed=config.checkpoint_activations)
-    pixels = math.prod(model.video_shape)  # uint8
-    return Memory(state, kept + pixels + block)
+    options = {"bf16": bf16, "checkpointed": config.checkpoint_activations}
+    if shapes is None:
+        return Memory(state, sum(activation_bytes(model, **options)) + math.prod(model.video_shape))  # pixels are uint8
+    token = 0.0
+    for slices in shapes.slices:
+        for area in {*shapes.areas}:
+            counts = shapes.counts(slices, area)
+            clip = sum(activation_bytes(model, counts=counts, **options)) + counts.tokens * shapes.token_bytes
+            token = max(token, clip / shapes.cost(slices, area))
+    return Memory(state, token)
 
 
 def parameters(model):
@@ -56,8 +64,9 @@ def parameters(model):
     return sum(p.numel() for p in network.parameters()), [sum(p.numel() for p in b.parameters()) for b in network.blocks()]
 
 
-def activation_bytes(model, *, bf16, checkpointed=False, gpu=True):
-    """(bytes that the forward pass of one clip keeps for the backward, bytes of its largest block).
+def activation_bytes(model, *, bf16, checkpointed=False, gpu=True, counts=None):
+    """(bytes that the forward pass of one clip keeps for the backward, bytes of its largest block). counts: the TokenCounts of a
+    clip of a packed batch, which has positions and ids of its own; None: as of the configuration.
 
     A block over n tokens of width D, of which m go on after the attention, keeps (a: bytes of an activation, 2 in bf16, else 4)
 
@@ -82,12 +91,15 @@ def activation_bytes(model, *, bf16, checkpointed=False, gpu=True):
 
     class_tokens = int(model.class_token)
     is_autoencoder = isinstance(model, MaskedAutoencoderConfig)
-    seen = model.token_counts().visible if is_autoencoder else model.num_tokens
+    own = 0 if counts is None else (4 * model.width + 2 * 8) * counts.tokens
+    if is_autoencoder and counts is None:
+        counts = model.token_counts()
+    seen = counts.visible if is_autoencoder else model.num_tokens
     encoder = [block(seen + class_tokens, model.width, model.num_heads)] * model.depth
     inputs = entering(seen + class_tokens, model.width, model.depth)
     ends, decoder = 0, []
     if is_autoencoder:
-        width, predicted = model.decoder_width, model.token_counts().reconstructed
+        width, predicted = model.decoder_width, counts.reconstructed
         there = seen + predicted + class_tokens
         decoder = [block(there, width, model.decoder_num_heads)] * (model.decoder_depth - 1)
         decoder.append(block(there, width, model.decoder_num_heads, predicted))
@@ -95,4 +107,4 @@ def activation_bytes(model, *, bf16, checkpointed=False, gpu=True):
         ends = (4 + a) * (seen + class_tokens) * model.width + (4 + a) * predicted * width
         ends += (4 if model.target == "hog" else a) * predicted * model.patch_values
     blocks = encoder + decoder
-    return (inputs if checkpointed else sum(blocks)) + ends, max(blocks)
+    return (inputs if checkpointed else sum(blocks)) + ends + own, max(blocks)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassi
 from stmae.training import cli
 from stmae.training.commands import plan
 from stmae.training.config import DetectionConfig, FinetuneConfig, PretrainConfig, parse
+from stmae.training.data.clip_shapes import ClipShapes
 from stmae.training.planning import memory as estimates
 from tests.support.synthetic_video import write_video
 
@@ -20,13 +22,17 @@ AUTOENCODER = MaskedAutoencoderConfig(**ENCODER, decoder_width=48, decoder_depth
 CLASSIFIER = VideoClassifierConfig(**ENCODER, num_classes=5)
 
 
-def saved_bytes(config, batch, bf16, checkpointed):
-    """Bytes of all that the forward pass keeps for the backward pass, but parameters and the video."""
+def saved_bytes(config, batch, bf16, checkpointed, clips=None):
+    """Bytes of all that the forward pass keeps for the backward pass, but parameters and the video; of a list of ``clips`` (T, H,
+    W), ``batch`` times each."""
     torch.manual_seed(0)
     model = (MaskedAutoencoder if isinstance(config, MaskedAutoencoderConfig) else VideoClassifier)(config)
     model.checkpoint_activations = checkpointed
     video = torch.randint(0, 256, (batch, *config.video_shape), dtype=torch.uint8)
-    given = {tensor.untyped_storage().data_ptr() for tensor in (video, *model.parameters())}
+    if clips is not None:
+        video = batch * [torch.randint(0, 256, (3, *clip), dtype=torch.uint8) for clip in clips]
+        model([*video[:1]])  # positions of grids are kept by grid
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*video, *model.parameters())}
     kept = {}
 
     def keep(tensor):
@@ -69,6 +75,17 @@ def test_the_estimate_of_activations_is_what_a_forward_pass_keeps(config, bf16, 
     measured = (saved_bytes(config, 4, bf16, checkpointed) - saved_bytes(config, 2, bf16, checkpointed)) / 2
     expected, _ = estimates.activation_bytes(config, bf16=bf16, checkpointed=checkpointed, gpu=False)
     assert expected == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_estimate_of_packed_batches_is_what_a_forward_pass_keeps(bf16, checkpointed):
+    clips = [(8, 96, 64), (16, 64, 48), (2, 104, 104)]
+    measured = [saved_bytes(AUTOENCODER, batch, bf16, checkpointed, clips) for batch in (4, 2)]
+    counts = [AUTOENCODER.token_counts(grid=(T // 2, H // 8, W // 8)) for T, H, W in clips]
+    options = {"bf16": bf16, "checkpointed": checkpointed, "gpu": False}
+    expected = sum(estimates.activation_bytes(AUTOENCODER, counts=own, **options)[0] for own in counts)
+    assert expected == pytest.approx((measured[0] - measured[1]) / 2, rel=0.05)
 
 
 def test_state_is_16_bytes_a_parameter_and_what_ddp_fsdp_and_bf16_add():
@@ -134,6 +151,36 @@ def test_the_planned_command_is_understood(name):
     assert made.run.parallel == "fsdp" and made.run.checkpoint_activations
 
 
+def test_a_plan_of_packed_batches(capsys):
+    numbers = make(recipe="one-gpu-base-native", memory=24, gpus=1)
+    recipe = plan.read_recipe("one-gpu-base-native")[1]
+    shapes = ClipShapes(recipe.model, recipe.clips)
+    assert numbers["tokens a step"] == recipe.optimizer.tokens == 256 * 1724
+    assert numbers["videos a step"] == pytest.approx(recipe.optimizer.tokens / shapes.mean_cost)
+    assert numbers["steps"] == math.ceil(50 * 240_000 / numbers["videos a step"])
+    assert numbers["learning rate"] == pytest.approx(make(recipe="one-gpu-base", memory=24, gpus=1)["learning rate"])
+    assert numbers["GB of a GPU: in all, expected"] <= 24 and "Batches are packed" in capsys.readouterr().out
+    more = make(recipe="one-gpu-base-native", memory=40, gpus=2, tokens=10**6)
+    assert more["learning rate"] == pytest.approx(1.6e-3 / 512 * 10**6 / (4 * 1724))
+    assert more["micro-batches a step"] < 10 and "--optimizer.tokens 1000000" in more["command"]
+    options = more["command"].partition(" --preset")[2]
+    made = parse(PretrainConfig, f"--preset{options}".split(), prog="stmae", description="")
+    assert made.optimizer.tokens == 10**6 and made.optimizer.accumulate == more["micro-batches a step"]
+    counted = make(recipe="one-gpu-base-native", memory=24, gpus=1, batch=32)
+    assert counted["videos a step"] == 32 and "--optimizer.batch 32 --optimizer.tokens null" in counted["command"]
+
+
+def test_a_token_of_a_packed_plan_costs_no_less_than_in_any_clip():
+    recipe = plan.read_recipe("cpu-small-native")[1]
+    shapes, config = ClipShapes(recipe.model, recipe.clips), plan.Config(recipe="x", memory=1)
+    token = estimates.estimate(recipe.model, config, shapes).clip
+    for slices in shapes.slices:
+        for area in range(shapes.areas[0], shapes.areas[1] + 1, 5):
+            counts = shapes.counts(slices, area)
+            clip = sum(estimates.activation_bytes(recipe.model, bf16=True, counts=counts)) + counts.tokens * shapes.token_bytes
+            assert clip <= token * shapes.cost(slices, area) * 1.05  # in between rounding makes some of them a little dearer
+
+
 def test_several_machines():
     words = make(gpus=16)["command"]
     assert words.startswith("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29400 --nproc_per_node 8 ")
@@ -160,6 +207,13 @@ def test_a_file_of_settings_and_weights_are_recipes_too(tmp_path):
         ({"memory": 4, "gpus": 1}, r"a GPU has 4 GB; --checkpoint_activations true needs \d\.\d GB$"),
         ({"gpus": 3}, r"a batch of 512 videos does not divide into 3 GPUs: try --batch 510 or 513"),
         ({"batch": 2}, r"try --batch 8$"),
+        (
+            {"recipe": "one-gpu-base-native", "tokens": 30_000},
+            r"of 30000 tokens does not divide into 8 GPUs: expected 1",
+        ),
+        ({"recipe": "one-gpu-base-native", "memory": 4, "gpus": 1}, r"it does not fit: .* a GPU has 4 GB; --checkpoint_act"),
+        ({"recipe": "paper-base-finetune", "tokens": 1000}, "tokens: expected null for 'stmae finetune', got 1000"),
+        ({"tokens": 1000, "batch": 8}, "tokens: expected null beside batch 8, got 1000"),
         ({"gpus": 0}, "gpus: expected more than 0, got 0"),
         ({"memory": 0}, "memory: expected more than 0, got 0"),
         ({"videos": 0}, "videos: expected more than 0, got 0"),

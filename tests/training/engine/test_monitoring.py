@@ -87,6 +87,17 @@ def test_the_formula_of_the_autoencoder_counts_what_torch_counts(class_token, mo
     assert counted(MaskedAutoencoder(config), video) == (3 * (forward - patches), 3 * (both - 2 * patches))
 
 
+def test_the_formula_counts_what_torch_counts_of_a_packed_batch():
+    config = MaskedAutoencoderConfig(**{**SHAPE, "decoder_width": 32, "decoder_depth": 2, "decoder_num_heads": 2})
+    clips = [torch.zeros(3, 8, 32, 32), torch.zeros(3, 2, 40, 48), torch.zeros(3, 4, 24, 56)]
+    model = MaskedAutoencoder(config)
+    masks = model.sample_masks([(4, 4, 4), (1, 5, 6), (2, 3, 7)], mask_ratio=[0.9, 0.75, 0.5])
+    each = [flops.autoencoder_flops(config, len(mask.keep), len(mask.masked)) for mask in masks]
+    patches = sum(2 * len(mask.keep) * config.width * 3 * 2 * 8 * 8 for mask in masks)
+    forward, both = (sum(values) for values in zip(*each))
+    assert counted(model, clips, mask=masks) == (forward - patches, both - 2 * patches)
+
+
 @pytest.mark.parametrize("kept", [None, 11])
 def test_the_formula_of_the_classifier_counts_what_torch_counts(kept):
     config = VideoClassifierConfig(**SHAPE, num_classes=7)

@@ -8,9 +8,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from stmae import checkpoint
 from stmae.training.commands import pretrain
-from stmae.training.config import PretrainConfig, from_preset, parse
-from stmae.training.engine.run_folder import RunFolder
+from stmae.training.config import EncodingConfig, PretrainConfig, from_preset, parse
+from stmae.training.data.dataset import as_video
+from stmae.training.data.packed_clips import NativeViews
+from stmae.training.data.video_list import find_videos
+from stmae.training.engine.run_folder import RunFolder, clips_of
+from stmae.training.evaluation.features import encode, encode_tokens
+from stmae.training.evaluation.pictures import write_reconstructions
 from stmae.training.planning.flops import autoencoder_flops
 from stmae.training.tasks import pretraining
 from tests.support import two_processes
@@ -116,6 +122,34 @@ def test_two_processes_compute_what_one_does(runs):
         assert runs.losses(two) == {step: pytest.approx(pair, rel=1e-4) for step, pair in expected.items()}
         tokens = [[line["tokens_per_second"] / line["clips_per_second"] for line in runs.lines(x).values()] for x in (two, one)]
         assert tokens[0] == pytest.approx(tokens[1], rel=1e-6)  # tokens of a clip: each step has the same clips
+
+
+def test_features_and_probes_of_native_size(runs):
+    """Of a run on native sizes by default; each video's features are those of its clips by themselves."""
+    settings = {"workers": 0, "precision": "float32"}
+    entries = [entry._replace(label=number % 2) for number, entry in enumerate(find_videos(runs.videos))]
+    config = EncodingConfig(**settings)
+    features, _, paths, _ = encode(runs.folder / "one", entries, config)
+    model = checkpoint.load_classifier(runs.folder / "one" / "model.safetensors").eval()
+    views = NativeViews(entries, clips_of(runs.folder / "one"), model.config)
+    sizes = {views[number]["clips"].shape for number in range(len(entries))}
+    assert len(sizes) >= 4 and len(paths) == len(entries)
+    for number, own in enumerate(features):
+        (clip,) = as_video(views[number]["clips"])
+        assert torch.equal(own, model.features([clip])[0])
+    fixed, *_ = encode(runs.folder / "one", entries, EncodingConfig(**settings, size="fixed"))
+    assert not torch.equal(fixed, features)
+    with pytest.raises(ValueError, match="size: expected 'fixed' or tokens 'mean': of native size every video has its own"):
+        encode(runs.folder / "one", entries, EncodingConfig(**settings, tokens="all"))
+    with pytest.raises(ValueError, match="size: expected 'fixed' or no probe of all tokens"):
+        encode_tokens(runs.folder / "one", entries, config)
+
+
+def test_pictures_of_native_size(runs, tmp_path):
+    written = write_reconstructions(runs.folder / "one", runs.videos, tmp_path)
+    assert len(written) == 12
+    heights = {Image.open(path).size for path in written if path.suffix == ".png"}
+    assert len(heights) >= 3  # each video's own
 
 
 def test_what_is_counted_of_a_batch(runs):
