@@ -94,7 +94,8 @@ class RunConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
     workers: int | None = None
-    """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+    """processes that decode videos; 0: none; null: 1 beside a model on the CPU; beside a GPU one for each core of its process but
+    one, at most 24, and at most the videos of a step"""
     data_patience: float = 60.0
     """seconds to wait, with growing pauses, for data that are away (a network's disk that restarts); then the run saves and ends
     with status 75"""
@@ -222,7 +223,8 @@ class EncodingConfig(DataLocationConfig):
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 autocast, or float32; 'auto': bf16, but float32 on a CPU without bf16 instructions"""
     workers: int | None = None
-    """processes that decode videos; 0: none; null: 1 beside a model on the CPU, up to 12 beside a GPU"""
+    """processes that decode videos; 0: none; null: 1 beside a model on the CPU; beside a GPU one for each core of its process but
+    one, at most 24, and at most the videos of a step"""
 
     def __post_init__(self):
         super().__post_init__()

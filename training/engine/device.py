@@ -7,6 +7,10 @@ import torch
 
 from ..config.checks import is_device
 
+# 24 cores decode 2,000 clips a second of 340x256 videos, four from each (10.6 ms each: docs/performance-cpu.md), as an
+# H100 takes of ViT-B. A worker has 260 MB of its own.
+MOST_WORKERS = 24
+SHARED_PART = 0.8  # of what is free in /dev/shm
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -43,12 +47,43 @@ def choose_precision(name, device):
     return None, "float32 (this CPU has no bf16 instructions; --run.precision bf16 emulates them)"
 
 
-def choose_workers(requested, device):
-    """Processes that decode: on the CPU the model needs the cores, beside a GPU all but one of them are free."""
+def choose_workers(requested, device, videos=None):
+    """``requested``, or as many processes that decode as ``useful_workers`` says of this machine. videos: in a step of this
+    process; None: unknown."""
     if requested is not None:
         return requested
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device.type == "cpu" else max(1, min(12, cores - 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    return useful_workers(cores, device.type, videos, int(processes) if processes.isdigit() else 1)
+
+
+def useful_workers(cores, device_type, videos=None, processes=1):
+    """How many processes should decode for one that trains.
+
+    On a CPU one: the model needs the cores. Beside a GPU one for each core that the process has for itself, but for its own: of
+    ``cores`` divided among the ``processes`` of the machine. No more than the ``videos`` of a step, for a video is decoded by one
+    worker, nor than MOST_WORKERS.
+    """
+    if device_type == "cpu":
+        return 1
+    return max(1, min(cores // max(processes, 1) - 1, MOST_WORKERS, videos or MOST_WORKERS))
+
+
+def workers_in_shared_memory(workers, item_bytes, free):
+    """Of ``workers`` that send tensors through /dev/shm as many as fit into its ``free`` bytes, each with three items of
+    ``item_bytes``: two that wait and one that is made. 0: this process decodes. free: None: no limit."""
+    if free is None or item_bytes == 0:
+        return workers
+    return min(workers, int(free * SHARED_PART / (3 * item_bytes)))
+
+
+def free_shared_memory():
+    """Bytes that are free in /dev/shm, of which a container may have 64 MB; None where there is none."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return None
+    return status.f_bavail * status.f_frsize
 
 
 def keep_freed_memory():

@@ -292,7 +292,8 @@ class Training:
         self.order = self.packed_order() if task.packed is not None else None
         self.steps = self.steps_of(len(task.dataset))
         self.short = {}  # path -> what is done about it, of the videos with fewer frames than a clip needs
-        self.workers = choose_workers(config.run.workers, device)
+        videos = None if self.order is not None else config.optimizer.batch // processes.world_size  # packed steps vary
+        self.workers = choose_workers(config.run.workers, device, videos)
         problem = capture_problem(config.run, device, processes.world_size) if config.run.cuda_graph else None
         if problem is not None:
             raise TrainingError(f"run.cuda_graph: {problem}")

@@ -1,6 +1,7 @@
 """What a frozen encoder makes of videos."""
 
 import functools
+import math
 from contextlib import nullcontext
 
 import torch
@@ -13,7 +14,13 @@ from stmae import checkpoint
 from ..data.dataset import ReadableViews, as_video
 from ..data.outage import PATIENCE, was_read
 from ..data.packed_clips import evaluation_views
-from ..engine.device import choose_device, choose_precision, choose_workers
+from ..engine.device import (
+    choose_device,
+    choose_precision,
+    choose_workers,
+    free_shared_memory,
+    workers_in_shared_memory,
+)
 from ..engine.run_folder import clips_of, weights_file
 
 
@@ -62,6 +69,12 @@ def _encode(path, entries, config, model, collect, patience):
         patience=patience,
     )
     workers = choose_workers(config.workers, device)
+    free = free_shared_memory()
+    pixels = model.config.num_frames * math.prod(model.config.image_size)  # of a clip, of native size at most as many
+    fitting = workers_in_shared_memory(workers, config.views.temporal * config.views.spatial * pixels * 3, free)
+    if fitting < workers:
+        print(f"note: {fitting} data workers and not {workers}, for /dev/shm has {free / 1e6:.0f} MB free")
+        workers = fitting
     loader = DataLoader(ReadableViews(views), batch_size=None, num_workers=workers)
     features, labels, paths, errors = [], [], [], []
     for item in tqdm(loader, unit="video", disable=None, leave=False):
