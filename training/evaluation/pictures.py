@@ -1,6 +1,7 @@
 """Pictures of what a masked autoencoder makes of a video: original | masked | reconstruction."""
 
 import collections
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,10 +164,12 @@ def grid(rows, labels):
     """One picture: a row for each of original, masked, reconstruction; a column for each frame."""
     rows = [enlarge(row) for row in rows]
     count, height, width = rows[0].shape[:3]
-    sheet = Image.new("RGB", (count * (width + GAP) + GAP, len(rows) * (height + LABEL + GAP)), "white")
+    font = ImageFont.load_default(12)
+    widest = max(count * (width + GAP), *(math.ceil(font.getlength(label)) + GAP for label in labels))  # of a few small frames
+    sheet = Image.new("RGB", (widest + GAP, len(rows) * (height + LABEL + GAP)), "white")
     for number, (row, label) in enumerate(zip(rows, labels)):
         top = number * (height + LABEL + GAP)
-        ImageDraw.Draw(sheet).text((GAP, top + 3), label, fill="black", font=ImageFont.load_default(12))
+        ImageDraw.Draw(sheet).text((GAP, top + 3), label, fill="black", font=font)
         for column, frame in enumerate(row):
             sheet.paste(Image.fromarray(frame), (GAP + column * (width + GAP), top + LABEL))
     return sheet
@@ -178,11 +181,10 @@ def animate(rows, labels, path):
     height, width = rows[0].shape[1:3]
     frames = []
     for pictures in zip(*rows):
-        sheet = Image.new("RGB", (len(rows) * (width + GAP) - GAP, height + LABEL), "white")
+        sheet = Image.new("RGB", (len(rows) * (width + GAP) + GAP, height + LABEL + GAP), "white")
         for column, (picture, label) in enumerate(zip(pictures, labels)):
-            ImageDraw.Draw(sheet).text(
-                (column * (width + GAP), 3), label.split(" (")[0], fill="black", font=ImageFont.load_default(12)
-            )
-            sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (column * (width + GAP), LABEL))
+            left = GAP + column * (width + GAP)
+            ImageDraw.Draw(sheet).text((left, 3), label.split(" (")[0], fill="black", font=ImageFont.load_default(12))
+            sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (left, LABEL))
         frames.append(sheet)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0, comment=SOFTWARE.encode())

@@ -45,7 +45,10 @@ def test_a_grid_and_an_animation(model, video, tmp_path, capsys):
     assert "mean and contrast of each patch are taken from the original" in printed and "a video.png" in printed
     with Image.open(tmp_path / "pictures" / "a video.gif") as gif:
         assert gif.is_animated and gif.n_frames == 2  # one frame for each of the two time slices
+        moving = np.asarray(gif.convert("RGB"))
     sheet = np.asarray(Image.open(tmp_path / "pictures" / "a video.png"))
+    for shown in (sheet, moving):  # nothing is cut at the edges, however long the labels are
+        assert (shown[:, :GAP] == 255).all() and (shown[:, -GAP:] == 255).all()
 
     size, step = 96, 96 + GAP  # 32 pixels, three times enlarged
 
