@@ -88,31 +88,34 @@ def _read_idx(path, shape):
     return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).view(count, *shape)
 
 
-def make_part(train_pictures, test_pictures, name, count, seed):
-    """``count`` clips of a seed's "unlabelled", "train" or "test" part. Pictures: uint8 [n, 28, 28].
+def make_part(train_pictures, test_pictures, name, count, seed, **shape):
+    """``count`` clips of a seed's "unlabelled", "train" or "test" part. Pictures: uint8 [n, 28, 28]; shape: as of ``draw``.
 
     Test clips show test pictures only, the others training pictures. The unlabelled have labels: they are known, and never used.
     """
     pictures = test_pictures if name == "test" else train_pictures
-    return draw(pictures, count, seed, ("unlabelled", "train", "test").index(name))
+    return draw(pictures, count, seed, ("unlabelled", "train", "test").index(name), **shape)
 
 
-def draw(pictures, count, *seeds, chunk=256):
-    """``count`` clips, a pure function of the pictures and the seeds."""
+def draw(pictures, count, *seeds, frames=FRAMES, size=(SIZE, SIZE), chunk=256):
+    """``count`` clips of ``frames`` frames of ``size`` (height, width), a pure function of the pictures, the seeds and these.
+
+    A larger frame sees more of the canvas, a longer clip more of the way.
+    """
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
     labels = torch.arange(count) % len(CLASSES)
-    poses = camera_paths(labels, generator)
+    poses = camera_paths(labels, generator, frames)
     chosen = torch.randint(len(pictures), (count, SIDE**2), generator=generator)
     colours = torch.rand(2, count, SIDE**2, 3, generator=generator)
     colours = DARK[:, None, None, None] + (LIGHT - DARK)[:, None, None, None] * colours
-    clips = torch.empty(count, FRAMES, SIZE, SIZE, 3, dtype=torch.uint8)
+    clips = torch.empty(count, frames, *size, 3, dtype=torch.uint8)
     for start in range(0, count, chunk):
         rows = slice(start, start + chunk)
-        clips[rows] = render(pictures[chosen[rows]], colours[:, rows], poses[rows])
+        clips[rows] = render(pictures[chosen[rows]], colours[:, rows], poses[rows], size)
     return Clips(clips, labels)
 
 
-def camera_paths(labels, generator):
+def camera_paths(labels, generator, frames=FRAMES):
     """Poses float32 [n, T, 4]: centre x, y on the canvas in pixels from its middle, log scale, angle. The paths of an odd label
     are those of its even partner, backwards."""
     count = len(labels)
@@ -123,8 +126,8 @@ def camera_paths(labels, generator):
     rates = DRIFT * uniform(count, 4)
     own = torch.arange(count), labels // 2
     rates[own] = (SLOW + (FAST - SLOW) * torch.rand(count, 4, generator=generator))[own]
-    time = torch.arange(FRAMES) - (FRAMES - 1) / 2  # half-way, the pose has the same distribution in every class
-    moved = time[None, :, None] * rates[:, None] + SHAKE * uniform(count, FRAMES, 4)
+    time = torch.arange(frames) - (frames - 1) / 2  # half-way, the pose has the same distribution in every class
+    moved = time[None, :, None] * rates[:, None] + SHAKE * uniform(count, frames, 4)
     middle = MIDDLE * uniform(count, 1, 4)
     # Right and down are the camera's own, whatever its angle and scale.
     turned = torch.stack(_to_canvas(*moved[..., :2].unbind(-1), *middle[..., 2:].unbind(-1)), dim=-1)
@@ -132,23 +135,22 @@ def camera_paths(labels, generator):
     return torch.where((labels % 2 == 1)[:, None, None], paths.flip(1), paths)
 
 
-def render(pictures, colours, poses):
+def render(pictures, colours, poses, size=(SIZE, SIZE)):
     """What cameras see.
 
     pictures: uint8 [n, 25, 28, 28], a canvas each; colours: [2, n, 25, 3] in [0, 1], of a picture's black and of its white;
-    poses: [n, T, 4] -> uint8 [n, T, 32, 32, 3].
+    poses: [n, T, 4] -> uint8 [n, T, *size, 3].
     """
     count, frames = poses.shape[:2]
     black, white = 255 * colours[:, :, :, None, None]
     canvas = torch.lerp(black, white, pictures[..., None] / 255).view(count, SIDE, SIDE, ITEM, ITEM, 3)
     canvas = canvas.permute(0, 5, 1, 3, 2, 4).reshape(count, 3, SIDE * ITEM, SIDE * ITEM)
     x, y, log_scale, angle = poses[:, :, None, None].unbind(-1)
-    pixels = torch.arange(SIZE) - (SIZE - 1) / 2
-    down, right = torch.meshgrid(pixels, pixels, indexing="ij")
+    down, right = torch.meshgrid(*(torch.arange(side) - (side - 1) / 2 for side in size), indexing="ij")
     right, down = _to_canvas(right, down, log_scale, angle)
     grid = torch.stack([x + right, y + down], dim=-1) / (SIDE * ITEM / 2)
-    seen = F.grid_sample(canvas, grid.view(count, frames * SIZE, SIZE, 2), padding_mode="reflection", align_corners=False)
-    return seen.view(count, 3, frames, SIZE, SIZE).permute(0, 2, 3, 4, 1).round().to(torch.uint8)
+    seen = F.grid_sample(canvas, grid.view(count, frames * size[0], size[1], 2), padding_mode="reflection", align_corners=False)
+    return seen.view(count, 3, frames, *size).permute(0, 2, 3, 4, 1).round().to(torch.uint8)
 
 
 def _to_canvas(right, down, log_scale, angle):
