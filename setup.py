@@ -4,6 +4,7 @@ pybind11. Everything else is in pyproject.toml.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +93,17 @@ def video_extension(torch_headers):
     )
 
 
+def package_page(text):
+    """The README for a package's page, beside which no file of the clone lies: pictures and their captions are left out, a link
+    becomes its text and the path."""
+    text = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n+(?:\*[^*]+\*\n+)?", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!https:)([^)]*)\)", r"\1 (`\2`)", text)
+
+
 arguments = dict(
     packages=packages,
+    long_description=package_page(Path("README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     package_dir={"stmae.kernels": "kernels", "stmae.training": "training"},
     package_data={"stmae": ["py.typed", "*.pyi"], "stmae.training": ["assets/*", "presets/*"]},
 )

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,17 @@ def requirements(wheel, extra, system="Linux", python="3.12"):
             own = requirement.extras if requirement.name == "stmae" else ()
             result += [requirement] if not own else [x for name in own for x in requirements(wheel, name, system, python)[1]]
     return metadata.get_all("Provides-Extra"), result
+
+
+def test_the_package_page_has_nothing_that_leads_into_the_clone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        page = email.message_from_bytes(archive.read(name))
+    assert page["Description-Content-Type"] == "text/markdown"
+    text = page.get_payload()
+    assert "# stmae" in text and "pip install torch" in text and "](https://arxiv.org/abs/2205.09113)" in text
+    assert "Weights (`docs/weights.md`)" in text
+    assert re.findall(r"\]\((?!https:)[^)]*\)", text) == [] and "held-out clips after" not in text  # the picture's caption
 
 
 def test_no_extra_asks_for_another_torch_or_triton(wheel):
