@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+KEPT_TABLES = 32  # interpolated fixed tables, 5 MB each for ViT-B on 8x14x14
+
 
 class Position(nn.Module):
     """Position embeddings for a patch grid (t, h, w) and, optionally, a class token. Calling it gives all of them, the class
@@ -62,7 +64,7 @@ class Position(nn.Module):
 
     def of_patches(self, grid: tuple[int, int, int] | None = None) -> torch.Tensor:
         """[N, D] of a patch grid, by default its own. Learned ones are interpolated, so that gradients go through; the fixed
-        table is computed once for a grid."""
+        table's are kept for some grids."""
         if grid is None or grid == self.grid:
             if self.separable:
                 return (self.temporal[:, None] + self.spatial).flatten(0, 1)
@@ -77,6 +79,8 @@ class Position(nn.Module):
         key = grid, self.table.device, self.table.dtype
         if key not in self._tables:
             table = interpolate_position(sincos_position(math.prod(self.table_grid), self.table.shape[1]), self.table_grid, grid)
+            if len(self._tables) == KEPT_TABLES:  # a batch of native sizes has some of hundreds of grids
+                del self._tables[next(iter(self._tables))]
             self._tables[key] = table.to(self.table)
         return self._tables[key]
 

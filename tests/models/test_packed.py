@@ -8,7 +8,7 @@ import torch
 from stmae import masking
 from stmae.masking import Blocks, Mask
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassifier, VideoClassifierConfig
-from stmae.models.position import interpolate_position
+from stmae.models.position import KEPT_TABLES, interpolate_position
 
 SMALL = dict(image_size=32, num_frames=4, patch_size=8, width=32, depth=2, num_heads=2)
 DECODER = dict(decoder_width=16, decoder_depth=2, decoder_num_heads=2)
@@ -261,3 +261,12 @@ RANGES = [
 def test_bad_configuration(field, value):
     with pytest.raises(ValueError, match=field):
         MaskedAutoencoderConfig(**SMALL, **DECODER, **{field: value})
+
+
+def test_a_fixed_table_is_kept_for_some_grids_alone():
+    model = autoencoder(**VARIANTS["sincos"])
+    position = model.encoder.position
+    expected = position.of_patches((1, 2, 3)).clone()
+    for width in range(1, 2 * KEPT_TABLES):
+        position.of_patches((1, 1, width))
+    assert len(position._tables) == KEPT_TABLES and torch.equal(position.of_patches((1, 2, 3)), expected)

@@ -285,6 +285,10 @@ class PretrainConfig(DataLocationConfig):
                 f"clips.side: expected at least the side of a square as large as a patch of {patch[0]}x{patch[1]}, "
                 f"{math.prod(patch) ** 0.5:g}, got {self.clips.side[0]:g}"
             )
+        if self.clips.size == "native" and self.probe.data is not None and self.probe.tokens == "all":
+            raise ValueError(
+                "probe.tokens: expected 'mean' with clips.size 'native', whose videos have unequal numbers, got 'all'"
+            )
         if self.run.cuda_graph:
             raise ValueError("run.cuda_graph: expected false with packed batches, whose shapes differ from step to step")
 

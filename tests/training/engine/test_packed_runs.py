@@ -13,7 +13,7 @@ from stmae.training.commands import pretrain
 from stmae.training.config import EncodingConfig, PretrainConfig, from_preset, parse
 from stmae.training.data.dataset import as_video
 from stmae.training.data.packed_clips import NativeViews
-from stmae.training.data.video_list import find_videos
+from stmae.training.data.video_list import find_mixture
 from stmae.training.engine.run_folder import RunFolder, clips_of
 from stmae.training.evaluation.features import encode, encode_tokens
 from stmae.training.evaluation.pictures import write_reconstructions
@@ -33,17 +33,19 @@ run: {save_every: 2, log_every: 1, workers: 0, device: cpu, precision: float32, 
 
 class Runs:
     def __init__(self, folder):
-        self.folder, self.videos = folder, folder / "videos"
+        self.folder, self.videos, stills = folder, folder / "videos", folder / "stills"
         self.videos.mkdir()
+        stills.mkdir()
         for name, size in (("a", (64, 96)), ("b", (96, 64)), ("c", (64, 64)), ("d", (64, 120))):
             write_video(self.videos / f"{name}.mp4", 30, size=size)
         for number in range(2):
             pixels = np.random.default_rng(number).integers(0, 256, (60 + 20 * number, 80, 3), np.uint8)
-            Image.fromarray(pixels).save(self.videos / f"{number}.png")
+            Image.fromarray(pixels).save(stills / f"{number}.png")
+        self.data = f"{self.videos}:0.6,{stills}:0.4"
         (folder / "native.yaml").write_text(NATIVE)
 
     def command(self, output, *more):
-        files = "--config", self.folder / "native.yaml", "--data", self.videos, "--output", self.folder / output
+        files = "--config", self.folder / "native.yaml", "--data", self.data, "--output", self.folder / output
         return [str(word) for word in ("pretrain", *files, *more)]
 
     def run(self, output, *more):
@@ -127,7 +129,7 @@ def test_two_processes_compute_what_one_does(runs):
 def test_features_and_probes_of_native_size(runs):
     """Of a run on native sizes by default; each video's features are those of its clips by themselves."""
     settings = {"workers": 0, "precision": "float32"}
-    entries = [entry._replace(label=number % 2) for number, entry in enumerate(find_videos(runs.videos))]
+    entries = [entry._replace(label=number % 2) for number, entry in enumerate(find_mixture(runs.data).entries)]
     config = EncodingConfig(**settings)
     features, _, paths, _ = encode(runs.folder / "one", entries, config)
     model = checkpoint.load_classifier(runs.folder / "one" / "model.safetensors").eval()
@@ -147,7 +149,7 @@ def test_features_and_probes_of_native_size(runs):
 
 def test_pictures_of_native_size(runs, tmp_path):
     written = write_reconstructions(runs.folder / "one", runs.videos, tmp_path)
-    assert len(written) == 12
+    assert len(written) == 8
     heights = {Image.open(path).size for path in written if path.suffix == ".png"}
     assert len(heights) >= 3  # each video's own
 
@@ -166,7 +168,7 @@ def test_clips_of_one_size_under_masks_of_unequal_size(runs):
     size = ("--clips.size", "fixed", "--clips.side", "null", "--optimizer.tokens", "null", "--optimizer.batch", "4")
     more = ("--model.mask_strategy", "multi_block", "--model.mask_blocks", "2", "--held_out", str(runs.videos))
     state = runs.run("blocks", *size, *more)
-    assert state.done and np.isfinite(state.after["held_out_loss"]) and state.step == 12  # 8 passes over 6 videos
+    assert state.done and np.isfinite(state.after["held_out_loss"]) and state.step == 12  # 8 passes of 6 samples
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,10 @@ def test_what_cannot_be_is_refused_before_a_step(arguments, message, runs, tmp_p
         (["--clips.size", "fixed"], "clips.side: expected null unless size is 'native', got [24.0, 40.0]"),
         (["--clips.size", "nativ"], "clips.size"),
         (["--optimizer.tokens", "0"], "optimizer.tokens: expected more than 0, got 0"),
+        (
+            ["--probe.data=a", "--probe.test_data=a", "--probe.tokens=all"],
+            "probe.tokens: expected 'mean' with clips.size 'native'",
+        ),
         (["--run.cuda_graph", "true"], "run.cuda_graph: expected false with packed batches"),
     ],
 )
