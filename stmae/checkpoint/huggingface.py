@@ -144,7 +144,9 @@ def to_huggingface(model: VideoModel) -> tuple[dict[str, torch.Tensor], dict]:
     pretrain = isinstance(config, MaskedAutoencoderConfig)
     differs = _not_huggingface(config)
     if differs:
-        raise ValueError(f"to_huggingface: Hugging Face's VideoMAE has no model with {', '.join(differs)}")
+        raise ValueError(
+            f"to_huggingface: Hugging Face's VideoMAE has no model with {', '.join(differs)}; VideoMAE's own recipe makes one"
+        )
     their_eps = _LAYER_NORM_EPS if pretrain or (config.num_classes and config.pooling == "mean") else config.layer_norm_eps
     field = "decoder_norm_eps" if pretrain else "norm_eps"
     ours = config.layer_norm_eps if getattr(config, field) is None else getattr(config, field)
