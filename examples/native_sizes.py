@@ -2,7 +2,8 @@
 
     python examples/native_sizes.py videos/
 
-A batch is a list of clips. Their visible tokens lie one after another in one packed sequence: docs/packed.md.
+A batch is a list of clips. Their visible tokens lie one after another in one packed sequence: docs/packed.md. With checkpoints,
+several processes and batches that fill a budget of tokens it is ``stmae pretrain --clips.size native``.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig
-from stmae.training import find_videos
+from stmae.training import VideoError, find_videos
 from stmae.training.data.decoders import open_entry
 
 
@@ -31,6 +32,19 @@ def read_clip(entry, frames, longest, patch):
         clip = clip.repeat(patch[0], 1, 1, 1)
     T, H, W = (side // p * p for side, p in zip((len(clip), *clip.shape[2:]), patch))
     return clip[:T, :, :H, :W].transpose(0, 1)
+
+
+def read_batch(entries, draw, count, *reading):
+    """Clips of ``count`` videos, drawn from ``entries``, from which those that cannot be read are taken out."""
+    batch = []
+    while entries and len(batch) < count:
+        entry = draw.choice(entries)
+        try:
+            batch.append(read_clip(entry, *reading))
+        except VideoError as error:
+            print(f"skipped video {error}")
+            entries.remove(entry)
+    return batch
 
 
 def main():
@@ -64,8 +78,9 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.05)
     draw = random.Random(0)
     for step in range(arguments.steps):
-        chosen = draw.sample(entries, min(arguments.batch, len(entries)))
-        batch = [read_clip(entry, arguments.frames, arguments.longest, patch) for entry in chosen]
+        batch = read_batch(entries, draw, arguments.batch, arguments.frames, arguments.longest, patch)
+        if not batch:
+            raise SystemExit(f"no video in {arguments.videos} can be used")
         out = model(batch, mask_ratio=(0.75, 0.9))  # a ratio for each clip, drawn from this range
         optimizer.zero_grad()
         out.loss.backward()

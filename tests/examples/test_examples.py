@@ -112,8 +112,10 @@ def test_native_sizes(run, tmp_path):
     write_video(tmp_path / "wide.mp4", 9, size=(48, 100))
     write_video(tmp_path / "tall.mkv", 20, size=(101, 67), pix_fmt="yuv444p")
     write_image(tmp_path / "still.png", 3, size=(64, 90))
-    tiny = ["--frames", 16, "--longest", 96, "--width", 64, "--depth", 1, "--steps", 2, "--output", tmp_path / "weights"]
-    said = run("native_sizes.py", tmp_path, *tiny)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    tiny = ["--frames", 16, "--longest", 96, "--width", 64, "--depth", 1, "--steps", 2, "--batch", 8]
+    said = run("native_sizes.py", tmp_path, *tiny, "--output", tmp_path / "weights")
+    assert "broken.mp4: cannot be opened" in said
     for size in ("8x32x96", "16x96x48", "2x64x80"):
         assert size in said
     assert isinstance(stmae.checkpoint.load(tmp_path / "weights"), MaskedAutoencoder)
