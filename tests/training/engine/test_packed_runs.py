@@ -10,7 +10,16 @@ from safetensors.torch import load_file
 
 from stmae import checkpoint
 from stmae.training.commands import pretrain
-from stmae.training.config import EncodingConfig, PretrainConfig, from_preset, parse
+from stmae.training.config import (
+    ClipConfig,
+    EncodingConfig,
+    FinetuneClipConfig,
+    OnlineProbeConfig,
+    PretrainConfig,
+    PretrainRunConfig,
+    from_preset,
+    parse,
+)
 from stmae.training.data.dataset import as_video
 from stmae.training.data.packed_clips import NativeViews
 from stmae.training.data.video_list import find_mixture
@@ -185,33 +194,35 @@ def test_what_cannot_be_is_refused_before_a_step(arguments, message, runs, tmp_p
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "clips, more, message",
     [
-        (["--clips.side", "[4, 40]"], "clips.side: expected at least the side of a square as large as a patch of 8x8, 8, got 4"),
-        (["--clips.side", "[40, 24]"], "clips.side: expected two numbers above 0"),
-        (["--clips.frames", "4,7"], "clips.frames: expected multiples of model.tubelet_size 2, got 7"),
-        (["--clips.frames", "4;8"], "clips.frames: expected a number above 0, or several with commas between them, got '4;8'"),
-        (["--clips.frames", "[0]"], "clips.frames: expected a number above 0"),
-        (["--clips.scale", "[0.3, 1]"], "clips.scale: expected its default with size 'native', which takes frames as they are"),
-        (["--clips.size", "fixed"], "clips.side: expected null unless size is 'native', got [24.0, 40.0]"),
-        (["--clips.size", "nativ"], "clips.size"),
-        (["--optimizer.tokens", "0"], "optimizer.tokens: expected more than 0, got 0"),
+        ({"side": (4, 40)}, {}, "clips.side: expected at least the side of a square as large as a patch of 16x16, 16, got 4"),
+        ({"side": (40, 24)}, {}, "side: expected two numbers above 0"),
+        ({"frames": "4,7"}, {}, "clips.frames: expected multiples of model.tubelet_size 2, got 7"),
+        ({"frames": (0,)}, {}, "frames: expected a number above 0"),
+        ({"scale": (0.3, 1.0)}, {}, "scale: expected its default with size 'native', which takes frames as they are"),
+        ({"size": "fixed", "side": (24, 40)}, {}, r"side: expected null unless size is 'native', got \[24.0, 40.0\]"),
+        ({}, {"run": PretrainRunConfig(cuda_graph=True)}, "run.cuda_graph: expected false with packed batches"),
         (
-            ["--probe.data=a", "--probe.test_data=a", "--probe.tokens=all"],
+            {},
+            {"probe": OnlineProbeConfig(data="a", test_data="a", tokens="all")},
             "probe.tokens: expected 'mean' with clips.size 'native'",
         ),
-        (["--run.cuda_graph", "true"], "run.cuda_graph: expected false with packed batches"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_name(arguments, message, runs, capsys):
+def test_settings_that_cannot_be_are_refused_by_name(clips, more, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PretrainConfig(data="d", output="o", clips=ClipConfig(**{"size": "native", **clips}), **more)
+
+
+def test_the_command_line_refuses_them_in_the_same_words(runs, capsys):
     with pytest.raises(SystemExit):
-        parse(PretrainConfig, [*runs.command("none")[1:], *arguments], prog="p", description="")
-    assert message in " ".join(capsys.readouterr().err.split())
+        parse(PretrainConfig, [*runs.command("none")[1:], "--clips.frames", "4;8"], prog="p", description="")
+    words = "clips.frames: expected a number above 0, or several with commas between them, got '4;8'"
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_native_is_not_of_fine_tuning(runs):
-    from stmae.training.config import FinetuneClipConfig
-
+def test_native_is_not_of_fine_tuning():
     with pytest.raises(TypeError, match="size"):
         FinetuneClipConfig(size="native")
     assert not from_preset(PretrainConfig, "paper-base", data="d", output="o").packed
