@@ -163,7 +163,7 @@ def _reason(error):
         if 400 <= status < 500 and number == errno.EIO and status not in REPEATED:
             number = errno.EINVAL
         return f"the server answers {status}", number
-    last = causes[-1]
+    last = next((cause for cause in causes if isinstance(cause, PermissionError)), causes[-1])  # s3fs says why below it
     words = f"{type(last).__name__}: {last}".partition("\n")[0].rstrip(": ")
     if isinstance(last, FileNotFoundError):
         return "there is no such file", errno.ENOENT
