@@ -12,7 +12,7 @@ from PIL import Image
 from stmae.models import MaskedAutoencoderConfig
 from stmae.training.config import ClipConfig
 from stmae.training.data.batch_sampler import VideoOrder
-from stmae.training.data.clip_shapes import ClipShapes, is_picture, native_crop, native_grid
+from stmae.training.data.clip_shapes import SEARCHED, ClipShapes, fewest_tokens, is_picture, native_crop, native_grid
 from stmae.training.data.loader import ClipLoader
 from stmae.training.data.packed_batch_sampler import PackedBatchSampler, PackedOrder, divide
 from stmae.training.data.packed_clips import NativeViews, PackedClips
@@ -46,6 +46,9 @@ def test_a_grid_fits_the_area_and_keeps_the_aspect_ratio():
         assert area / 4 < h * w <= area
         if 1 / area**0.5 < aspect < area**0.5 and area >= 64:  # else a row of patches is all there is
             assert 0.85 < w / h / aspect < 1 / 0.85 and h * w > 0.7 * area
+    for area in (4, 9, 36, 300):
+        found = [math.prod(native_grid(h, w, area, (1, 1))) for h in range(1, 40) for w in range(1, 40)]
+        assert min(found) >= fewest_tokens(area) and (area > SEARCHED or min(found) == fewest_tokens(area))
     assert native_grid(720, 720, 196, (16, 16)) == (14, 14)
     assert native_grid(360, 640, 196, (16, 16)) == native_grid(640, 360, 196, (16, 16))[::-1]
     assert native_grid(100, 200, 200, (16, 8)) == (7, 28)  # patches of 16 x 8: as wide as high is four to one
@@ -91,7 +94,7 @@ def test_what_the_masks_of_other_strategies_cost():
 @pytest.mark.parametrize(
     "model, changes, message",
     [
-        ({"mask_ratio": 0.9}, {}, r"of the smallest clip that may be drawn: .* 3 tokens .* keeps nothing"),
+        ({"mask_ratio": 0.9}, {}, r"of the smallest clip that may be drawn: .* 4 tokens .* keeps nothing"),
         ({"mask_strategy": "frame"}, {}, "keeps everything"),  # of a picture's single slice
         ({"mask_strategy": "multi_block"}, {"side": (8, 8)}, "expected clips of two tokens or more"),
     ],
