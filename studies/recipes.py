@@ -14,17 +14,17 @@ from stmae.training.config import preset_header, presets
 
 GPUS, MEMORY = 8, 80  # GB
 ONE_GPU, ITS_MEMORY = 1, 24
-ON_CPU = ("demo", "cpu-small", "cpu-small-finetune")
+ON_CPU = ("demo", "cpu-small", "cpu-small-native", "cpu-small-finetune")
 
 
 def costs(name):
-    """Of a preset, as text: steps, clips a step, EFLOP and GB; of one for a CPU PFLOP and no GB."""
+    """Of a preset, as text: steps, clips a step (the mean of packed batches), EFLOP and GB; of one for a CPU PFLOP and no GB."""
     on_cpu = name in ON_CPU
     gpus, memory = (ONE_GPU, ITS_MEMORY) if on_cpu or preset_header(name)["gpus"] == 1 else (GPUS, MEMORY)
     with contextlib.redirect_stdout(io.StringIO()):
         numbers = plan.run(plan.Config(recipe=name, memory=memory, gpus=gpus))
     flops = numbers["EFLOP in all"] * (1000 if on_cpu else 1)
-    columns = [f"{numbers['steps']:,}", f"{numbers['clips a step']:,}", f"{flops:.2g}" if flops < 100 else f"{flops:.0f}"]
+    columns = [f"{numbers['steps']:,}", f"{round(numbers['clips a step']):,}", f"{flops:.2g}" if flops < 100 else f"{flops:.0f}"]
     return columns if on_cpu else [*columns, f"{numbers['GB of a GPU: in all, expected']:.0f}"]
 
 

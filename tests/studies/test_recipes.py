@@ -15,6 +15,6 @@ def test_every_preset_is_on_the_page_once():
     assert sorted(rows) == presets()
 
 
-@pytest.mark.parametrize("name", ["cpu-small", "paper-large", "paper-large-finetune-ava"])
+@pytest.mark.parametrize("name", ["cpu-small", "one-gpu-base-native", "paper-large", "paper-large-finetune-ava"])
 def test_the_costs_are_what_plan_says(name):
     assert recipes.row(name) in PAGE

@@ -73,6 +73,7 @@ OUT_OF_RANGE = {
     "temporal": (0,),
     "timeout": (-1,),
     "tokens": (0, -1),
+    "tried": (-1,),
     "tubelet_size": (0,),
     "videos": (0,),
     "warmup_epochs": (-1, 1e9),
