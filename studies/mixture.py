@@ -35,7 +35,13 @@ STANDARD = (8, 32, 32)  # frames, height, width
 MIXTURE = (STANDARD, (4, 32, 32), (16, 32, 32), (8, 24, 48), (8, 48, 24), (4, 48, 48), (16, 24, 24))
 UNSEEN = ((12, 40, 40), (6, 24, 64))
 TESTED = MIXTURE + UNSEEN
-SHAPES = {"standard": (STANDARD,), "mixture": MIXTURE}
+SHAPES = {
+    "standard": (STANDARD,),
+    "mixture": MIXTURE,
+    "lengths": tuple(shape for shape in MIXTURE if shape[1:] == STANDARD[1:]),
+    "sizes": tuple(shape for shape in MIXTURE if shape[0] == STANDARD[0]),
+}
+MODELS, PARTS = ("standard", "mixture"), ("lengths", "sizes")  # trained with every seed, with the first
 CELLS = 4  # of features along each of time, height and width, whatever the grid
 
 
@@ -91,9 +97,10 @@ def _pictures(folder):
 
 
 def all_experiments(seeds):
-    experiments = [Experiment(f"{name}-seed{seed}", "train", {"name": name, "seed": seed}) for seed in seeds for name in SHAPES]
-    longer = [Experiment(f"{name}-longer", "train_longer", {"name": name, "seed": seeds[0]}) for name in SHAPES]
-    return experiments + longer
+    experiments = [Experiment(f"{name}-seed{seed}", "train", {"name": name, "seed": seed}) for seed in seeds for name in MODELS]
+    parts = [Experiment(f"{name}-seed{seeds[0]}", "train", {"name": name, "seed": seeds[0]}) for name in PARTS]
+    longer = [Experiment(f"{name}-longer", "train_longer", {"name": name, "seed": seeds[0]}) for name in MODELS]
+    return experiments + parts + longer
 
 
 def num_tokens(shape):
@@ -199,9 +206,19 @@ def longer_text(found):
     lines = []
     for shape in TESTED:
         name = show_shape(shape)
-        theirs, ours = (found[f"{kind}-longer"]["accuracy"][name] for kind in SHAPES)
+        theirs, ours = (found[f"{kind}-longer"]["accuracy"][name] for kind in MODELS)
         lines.append([name, f"{100 * theirs:.1f}", f"{100 * ours:.1f}", f"{100 * (ours - theirs):+.1f}"])
     return table(["clips tested", "standard", "mixture", "difference"], lines)
+
+
+def parts_text(found, seed):
+    """The page's third table: the models of one seed, by what was mixed."""
+    kinds = (MODELS[0], *PARTS, MODELS[1])
+    lines = []
+    for shape in TESTED:
+        accuracy = [found[f"{kind}-seed{seed}"]["accuracy"][show_shape(shape)] for kind in kinds]
+        lines.append([show_shape(shape), *(f"{100 * value:.1f}" for value in accuracy)])
+    return table(["clips tested", "standard", "lengths mixed", "sizes mixed", "both"], lines)
 
 
 def draw(found, seeds, path):
@@ -209,7 +226,7 @@ def draw(found, seeds, path):
 
     figure = Figure(figsize=(9, 3.4))
     axis = figure.subplots()
-    for shift, name in enumerate(SHAPES):
+    for shift, name in enumerate(MODELS):
         for x, shape in enumerate(TESTED):
             values = [100 * found[f"{name}-seed{seed}"]["accuracy"][show_shape(shape)] for seed in seeds]
             axis.bar(x + 0.4 * shift, sum(values) / len(values), 0.38, color=f"C{shift}", alpha=0.6, label=None if x else name)
@@ -241,7 +258,7 @@ def write(output, plan, seeds, records):
     output.mkdir(parents=True, exist_ok=True)
     (output / "mixed-clips.json").write_text(json.dumps(everything, indent=1) + "\n")
     draw(found, seeds, output / "mixed-clips.png")
-    print(text(found, seeds), longer_text(found), sep="\n\n")
+    print(text(found, seeds), parts_text(found, seeds[0]), longer_text(found), sep="\n\n")
 
 
 def main():

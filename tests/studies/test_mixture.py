@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from studies import mixture
-from studies.mixture import MIXTURE, SHAPES, STANDARD, TESTED, UNSEEN, Plan, Study
+from studies.mixture import MIXTURE, MODELS, SHAPES, STANDARD, TESTED, UNSEEN, Plan, Study
 from studies.motion import clips
 from studies.motion.experiments import autoencoder
 
@@ -57,7 +57,7 @@ def test_both_models_are_trained_and_tested_on_all_shapes(folder, tmp_path, monk
         assert set(numbers["accuracy"]) == set(map(mixture.show_shape, mixture.TESTED)) and numbers["tokens"] <= 1024
     assert found["standard-seed0"]["clips"] == 16
     found.update(
-        {f"{name}-longer": mixture.train_longer(replace(study, plan=replace(TINY, long_steps=1)), {}, name, 0) for name in SHAPES}
+        {f"{name}-longer": mixture.train_longer(replace(study, plan=replace(TINY, long_steps=1)), {}, name, 0) for name in MODELS}
     )
     assert set(found) == {experiment.name for experiment in mixture.all_experiments([0])}
     records = {
@@ -66,13 +66,14 @@ def test_both_models_are_trained_and_tested_on_all_shapes(folder, tmp_path, monk
     }
     mixture.write(tmp_path, TINY, [0], records)
     written = json.loads((tmp_path / "mixed-clips.json").read_text())
-    assert written["cpu_minutes"] == 4 and (tmp_path / "mixed-clips.png").read_bytes().startswith(b"\x89PNG")
+    assert written["cpu_minutes"] == 6 and (tmp_path / "mixed-clips.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_gives_what_was_recorded():
     recorded, page = json.loads((DOCS / "mixed-clips.json").read_text()), (DOCS / "mixed-clips.md").read_text()
     assert mixture.text(recorded["experiments"], recorded["seeds"]) in page and "](mixed-clips.png)" in page
     assert mixture.longer_text(recorded["experiments"]) in page
+    assert mixture.parts_text(recorded["experiments"], recorded["seeds"][0]) in page
     assert recorded["processor"] in page and recorded["date"] in page
     assert recorded["plan"] == Plan().to_dict() and len(recorded["seeds"]) == 3
     for shape in MIXTURE:
