@@ -379,7 +379,10 @@ class RunFolder:
 
     def resume_hint(self):
         """For the end of an error message: the checkpoint that the run can continue from."""
-        states = self.states()
+        try:
+            states = self.states()
+        except OSError:  # the folder went, or cannot be listed: the error says so
+            return ""
         return f" (the checkpoint of step {states[0]} is complete: the same command continues from it)" if states else ""
 
 

@@ -1,8 +1,10 @@
 """A run's folder: one process at a time, nothing of anybody's overwritten, nothing run, and damage noticed."""
 
+import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,3 +332,10 @@ def test_a_continued_run_keeps_its_pixels(recorded, kept, tmp_path):
     folder.close()
     assert config.clips.pixels == kept
     assert clips_of(folder.path).pixels == kept
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    with contextlib.closing(RunFolder(tmp_path / "run")) as folder:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(RunFolderError, match=r"^cannot write state-00000001\.safetensors: "):
+            folder.save_state(1, {"x": torch.zeros(2)}, {})
