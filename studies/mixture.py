@@ -60,7 +60,7 @@ class Plan:
     tokens: int = 2048
     """of a step, masked ones too: 32 standard clips"""
     steps: int = 1000
-    long_steps: int = 2000
+    long_steps: int = 6000
     """of one more run of each, of the first seed"""
     lr: float = 3e-3
     warmup: int = 60
