@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stmae.masking import num_keep
-from stmae.training.config import OptimizerConfig
 from stmae.training.engine.device import keep_freed_memory
-from stmae.training.engine.optimizer import adamw, weight_decay_groups
 from stmae.training.planning.flops import autoencoder_flops
 
+from .averaged_training import AveragedTraining
 from .motion import clips
-from .motion.experiments import Experiment, autocast, autoencoder, in_batches, linear
+from .motion.experiments import Experiment, autoencoder, in_batches, linear
 from .motion.page import show, table
 from .motion.schedule import run
 from .processor import processor
@@ -128,27 +126,18 @@ def curve(study, results, ratio, seed, **grid):
     plan, grid = study.plan, Grid(**{**grid, "evaluate_at": tuple(grid["evaluate_at"])})
     unlabelled, train, test = (study.part(name, seed, grid.frames, grid.size) for name in ("unlabelled", "train", "test"))
     model = autoencoder(plan, seed, mask_ratio=ratio, **grid.changes())
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
-    optimizer = adamw(weight_decay_groups(model, 0.05), OptimizerConfig(betas=(0.9, 0.95)))
+    training = AveragedTraining(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    order, losses, accuracy, mean_loss = torch.empty(0, dtype=torch.long), [], {}, {}
+    order, accuracy, mean_loss = torch.empty(0, dtype=torch.long), {}, {}
     for step in range(1, max(grid.evaluate_at) + 1):
         if len(order) < plan.batch:
             order = torch.cat([order, torch.randperm(len(unlabelled.labels), generator=generator)])
         rows, order = order[: plan.batch], order[plan.batch :]
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * min(1.0, step / plan.warmup)
-        with autocast():
-            loss = model(unlabelled.video(rows), generator=generator).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update_parameters(model)
-        losses.append(loss.item())
+        training.step(unlabelled.video(rows), generator)
         if step in grid.evaluate_at:
-            x, test_x = features(average.module, train), features(average.module, test)
+            x, test_x = features(training.averaged, train), features(training.averaged, test)
             accuracy[step] = linear(x, train.labels, test_x, test.labels, len(clips.CLASSES), seed)
-            mean_loss[step] = sum(losses[-50:]) / len(losses[-50:])
+            mean_loss[step] = training.mean_loss
             print(f"  {grid.name}, {ratio:.0%}, seed {seed}, step {step}: {100 * accuracy[step]:.1f} %", flush=True)
     return {
         "accuracy": accuracy,

@@ -18,12 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from stmae.training.config import OptimizerConfig
 from stmae.training.engine.device import keep_freed_memory
-from stmae.training.engine.optimizer import adamw, weight_decay_groups
 
+from .averaged_training import AveragedTraining
 from .motion import clips
 from .motion.experiments import Experiment, autocast, autoencoder, linear
 from .motion.page import agreement, differences, show, table
@@ -130,10 +128,9 @@ def train(study, results, name, seed, steps=None):
     steps = plan.steps if steps is None else steps
     parts = [study.part("unlabelled", plan.unlabelled // len(shapes), seed, shape) for shape in shapes]
     model = autoencoder(plan, seed, mask_ratio=plan.mask_ratio)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
-    optimizer = adamw(weight_decay_groups(model, 0.05), OptimizerConfig(betas=(0.9, 0.95)))
+    training = AveragedTraining(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    losses, tokens, seen = [], 0, 0
+    tokens, seen = 0, 0
     for step in range(1, steps + 1):
         counts = draw_batch(shapes, plan.tokens, generator)
         videos = []
@@ -142,23 +139,15 @@ def train(study, results, name, seed, steps=None):
             videos += part.video(rows).unbind()
         tokens += sum(count * num_tokens(shape) for count, shape in zip(counts, shapes))
         seen += len(videos)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * min(1.0, step / plan.warmup)
-        with autocast():
-            loss = model(videos, generator=generator).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update_parameters(model)
-        losses.append(loss.item())
+        training.step(videos, generator)
         if step % 100 == 0:
-            print(f"  {name}, seed {seed}, step {step}: loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", flush=True)
+            print(f"  {name}, seed {seed}, step {step}: loss {training.mean_loss:.3f}", flush=True)
     accuracy = {}
     for shape in TESTED:
         train, test = (study.part(part, getattr(plan, part), seed, shape) for part in ("train", "test"))
-        x, test_x = features(average.module, train), features(average.module, test)
+        x, test_x = features(training.averaged, train), features(training.averaged, test)
         accuracy[show_shape(shape)] = linear(x, train.labels, test_x, test.labels, len(clips.CLASSES), seed)
-    return {"accuracy": accuracy, "loss": sum(losses[-50:]) / len(losses[-50:]), "tokens": tokens, "clips": seen}
+    return {"accuracy": accuracy, "loss": training.mean_loss, "tokens": tokens, "clips": seen}
 
 
 @torch.no_grad()

@@ -40,9 +40,8 @@ class RandomClips(Dataset):
         self.entries, self.clips, self.frames, self.size, self.seed = entries, clips, frames, tuple(size), seed
         self.patient = PatientReader(patience)
         self.left_out = frozenset()  # absolute paths of videos that are treated as broken
-        self.lists = (
-            (len(entries), 1.0),
-        )  # (videos, weight) of the lists that ``entries`` are from, see batch_sampler.VideoOrder
+        # (videos, weight) of the lists that ``entries`` are from, see batch_sampler.VideoOrder.
+        self.lists = [(len(entries), 1.0)]
 
     reading = staticmethod(lambda number: None)  # see loader.Reading
 
