@@ -44,6 +44,14 @@ def server():
         yield server
 
 
+PACKED = """
+clips: {stride: 2, repeats: 2, size: native, side: [16, 32], frames: "2,4,8"}
+model: {image_size: 16, num_frames: 4, patch_size: 8, mask_ratio: 0.5, width: 16, depth: 1, num_heads: 1, decoder_width: 16,
+  decoder_depth: 1, decoder_num_heads: 1}
+optimizer: {tokens: 400, accumulate: 2, epochs: 60, warmup_epochs: 1, base_lr: 3.0e-3, base_batch: 1, clip_grad: 1.0}
+run: {save_every: 3, log_every: 1, workers: 0, device: cpu, precision: float32, tensorboard: false}
+"""
+
 BROKEN = {
     "cut.mp4": "cannot be opened",  # its index was at its end
     "short.mkv": "too short: 1 frames",
@@ -261,6 +269,38 @@ def test_killed_at_every_position_of_writing(server, command, tmp_path, finished
     assert {what for what, *_ in results} >= required
     assert all(after > 0 for *_, after in results[10:])
     finish(server, command, tmp_path / "run", finished)
+
+
+def test_a_packed_run_that_is_killed_again_and_again_ends_with_the_same_bits(server, tmp_path):
+    """Clips of unequal sizes and lengths, videos, pictures and a broken video, filled into a budget of tokens. SIGKILL comes
+    in a save and in a line of the log, and each start has another number of data workers."""
+    (tmp_path / "packed.yaml").write_text(PACKED)
+    for name, size in (("videos/wide.mp4", (64, 96)), ("videos/high.mp4", (96, 64)), ("stills/a.png", (40, 70))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (write_video(tmp_path / name, 12, size=size) if "mp4" in name else write_image(tmp_path / name, 1, size=size))
+    (tmp_path / "videos" / "broken.mp4").write_text("this is not a video")
+    data, printed = f"{tmp_path / 'videos'}:0.7,{tmp_path / 'stills'}:0.3", tmp_path / "printed"
+
+    def run(output, workers, fault=None):
+        files = "--config", tmp_path / "packed.yaml", "--data", data, "--output", tmp_path / output
+        return server.run(["pretrain", *files, "--run.workers", workers], printed, fault)
+
+    status, words = run("complete", 0)
+    assert status == 0 and "skipped: 1 video" in words, words
+    steps, reached = newest_step(tmp_path / "complete"), []
+    for workers, position in ((0, 45), (2, 51)):  # positions: see Faults
+        status, words = run("killed", workers, ["kill", position])
+        assert status == -signal.SIGKILL, words
+        reached.append(newest_step(tmp_path / "killed"))
+    assert 0 < reached[0] < reached[1] < steps
+    status, words = run("killed", 1)
+    assert status == 0 and f"continuing from step {reached[-1]}" in words, words
+    assert_same_weights(tmp_path / "killed", tmp_path / "complete")
+    logs = [
+        {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines(tmp_path / output / "log.jsonl") if "loss" in line}
+        for output in ("complete", "killed")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == steps
 
 
 def test_killed_data_workers_leave_the_checkpoint(server, command, tmp_path, finished):

@@ -1,5 +1,6 @@
 """Pre-training on packed batches: the same run with any number of workers, processes and parts, continued anywhere."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from stmae import checkpoint
 from stmae.training.commands import pretrain
@@ -105,6 +107,24 @@ def test_a_run_that_is_continued_has_the_bits_of_one_without_a_break(runs):
     assert state.done and state.step == newest
     assert_bits(runs.weights("continued"), runs.weights("one"))
     assert runs.losses("continued") == runs.losses("one")
+
+
+def test_a_compiled_run_computes_the_same_and_compiles_each_block_once(runs, monkeypatch):
+    """A graph of each block with gradients, and for the pictures one without; none for the shapes of a batch, or of masks."""
+    # Without Inductor, which would run a C++ compiler for seconds: the graphs are the same.
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    settings = "--model.depth", "1", "--optimizer.epochs", "24", "--model.mask_strategy", "multi_block"
+    state = runs.run("plain", *settings)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    runs.run("compiled", *settings, "--run.compile", "true")
+    assert (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())) == (before[0] + 4, before[1])
+    torch._dynamo.reset()
+    plain, compiled = runs.losses("plain"), runs.losses("compiled")
+    assert len(plain) == state.step >= 6
+    # Sums are rounded as in the uncompiled blocks, or once less where two steps become one; updates add it up.
+    assert compiled[1] == pytest.approx(plain[1], rel=16 * torch.finfo(torch.float32).eps)
+    assert compiled == {step: pytest.approx(pair, rel=1e-4) for step, pair in plain.items()}
 
 
 def test_micro_batches_add_up_to_the_batch(runs):
