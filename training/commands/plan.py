@@ -13,8 +13,12 @@ from stmae.models.field_types import show
 from ..config import DetectionConfig, FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
 from ..config.checks import check_types, require_positive, require_text
 from ..data.ava import count_key_frames
+from ..data.batch_sampler import VideoOrder
 from ..data.clip_shapes import ClipShapes
+from ..data.loader import ring_slots
+from ..data.packed_batch_sampler import PackedOrder, capacity
 from ..data.video_list import find_mixture
+from ..engine.device import MOST_WORKERS
 from ..engine.optimizer import peak_learning_rate, total_steps
 from ..engine.run_folder import weights_file
 from ..planning.flops import autoencoder_flops, classifier_flops
@@ -103,6 +107,7 @@ def run(config):
         "GB of a GPU: weights, gradients, AdamW": memory.state / GB,
         "GB of a GPU: activations": memory.clip * units / GB,
         "GB of a GPU: in all, expected": memory.total(units) / GB,
+        "GB beside a GPU: clips of data workers": step.shared_bytes(model, videos, config.gpus, micro_batches) / GB,
     }
     source = numbers(size, step_of(recipe, command, model), header["gpus"] or "-")
     words = command_line(config, command, changed, micro_batches, recipe)
@@ -158,6 +163,19 @@ class Step:
         if self.shapes is None:
             return self.settings.batch // gpus // micro_batches * self.repeats
         return self.videos * self.shapes.mean_cost / gpus / micro_batches + self.shapes.most_cost
+
+    def shared_bytes(self, model, videos, gpus, micro_batches):
+        """What the data workers of a process share with it, with so many ``videos`` in the data and as many workers as a process
+        has at most."""
+        own = max(1, round(self.videos / gpus / micro_batches))
+        workers = min(MOST_WORKERS, max(1, int(self.videos / gpus)))
+        slots, ids = ring_slots(own, workers, 2 * micro_batches), 8
+        if self.shapes is None:
+            return slots * own * self.repeats * (math.prod(model.video_shape) + ids * model.num_tokens)
+        size = {"tokens": self.settings.tokens} if self.has_budget else {"batch": self.settings.batch}
+        order = PackedOrder(VideoOrder([(videos, 1.0)], 0), self.shapes, [False] * videos, seed=0, **size)
+        cost = order.most_cost(max(1, math.ceil(videos / self.videos)))  # of an epoch
+        return slots * capacity(self.shapes, cost, gpus * micro_batches) * (self.shapes.token_bytes + ids)
 
     def divisions(self, gpus):
         """The numbers of micro-batches that it can be computed in, ascending."""

@@ -94,7 +94,7 @@ class ResumableBatchSampler:
         self.num_videos, self.batch, self.seed = num_videos, batch, seed
         self.num_steps, self.first_step = num_steps, first_step
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
-        self.videos = self.fewest = batch // micro_batches  # of a micro-batch
+        self.videos = batch // micro_batches  # of a micro-batch
 
     def __len__(self):
         return (self.num_steps - self.first_step) * self.accumulate

@@ -115,10 +115,6 @@ class ClipShapes:
         """Of a sample, of the most."""
         return self.repeats * int(self._table.max())
 
-    @functools.cached_property
-    def least_cost(self):
-        return self.repeats * int(self._table[self._table > 0].min())
-
     def mean(self, of_clip):
         """Of a video's clips, the mean of of_clip(time slices, area) over what is drawn."""
         areas = range(self.areas[0], self.areas[1] + 1)

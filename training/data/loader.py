@@ -1,5 +1,6 @@
 """Batches from data workers: how many decode, and what happens when one of them dies, or reads one video for ever."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from .shared_ring import SharedRing
 from .video import printable
 
 POLL = 5.0  # seconds between looks at what the workers read, where no batch comes
+PAUSE = 0.002  # seconds between looks at whether a place in the ring is free
+AHEAD = 4  # videos that a worker reads ahead, at least
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # which nobody sends from outside
 
 
@@ -68,17 +71,19 @@ class ClipLoader:
     pin_memory: for a GPU.
     """
 
-    AHEAD = 4  # videos that each worker reads ahead, or two batches, whichever is more
-
     def __init__(self, dataset, sampler, num_workers, *, held=None, pin_memory=False):
         self.dataset, self.sampler, self.num_workers, self.held, self.pin_memory = dataset, sampler, num_workers, held, pin_memory
-        self.ahead = max(self.AHEAD, -(-2 * sampler.videos // max(num_workers, 1)))
-        # Of the videos that are read ahead the last belongs to batch i + ceil(...) while batch i is the newest in use.
-        self.slots = -(-self.ahead * num_workers // sampler.fewest) + (held or 1) + 1
+        self.ahead = read_ahead(sampler.videos, num_workers)
+        self.slots = ring_slots(sampler.videos, num_workers, self.in_use)
         dataset.reading = Reading(num_workers)
 
     def __len__(self):
         return len(self.sampler)
+
+    @property
+    def in_use(self):
+        """How many batches are, with the newest: ``held``, or the one that is copied."""
+        return self.held or 1
 
     @property
     def layout(self):
@@ -104,15 +109,41 @@ class ClipLoader:
             yield data.joined(memory, keys, notes)
 
 
-class _Fill(Dataset):
-    """Item (batch, place, key): what was noted of sample ``key``, which is written to that place of that batch of the ring."""
+def read_ahead(videos, workers):
+    """How many videos each of ``workers`` reads ahead: AHEAD, or its part of two batches of ``videos``, whichever is more."""
+    return max(AHEAD, -(-2 * videos // max(workers, 1)))
 
-    def __init__(self, dataset, ring):
-        self.dataset, self.ring = dataset, ring
+
+def ring_slots(videos, workers, in_use):
+    """How many batches of about ``videos`` the workers share memory for: those in use, and those of the videos that they read
+    ahead. Where batches have fewer videos than that, a worker waits for its place."""
+    return in_use + max(2, read_ahead(videos, workers) * workers // videos)
+
+
+class _Fill(Dataset):
+    """Item (batch, place, key): what was noted of sample ``key``, which is written to that place of that batch of the ring, once
+    the batch that lay there is no longer in use; None where it will not be: the loop or its process ended.
+
+    in_use: how many batches are, with the one that the loop requested last.
+    """
+
+    def __init__(self, dataset, ring, in_use):
+        self.dataset, self.ring, self.ahead = dataset, ring, ring.slots - in_use
+        self.requested = torch.zeros(1, dtype=torch.int64).share_memory_()  # the number of a batch; -1: no more
 
     def __getitem__(self, task):
         batch, place, key = task
+        if not self._is_free(batch):
+            return None
         return self.dataset.fill(key, self.dataset.at(self.ring[batch], place))
+
+    def _is_free(self, batch):
+        """Polled: a lock would be held for ever by a worker that is killed."""
+        while 0 <= self.requested.item() < batch - self.ahead:
+            if not multiprocessing.parent_process().is_alive():
+                return False
+            time.sleep(PAUSE)
+        return self.requested.item() >= 0
 
 
 class _Tasks:
@@ -138,13 +169,14 @@ class _FilledBySeveral:
             self.ring = SharedRing(loader.slots, loader.layout)
         except OSError as error:
             raise LoaderError(
-                f"the data workers need {loader.shared_bytes / 2**20:.0f} MiB of shared memory ({error.strerror}): "
-                "try fewer run.workers"
+                f"the data workers need {loader.shared_bytes / 2**20:.0f} MiB of shared memory, {loader.slots} batches "
+                f"({error.strerror}): try fewer videos or tokens a step, or --run.workers 0"
             ) from error
         self.pinned = loader.pin_memory and self.ring.pin()
+        self.fill = _Fill(loader.dataset, self.ring, loader.in_use)
         self.notes = iter(
             DataLoader(
-                _Fill(loader.dataset, self.ring),
+                self.fill,
                 batch_size=None,
                 sampler=_Tasks(loader.sampler, loader.dataset.places),
                 collate_fn=_as_it_is,
@@ -163,6 +195,7 @@ class _FilledBySeveral:
     def __next__(self):
         if self.keys is None:
             self.keys = next(self.order)
+            self.fill.requested.fill_(self.batch)
         while len(self.received) < len(self.keys):  # where it times out, it goes on from here
             self.received.append(next(self.notes))
         memory, keys, notes = self.ring[self.batch], self.keys, self.received
@@ -171,7 +204,12 @@ class _FilledBySeveral:
             memory = {name: value.clone() for name, value in memory.items()}
         return self.loader.dataset.joined(memory, keys, notes)
 
+    def __del__(self):
+        if hasattr(self, "fill"):
+            self.fill.requested.fill_(-1)
+
     def _shutdown_workers(self):
+        self.fill.requested.fill_(-1)
         self.notes._shutdown_workers()
         if self.pinned:
             self.ring.unpin()

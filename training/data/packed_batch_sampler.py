@@ -67,6 +67,23 @@ class PackedOrder:
             step -= 1
         return max(1, step)
 
+    def most_cost(self, steps):
+        """What the clips of one of the first ``steps`` steps cost together, at most."""
+        if self.tokens is not None:
+            return self.tokens
+        sums, before, ends = [0], 0, self.batch * np.arange(1, steps + 1)
+        for epoch in range(-(-steps * self.batch // len(self.order))):
+            own = self._epoch(epoch)[-1]
+            places = ends[(ends > epoch * len(own)) & (ends <= (epoch + 1) * len(own))] - epoch * len(own)
+            sums.extend((before + own[places - 1]).tolist())
+            before += int(own[-1])
+        return int(np.diff(sums).max())
+
+    @property
+    def mean_cost(self):
+        """Of a sample, as in the first epoch."""
+        return self._epoch(0)[-1][-1] / len(self.order)
+
     def __getitem__(self, step):
         """The samples of ``step``: ([(pass, video number, ((frames, area) of each clip))], costs)."""
         keys, costs = [], []
@@ -97,14 +114,9 @@ class PackedBatchSampler:
                 f"a budget of {order.tokens} tokens does not divide into {where}: expected {parts * shapes.most_cost} or more, "
                 f"{shapes.most_cost} for each, what a video's {shapes.repeats} clips cost at most"
             )
-        most, least = shapes.most_cost, shapes.least_cost
-        highest = order.tokens or order.batch * most
-        lowest = order.tokens - most if order.tokens else order.batch * least
-        # Of parts that are filled in turn none costs a sample more than the mean, nor a sample less.
-        self.capacity = math.ceil((highest / parts + most) * shapes.tokens_per_cost)
-        self.fewest = max(1, int((lowest / parts - most) / most))
-        mean = order.tokens / shapes.mean_cost if order.tokens else order.batch
-        self.videos = max(1, round(mean / parts))
+        self.capacity = capacity(shapes, order.most_cost(num_steps), parts)
+        mean = order.tokens / order.mean_cost if order.tokens else order.batch
+        self.videos = max(1, round(mean / parts))  # of a micro-batch, on average
 
     def __len__(self):
         return (self.num_steps - self.first_step) * self.accumulate
@@ -115,6 +127,12 @@ class PackedBatchSampler:
             parts = divide(costs, self.accumulate * self.world_size)
             for part in range(self.accumulate):
                 yield [keys[index] for index in parts[part * self.world_size + self.rank]]
+
+
+def capacity(shapes, cost, parts):
+    """How many tokens N a micro-batch has at most, one of the ``parts`` of a step of this ``cost``: where each sample goes to
+    where least is, the one that comes last to the fullest part came to a mean of the others, or less."""
+    return math.ceil((cost / parts + shapes.most_cost * (1 - 1 / parts)) * shapes.tokens_per_cost)
 
 
 def divide(costs, parts):

@@ -4,6 +4,7 @@ It lies in none of the file system's folders: a container's /dev/shm may hold 64
 machine with too little of it says so then, and not by a signal in a worker.
 """
 
+import errno
 import mmap
 import multiprocessing.reduction
 import os
@@ -12,6 +13,8 @@ import warnings
 
 import torch
 
+from .free_memory import free_memory
+
 
 class SharedMemory:
     """``size`` bytes that this process shares with those it starts, however it starts them. Raises OSError where there are not so
@@ -19,6 +22,9 @@ class SharedMemory:
 
     def __init__(self, size):
         self.size = size
+        free = free_memory()
+        if free is not None and size > free:  # or the system would end this process, or another
+            raise OSError(errno.ENOMEM, f"{free / 2**20:.0f} MiB are free")
         if hasattr(os, "memfd_create"):
             file = os.memfd_create("stmae-clips")
         else:

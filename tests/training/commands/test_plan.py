@@ -13,7 +13,11 @@ from stmae.models import MaskedAutoencoder, MaskedAutoencoderConfig, VideoClassi
 from stmae.training import cli
 from stmae.training.commands import plan
 from stmae.training.config import DetectionConfig, FinetuneConfig, PretrainConfig, parse
+from stmae.training.data.batch_sampler import VideoOrder
 from stmae.training.data.clip_shapes import ClipShapes
+from stmae.training.data.loader import ClipLoader
+from stmae.training.data.packed_batch_sampler import PackedBatchSampler, PackedOrder
+from stmae.training.data.packed_clips import PackedClips
 from stmae.training.planning import memory as estimates
 from tests.support.synthetic_video import write_video
 
@@ -168,6 +172,20 @@ def test_a_plan_of_packed_batches(capsys):
     assert made.optimizer.tokens == 10**6 and made.optimizer.accumulate == more["micro-batches a step"]
     counted = make(recipe="one-gpu-base-native", memory=24, gpus=1, batch=32)
     assert counted["videos a step"] == 32 and "--optimizer.batch 32 --optimizer.tokens null" in counted["command"]
+
+
+@pytest.mark.parametrize("more", [{}, {"batch": 32}])
+def test_the_planned_memory_of_the_data_workers_is_what_they_take(more):
+    numbers = make(recipe="one-gpu-base-native", memory=40, gpus=1, videos=5000, **more)
+    recipe = plan.read_recipe("one-gpu-base-native")[1]
+    settings = more or {"tokens": recipe.optimizer.tokens}
+    shapes, steps = ClipShapes(recipe.model, recipe.clips), math.ceil(5000 / numbers["videos a step"])
+    order = PackedOrder(VideoOrder([(5000, 1.0)], 0), shapes, [False] * 5000, seed=0, **settings)
+    parts = numbers["micro-batches a step"]
+    sampler = PackedBatchSampler(order, num_steps=steps, accumulate=parts)
+    dataset = PackedClips([None] * 5000, recipe.clips, shapes=shapes, seed=0, sample_mask=None)
+    loader = ClipLoader(dataset, sampler, 24, held=2 * parts)
+    assert numbers["GB beside a GPU: clips of data workers"] == pytest.approx(loader.shared_bytes / 1e9, rel=0.1)
 
 
 def test_a_token_of_a_packed_plan_costs_no_less_than_in_any_clip():

@@ -17,6 +17,7 @@ from stmae.training.config import ClipConfig
 from stmae.training.data import clip_sampling, transforms
 from stmae.training.data.batch_sampler import ResumableBatchSampler
 from stmae.training.data.dataset import PretrainClips, ViewClips, as_video, require_readable
+from stmae.training.data.free_memory import MEMORY_FILES, free_memory
 from stmae.training.data.loader import Batches, ClipLoader, LoaderError
 from stmae.training.data.shared_ring import SharedRing
 from stmae.training.data.video import Video, VideoError
@@ -438,8 +439,36 @@ def test_shared_memory_that_there_is_not_is_an_error(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("stmae.training.data.shared_ring.os.posix_fallocate", full)
-    with pytest.raises(LoaderError, match=r"need \d+ MiB of shared memory \(No space left on device\): try fewer run.workers"):
+    with pytest.raises(
+        LoaderError, match=r"need \d+ MiB of shared memory, 3 batches \(No space left on device\): try fewer videos"
+    ):
         list(ClipLoader(dataset(find_videos(folder)), order(4, 2), 1))
+
+
+def test_memory_that_is_not_free_is_not_taken(folder, monkeypatch):
+    monkeypatch.setattr("stmae.training.data.shared_ring.free_memory", lambda: 2**20 // 2)
+    with pytest.raises(LoaderError, match=r"need \d+ MiB of shared memory, 3 batches \(0 MiB are free\): try fewer videos or"):
+        list(ClipLoader(dataset(find_videos(folder)), order(4, 200), 1))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_that_of_the_machine_and_of_every_control_group(version, tmp_path):
+    groups, limit, used = MEMORY_FILES[version]
+    for name, text in {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\nHugePages_Total: 0\n",
+        "proc/self/cgroup": {1: "4:cpu:/a/b\n3:memory:/a/b\n", 2: "0::/a/b\n"}[version],
+        f"{groups}/a/b/{limit}": {1: str(2**63 - 4096), 2: "max"}[version],
+        f"{groups}/a/b/{used}": "1000",
+        f"{groups}/a/{limit}": "4000000",
+        f"{groups}/a/{used}": "3000000",
+        f"{groups}/a/memory.stat": f"anon 2000000\n{'total_' * (version == 1)}inactive_file 500000\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path) == 4_000_000 - 3_000_000 + 500_000
+    (tmp_path / groups / "a" / limit).write_text("90000000")
+    assert free_memory(tmp_path) == 5000 * 1024
+    assert free_memory(tmp_path / "nothing") is None and (free_memory() or 2**30) > 2**20
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -3,6 +3,10 @@
 import functools
 import itertools
 import math
+import multiprocessing
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +17,12 @@ from stmae.models import MaskedAutoencoderConfig
 from stmae.training.config import ClipConfig
 from stmae.training.data.batch_sampler import VideoOrder
 from stmae.training.data.clip_shapes import SEARCHED, ClipShapes, fewest_tokens, is_picture, native_crop, native_grid
-from stmae.training.data.loader import ClipLoader
+from stmae.training.data.loader import Batches, ClipLoader
 from stmae.training.data.packed_batch_sampler import PackedBatchSampler, PackedOrder, divide
 from stmae.training.data.packed_clips import NativeViews, PackedClips
 from stmae.training.data.video_list import find_videos
 from stmae.training.tasks.pretraining import clip_mask
+from tests.support.fork_server import TIMEOUT
 from tests.support.synthetic_video import read_number, write_video
 
 MODEL = MaskedAutoencoderConfig(
@@ -146,8 +151,17 @@ def test_ranks_and_micro_batches_divide_a_step_evenly(size):
             loads = [sum(cost_of[key] for key in part) for part in parts]
             assert max(loads) - min(loads) <= max(costs)
             for part in parts:
-                assert len(part) >= samplers[0].fewest
                 assert sum(frames // 2 * area for _, _, drawn in part for frames, area in drawn) <= samplers[0].capacity
+
+
+@pytest.mark.parametrize("size", ORDERS)
+def test_a_micro_batchs_memory_is_what_the_largest_step_costs(size):
+    made = order(size)
+    costs = [sum(made[step][1]) for step in range(30)]  # over several epochs
+    assert made.most_cost(30) == (1700 if size == "tokens" else max(costs))
+    assert made.most_cost(1) == (1700 if size == "tokens" else costs[0])
+    assert PackedBatchSampler(made, num_steps=30).capacity == math.ceil(made.most_cost(30) * made.shapes.tokens_per_cost)
+    assert made.mean_cost == pytest.approx(np.mean([cost for step in range(30) for cost in made[step][1]]), rel=0.1)
 
 
 def test_a_divided_list_is_all_of_it():
@@ -259,6 +273,57 @@ def test_the_ring_holds_what_is_in_use(folder):
         held.append(batch)
         assert_same(held[-4:], copies[max(0, number - 3) : number + 1])
     assert len(held) == 24 and loader.slots < 24
+
+
+def test_a_worker_waits_until_its_place_is_free_and_ends_with_the_loop(folder):
+    """Here they read eight videos ahead, and there is memory for one batch more than those in use."""
+    data = dataset(folder)
+    copies = list(ClipLoader(data, sampler(data, num_steps=12), 2))
+    for taken in (12, 3):
+        loader = ClipLoader(data, sampler(data, num_steps=12), 2, held=2)
+        loader.slots = 3
+        latest = []
+        with Batches(loader) as batches:
+            for number in range(taken):
+                latest = [*latest[-1:], next(batches)]
+                assert_same(latest, copies[max(0, number - 1) : number + 1])
+            workers = batches.iterator._workers
+            assert all(worker.is_alive() for worker in workers) or taken == 12
+        assert not any(worker.is_alive() for worker in workers)
+        assert_same(latest, copies[taken - 2 : taken])  # what waited was not written
+
+
+def start_and_wait(folder, pipe):
+    """In a process of its own: says which workers it has, two that wait for a place, and is then killed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    data = dataset(folder)
+    loader = ClipLoader(data, sampler(data, num_steps=12), 2, held=2)
+    loader.slots = 2
+    batches = iter(loader)
+    next(batches)
+    pipe.send([worker.pid for worker in batches._workers])
+    time.sleep(1000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads processes from Linux's /proc")
+def test_a_worker_that_waits_ends_with_its_process(folder):
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=start_and_wait, args=(folder, there))
+    process.start()
+    workers = here.recv()
+    process.kill()
+    process.join()
+    until = time.monotonic() + TIMEOUT
+    while any(map(is_running, workers)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(is_running, workers))
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_clips_of_one_size_and_of_several_lengths(folder):
