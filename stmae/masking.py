@@ -24,6 +24,7 @@ ALL_STRATEGIES = (*STRATEGIES, "multi_block")  # with which every clip has its o
 
 _BLOCK_AREA = (0.1, 0.4)  # of the frame, per block
 _BLOCK_ASPECT = (0.3, 1 / 0.3)  # height : width, log-uniform, as in BEiT's block-wise masking
+_MASKS_TO_CHOOSE_FROM = (16, 32)  # of multi_block with a number of visible tokens: at a time, and how often
 _MAX_BLOCKS = 1000  # reached only by ratios close to 1, where the rest is filled in raster order
 
 
@@ -193,6 +194,7 @@ def multi_block(
     grid: tuple[int, int, int],
     blocks: Blocks,
     *,
+    visible: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Mask:
@@ -204,36 +206,65 @@ def multi_block(
     Args:
         grid: (t, h, w), the patch grid, of two tokens or more.
         blocks: how many and how large.
+        visible: for a batch that is filled before its masks are drawn, how many tokens may be visible: of several masks, the one
+            that leaves most of those that leave no more; where of hundreds none did, the one that leaves fewest.
         generator: source of randomness.
         device: where the mask lies; default: the generator's device, or torch's default device.
 
     Source: Bardes et al. 2024, "Revisiting Feature Prediction for Learning Visual Representations from Video", section 3.3.
     """
-    t, h, w = grid
-    if t * h * w < 2:
-        raise ValueError(f"masking: expected a grid of two tokens or more, got {t}x{h}x{w}")
-    source = generator.device if generator is not None else device
-    for _ in range(100):
-        draw = torch.rand(blocks.number, 6, generator=generator, device=source, dtype=torch.float32).tolist()
-        hidden = torch.zeros(t, h, w, dtype=torch.bool)
-        for length, scale, aspect, *place in draw:
-            depth = _between(blocks.length, length) * t
-            area = _between(blocks.scale, scale) * h * w
-            ratio = math.exp(_between([math.log(x) for x in blocks.aspect], aspect))
-            sizes = [min(max(1, round(x)), n) for x, n in zip((depth, (area * ratio) ** 0.5, (area / ratio) ** 0.5), grid)]
-            at = [min(int(x * (n - size + 1)), n - size) for x, n, size in zip(place, grid, sizes)]
-            hidden[tuple(slice(a, a + size) for a, size in zip(at, sizes))] = True
-        if not hidden.all():
+    tokens = math.prod(grid)
+    if tokens < 2:
+        raise ValueError(f"masking: expected a grid of two tokens or more, got {grid[0]}x{grid[1]}x{grid[2]}")
+    masks, rounds, most = (1, 100, tokens) if visible is None else (*_MASKS_TO_CHOOSE_FROM, visible)
+    flat, fewest = torch.arange(tokens) > 0, tokens  # all but one masked, where blocks always cover all
+    for _ in range(rounds):
+        drawn = ~_union_of_blocks(masks, grid, blocks, generator, device).flatten(1)
+        counts = drawn.sum(dim=1).tolist()
+        fitting = [index for index, count in enumerate(counts) if 0 < count <= most]
+        if fitting:
+            flat = ~drawn[max(fitting, key=counts.__getitem__)]
             break
-    else:
-        hidden.view(-1)[0] = False
-    flat = hidden.flatten()
-    target = device if device is not None else source
+        for count, row in zip(counts, drawn):
+            if 0 < count < fewest:
+                flat, fewest = ~row, count
     keep, masked = (~flat).nonzero()[:, 0], flat.nonzero()[:, 0]
+    target = device if device is not None or generator is None else generator.device
     return Mask(keep, masked) if target is None else Mask(keep.to(target), masked.to(target))
 
 
-def _between(bounds: Sequence[float], x: float) -> float:
+def visible_counts(grid: tuple[int, int, int], blocks: Blocks, masks: int, generator: torch.Generator) -> torch.Tensor:
+    """How many tokens each of so many ``masks`` of ``multi_block`` leaves visible, of a clip of this patch grid: [masks] int64,
+    ascending, one or more of each."""
+    hidden = _union_of_blocks(masks, grid, blocks, generator, None).flatten(1)
+    return (~hidden).sum(dim=1).clamp(min=1).sort().values
+
+
+def _union_of_blocks(
+    masks: int,
+    grid: tuple[int, int, int],
+    blocks: Blocks,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> torch.Tensor:
+    """What the blocks of so many ``masks`` cover: [masks, t, h, w] bool, on the CPU."""
+    source = generator.device if generator is not None else device
+    draw = torch.rand(masks, blocks.number, 6, generator=generator, device=source, dtype=torch.float32)
+    u = draw.cpu().double().movedim(2, 0)
+    area = _between(blocks.scale, u[1]) * (grid[1] * grid[2])
+    ratio = _between([math.log(x) for x in blocks.aspect], u[2]).exp()
+    limits = torch.tensor(grid).view(3, 1, 1)
+    sizes = torch.stack([_between(blocks.length, u[0]) * grid[0], (area * ratio).sqrt(), (area / ratio).sqrt()]).round()
+    sizes = torch.minimum(sizes.clamp(min=1), limits)
+    first = torch.minimum((u[3:] * (limits - sizes + 1)).floor(), limits - sizes)
+    index = torch.arange(max(grid))
+    along = ((index >= first[..., None]) & (index < (first + sizes)[..., None])).float()  # [3, masks, blocks, max(grid)]
+    t, h, w = (own[..., :n] for own, n in zip(along, grid))
+    frames = (h[..., None] * w[..., None, :]).flatten(2)  # [masks, blocks, h * w]
+    return (t.transpose(1, 2) @ frames > 0).view(masks, *grid)  # by how many blocks each token is covered
+
+
+def _between(bounds: Sequence[float], x: torch.Tensor) -> torch.Tensor:
     return bounds[0] + x * (bounds[1] - bounds[0])
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_origin
 
 import torch
 
-from stmae.masking import ALL_STRATEGIES, TokenCounts, num_reconstructed, token_counts
+from stmae.masking import ALL_STRATEGIES, Blocks, TokenCounts, num_reconstructed, token_counts
 from stmae.models.field_types import describe, field_types, match
 from stmae.models.hog import BINS, CELL
 from stmae.ops.attention import takes_head_dim
@@ -333,6 +333,11 @@ class MaskedAutoencoderConfig(EncoderConfig):
         if "normalize_target" in values:  # what ``target`` was called when there were two
             values["target"] = "normalized_pixels" if values.pop("normalize_target") else "pixels"
         return super().from_dict(values)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Of ``multi_block``: how many blocks are masked, and how large."""
+        return Blocks(self.mask_blocks, self.mask_block_scale, self.mask_block_aspect, self.mask_block_length)
 
     @property
     def frames(self) -> list[int]:

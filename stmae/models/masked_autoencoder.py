@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stmae.masking import Blocks, Mask, make_mask, make_masks
+from stmae.masking import Mask, make_mask, make_masks
 from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import MaskedAutoencoderConfig
 from stmae.models.encoder import Encoder, VideoModel
@@ -446,7 +446,7 @@ class MaskedAutoencoder(VideoModel):
             grids,
             ratios,
             decoder_ratio=config.decoder_mask_ratio if decoder_mask_ratio is None else decoder_mask_ratio,
-            blocks=Blocks(config.mask_blocks, config.mask_block_scale, config.mask_block_aspect, config.mask_block_length),
+            blocks=config.blocks,
             noise=noise,
             phase=phase,
             generator=generator,

@@ -249,6 +249,25 @@ def test_multi_block():
         autoencoder(mask_strategy="multi_block")(torch.zeros(1, 3, 4, 32, 32))
 
 
+@pytest.mark.parametrize("grid, blocks", [((8, 14, 14), Blocks()), ((4, 6, 9), Blocks(2, (0.2, 0.6), length=(0.3, 1.0)))])
+def test_multi_block_with_a_number_of_visible_tokens(grid, blocks):
+    """No more than it says where that is possible, nearly as many, and masks that are as likely as without it."""
+    generator, tokens = torch.Generator().manual_seed(1), math.prod(grid)
+    counts = masking.visible_counts(grid, blocks, 400, torch.Generator().manual_seed(2))
+    assert 0 < counts[0] < counts[-1] < tokens and torch.equal(counts, counts.sort().values)
+    chosen = []
+    for most in counts[20::10].tolist():
+        keep, masked = masking.multi_block(grid, blocks, visible=most, generator=generator)
+        assert torch.equal(torch.cat([keep, masked]).sort().values, torch.arange(tokens)) and len(keep) <= most
+        chosen.append(len(keep))
+    drawn = [len(masking.multi_block(grid, blocks, generator=generator).keep) for _ in range(400)]
+    chosen, drawn = torch.tensor(chosen).double(), torch.tensor(drawn).double()
+    assert abs(chosen.mean() - drawn.mean()) < 0.25 * drawn.std() and abs(chosen.std() / drawn.std() - 1) < 0.25
+    assert (counts[20::10] - chosen).mean() < 0.25 * drawn.std()
+    fewest = masking.multi_block(grid, blocks, visible=1, generator=generator)  # no such mask
+    assert 1 < len(fewest.keep) <= counts[20]
+
+
 RANGES = [
     ("mask_block_scale", (0.5, 0.2)),
     ("mask_block_scale", (0.5, 1.2)),

@@ -11,13 +11,16 @@ import functools
 import math
 
 import numpy as np
+import torch
 
-from stmae.masking import TokenCounts
+from stmae.masking import TokenCounts, visible_counts
 
 from ..config.sources import suffix_of
 from .images import IMAGE_EXTENSIONS
 from .transforms import Crop, random_crop, view_box
 
+QUANTILES = 32  # of the visible tokens of masks of unequal numbers, of which each clip is given one
+DRAWS = 512  # masks that they are of
 SEARCHED = 256  # patches: of larger areas a quarter is enough for any mask
 
 
@@ -57,35 +60,47 @@ class ClipShapes:
         return self.model.in_channels * self.tubelet * math.prod(self.patch)
 
     def draw(self, seed, epoch, pictures):
-        """(frames, areas) int64 [samples, repeats] of the samples of an epoch. pictures: bool [samples]."""
+        """(frames, areas, costs) int64 [samples, repeats] of the samples of an epoch. pictures: bool [samples].
+
+        A clip's cost is the tokens that the encoder and the decoder see, K + (K + M), at most. Of ``multi_block`` it is drawn as
+        those of its masks are distributed, and the mask is then drawn for it: see ``visible``."""
         rng = np.random.default_rng([seed, epoch, 0, 2])  # another stream than those of the order and of the samples
         size = (len(pictures), self.repeats)
         frames = np.array(self.frames)[rng.integers(len(self.frames), size=size)]
         frames = np.where(pictures[:, None], self.tubelet, frames)
-        if not self.native:
-            return frames, np.full(size, self.areas[0])
-        areas = (rng.uniform(*self.sides, size=size) ** 2 / math.prod(self.patch) + 1e-9).astype(np.int64)
-        return frames, areas
+        areas = np.full(size, self.areas[0])
+        if self.native:
+            areas = (rng.uniform(*self.sides, size=size) ** 2 / math.prod(self.patch) + 1e-9).astype(np.int64)
+        quantiles = rng.integers(QUANTILES, size=size) if self._fractions is not None else 0
+        return frames, areas, self._costs(frames // self.tubelet, areas, quantiles)
 
     def tokens(self, frames, areas):
         """N at most."""
         return frames // self.tubelet * areas
 
-    def costs(self, frames, areas):
-        """Tokens that the encoder and the decoder see, K + (K + M), at most: int64, the shape of ``frames`` and ``areas``."""
-        table = self._table
-        return table[frames // self.tubelet, areas - self.areas[0]]
+    def _costs(self, slices, areas, quantiles):
+        """K + (K + M), at most, of clips of these shapes, integers or arrays; of ``multi_block`` with the visible tokens of these
+        of its quantiles."""
+        if self._fractions is None:
+            return self._table[slices, areas - self.areas[0]]
+        tokens = slices * areas
+        return tokens + np.clip(np.rint(self._fractions[slices, quantiles] * tokens).astype(np.int64), 1, tokens - 1)
+
+    def visible(self, slices, area, cost, tokens):
+        """How many of a clip's ``tokens`` are visible at most, which was drawn with ``slices``, ``area`` and ``cost``: the part
+        that was drawn, so that it costs no more. None: as the mask strategy says."""
+        return None if self._fractions is None else max(1, (cost - slices * area) * tokens // (slices * area))
 
     def counts(self, slices, area):
-        """The TokenCounts of a clip of ``slices`` time slices and ``area`` patches in each. Of ``multi_block``, whose number of
-        visible tokens is known only when a mask is drawn, as if all were visible: the most there can be."""
+        """The TokenCounts of a clip of ``slices`` time slices and ``area`` patches in each; of ``multi_block`` those expected."""
         tokens = slices * area
-        if self.model.mask_strategy == "multi_block":
-            return TokenCounts(tokens, tokens, tokens, 0)
+        if self._fractions is not None:
+            visible = min(max(round(self._fractions[slices].mean() * tokens), 1), tokens - 1)
+            return TokenCounts(tokens, visible, tokens - visible, tokens - visible)
         return self.model.token_counts(grid=(slices, 1, area))
 
     def cost(self, slices, area):
-        """Tokens that the encoder and the decoder see of it, K + (K + M)."""
+        """Tokens that the encoder and the decoder see of it, K + (K + M), expected."""
         counts = self.counts(slices, area)
         return 2 * counts.visible + counts.reconstructed
 
@@ -106,6 +121,19 @@ class ClipShapes:
         return table
 
     @functools.cached_property
+    def _fractions(self):
+        """Of ``multi_block``: visible tokens over all, [time slices, QUANTILES] ascending, in masks of the model's frames that
+        were drawn for this: the highest of each QUANTILES-th part of them. None: of other strategies."""
+        if self.model.mask_strategy != "multi_block":
+            return None
+        generator, (t, h, w) = torch.Generator().manual_seed(0), self.model.grid
+        fractions = np.zeros((max(*self.slices, t) + 1, QUANTILES))
+        for slices in {*self.slices, t}:
+            counts = visible_counts((slices, h, w), self.model.blocks, DRAWS, generator).numpy()
+            fractions[slices] = counts[DRAWS // QUANTILES - 1 :: DRAWS // QUANTILES] / (slices * h * w)
+        return fractions
+
+    @functools.cached_property
     def most_tokens(self):
         """N of the largest clip."""
         return max(self.frames) // self.tubelet * self.areas[1]
@@ -113,7 +141,7 @@ class ClipShapes:
     @functools.cached_property
     def most_cost(self):
         """Of a sample, of the most."""
-        return self.repeats * int(self._table.max())
+        return self.repeats * max(int(self._costs(slices, self.areas[1], QUANTILES - 1)) for slices in self.slices)
 
     def mean(self, of_clip):
         """Of a video's clips, the mean of of_clip(time slices, area) over what is drawn."""
@@ -134,7 +162,7 @@ class ClipShapes:
     def tokens_per_cost(self):
         """N over cost, at most: how many tokens there can be in a micro-batch of some cost."""
         areas = np.arange(self.areas[0], self.areas[1] + 1)
-        return max(float((slices * areas / self._table[slices]).max()) for slices in self.slices)
+        return max(float((slices * areas / self._costs(slices, areas, 0)).max()) for slices in self.slices)
 
     def crop(self, rng, height, width, area):
         """A random Crop of frames of this height and width, as of a clip of this ``area``."""

@@ -15,7 +15,7 @@ class PackedOrder:
     """The samples of each step.
 
     order: a VideoOrder. shapes: a ClipShapes. pictures: bool [videos], which are images. batch: samples a step; or tokens: the
-    most that a step's clips cost together (``ClipShapes.costs``).
+    most that a step's clips cost together (``ClipShapes.draw``).
     """
 
     def __init__(self, order, shapes, pictures, *, seed, batch=None, tokens=None):
@@ -30,11 +30,12 @@ class PackedOrder:
         self._epoch = functools.lru_cache(maxsize=3)(self._draw)
 
     def _draw(self, epoch):
-        """(passes, numbers, frames, areas, costs, sums of costs) of an epoch's samples."""
+        """(passes, numbers, (frames, area, cost) of each clip [samples, repeats, 3], costs, sums of costs) of an epoch's
+        samples."""
         passes, numbers = self.order.of_epoch(epoch)
-        frames, areas = self.shapes.draw(self.seed, epoch, self.pictures[numbers])
-        costs = self.shapes.costs(frames, areas).sum(axis=1)
-        return passes, numbers, frames, areas, costs, costs.cumsum()
+        drawn = np.stack(self.shapes.draw(self.seed, epoch, self.pictures[numbers]), axis=-1)
+        costs = drawn[..., 2].sum(axis=1)
+        return passes, numbers, drawn, costs, costs.cumsum()
 
     def start(self, step):
         """The position of the first sample of ``step``."""
@@ -85,13 +86,12 @@ class PackedOrder:
         return self._epoch(0)[-1][-1] / len(self.order)
 
     def __getitem__(self, step):
-        """The samples of ``step``: ([(pass, video number, ((frames, area) of each clip))], costs)."""
+        """The samples of ``step``: ([(pass, video number, ((frames, area, cost) of each clip))], costs)."""
         keys, costs = [], []
         for position in range(self.start(step), self.start(step + 1)):
             epoch, place = divmod(position, len(self.order))
-            passes, numbers, frames, areas, own, _ = self._epoch(epoch)
-            drawn = tuple(zip(frames[place].tolist(), areas[place].tolist()))
-            keys.append((int(passes[place]), int(numbers[place]), drawn))
+            passes, numbers, drawn, own, _ = self._epoch(epoch)
+            keys.append((int(passes[place]), int(numbers[place]), tuple(map(tuple, drawn[place].tolist()))))
             costs.append(int(own[place]))
         return keys, costs
 

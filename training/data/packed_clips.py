@@ -19,7 +19,8 @@ class PackedClips(RandomClips):
     An item is a dict of lists, one entry a clip: ``clips`` uint8 [T, H, W, C], ``keep`` int64 [K], ``masked`` int64 [M] (see
     ``stmae.masking.Mask``); and ``skipped`` and ``short``, as of RandomClips. A batch has the same lists, longer.
 
-    shapes: a ClipShapes. sample_mask: called with a patch grid (t, h, w) and generator=..., gives the Mask of one clip.
+    shapes: a ClipShapes. sample_mask: called with a patch grid (t, h, w), generator=... and visible=..., gives the Mask
+    of one clip; visible: see ``ClipShapes.visible``.
     """
 
     def __init__(self, entries, clips, *, shapes, seed, sample_mask, patience=PATIENCE):
@@ -39,7 +40,7 @@ class PackedClips(RandomClips):
 
     def _starts(self, key):
         """Where the clips of an item begin in it, and its end, in tokens."""
-        sizes = [int(self.shapes.tokens(frames, area)) for frames, area in key[2]]
+        sizes = [int(self.shapes.tokens(frames, area)) for frames, area, _ in key[2]]
         return [0, *np.cumsum(sizes).tolist()]
 
     def places(self, keys):
@@ -75,38 +76,50 @@ class PackedClips(RandomClips):
         entry, shapes, settings = self.entries[number], self.shapes, self.clips
         self.raise_if_left_out(entry)
         starts = self._starts((epoch, number, drawn))
-        if is_picture(entry):
-            drawn = [(shapes.tubelet, area) for _, area in drawn]
+        if is_picture(entry):  # in the place of a video, too
+            lengths = [shapes.tubelet] * len(drawn)
+        else:
+            lengths = [frames for frames, _, _ in drawn]
         rngs = [np.random.default_rng([self.seed, epoch, number, r, 0]) for r in range(len(drawn))]
-        clips = []
+        clips, masks = [], []
         with open_entry(entry, settings.decoder, settings.pixels) as video:
             indices = []
-            for rng, (frames, _) in zip(rngs, drawn):
+            for rng, frames in zip(rngs, lengths):
                 length = length_of(video, frames, settings)
                 wanted = random_clip(rng, length, frames, settings.stride, settings.spacing)
                 indices.append(within(video, wanted, settings))
             states = [rng.bit_generator.state for rng in rngs]
 
             def crops(height, width):
-                """The clips' places are known when their video's frames are."""
-                made = []
-                for rng, state, (_, area) in zip(rngs, states, drawn):
+                """The clips' places and masks are known when their video's frames are."""
+                for rng, state in zip(rngs, states):
                     rng.bit_generator.state = state
-                    made.append(shapes.crop(rng, height, width, area))
-                sizes = [(frames, *crop.size, 3) for (frames, _), crop in zip(drawn, made)]
+                made, masks[:] = zip(*(self._crop(*own, height, width) for own in zip(rngs, drawn, lengths)))
+                sizes = [(frames, *crop.size, 3) for frames, crop in zip(lengths, made)]
                 clips[:] = [self._pixels(out, start, size).numpy() for start, size in zip(starts, sizes)]
-                return made
+                return list(made)
 
             video.clips(indices, crops, clips)
-            short = short_note(entry.path, video, max(frames for frames, _ in drawn), settings)
+            short = short_note(entry.path, video, max(lengths), settings)
         sizes = []
-        for rng, start, clip in zip(rngs, starts, clips):
-            grid = clip.shape[0] // shapes.tubelet, *(n // p for n, p in zip(clip.shape[1:3], shapes.patch))
-            mask = self.sample_mask(grid, generator=torch.Generator().manual_seed(int(rng.integers(2**63))))
+        for start, clip, mask in zip(starts, clips, masks):
             ids = torch.cat(mask)
             out["ids"][start : start + len(ids)] = ids
             sizes.append((clip.shape, len(mask.keep), len(mask.masked)))
         return {"short": short, "sizes": sizes}
+
+    def _crop(self, rng, drawn, length, height, width):
+        """(Crop, Mask) of a clip of frames of this size. Where no mask of so many frames is as small as was drawn, as of a narrow
+        strip that few blocks fit into, it is a smaller crop that costs no more with any mask."""
+        shapes, (frames, area, cost) = self.shapes, drawn
+        for most in (area, max(1, cost // (2 * (length // shapes.tubelet)))):
+            crop = shapes.crop(rng, height, width, most)
+            grid = length // shapes.tubelet, *(n // p for n, p in zip(crop.size, shapes.patch))
+            visible = shapes.visible(frames // shapes.tubelet, area, cost, math.prod(grid))
+            mask = self.sample_mask(grid, generator=torch.Generator().manual_seed(int(rng.integers(2**63))), visible=visible)
+            if visible is None or math.prod(grid) + len(mask.keep) <= cost:
+                break
+        return crop, mask
 
 
 class NativeViews(ViewClips):

@@ -6,7 +6,7 @@ import math
 import torch
 
 from stmae import checkpoint
-from stmae.masking import Blocks, Mask, make_mask, make_masks
+from stmae.masking import Mask, make_mask, make_masks, multi_block
 from stmae.models import MaskedAutoencoder
 from stmae.models.config import as_pair
 
@@ -104,11 +104,12 @@ def autoencoder_loss(forward, batch, epoch):
     return forward(as_video(batch["clips"]), mask=Mask(batch["keep"], batch["masked"])).loss
 
 
-def clip_mask(config, grid, generator):
-    """The Mask of one clip of this patch grid."""
-    blocks = Blocks(config.mask_blocks, config.mask_block_scale, config.mask_block_aspect, config.mask_block_length)
+def clip_mask(config, grid, generator, visible=None):
+    """The Mask of one clip of this patch grid; with ``visible``, as of ``multi_block`` with at most so many visible tokens."""
+    if visible is not None:
+        return multi_block(grid, config.blocks, visible=visible, generator=generator)
     ratios = {"ratios": [config.mask_ratio], "decoder_ratio": config.decoder_mask_ratio}
-    return make_masks(config.mask_strategy, [grid], **ratios, blocks=blocks, generator=generator)[0]
+    return make_masks(config.mask_strategy, [grid], **ratios, blocks=config.blocks, generator=generator)[0]
 
 
 def measure(config, batch):

@@ -73,16 +73,15 @@ def test_a_native_crop_is_the_frame_but_for_less_than_a_patch():
 
 def test_draws_are_of_the_ranges_and_pictures_are_one_tubelet():
     made = shapes()
-    frames, areas = made.draw(1, 2, np.arange(4000) % 2 == 0)
+    frames, areas, costs = made.draw(1, 2, np.arange(4000) % 2 == 0)
     assert set(frames[::2].ravel()) == {2} and set(frames[1::2].ravel()) == {2, 4, 8}
     assert areas.min() == 9 and areas.max() == 35  # 24^2 / 8^2, and what is below 48^2 / 8^2
-    again, _ = shapes().draw(1, 2, np.arange(4000) % 2 == 0)
+    again, *_ = shapes().draw(1, 2, np.arange(4000) % 2 == 0)
     assert np.array_equal(frames, again) and not np.array_equal(frames, made.draw(1, 3, np.arange(4000) % 2 == 0)[0])
-    costs = made.costs(frames, areas)
     for t, area, cost in list(zip(frames.ravel() // 2, areas.ravel(), costs.ravel()))[:50]:
         visible = int(t * area * 0.4)
         assert cost == visible + t * area  # K + (K + M), with K + M = N
-    expected = made.costs(*made.draw(5, 0, np.zeros(40_000, bool))).sum(axis=1)
+    expected = made.draw(5, 0, np.zeros(40_000, bool))[2].sum(axis=1)
     assert made.mean_cost == pytest.approx(expected.mean(), rel=0.01) and made.most_cost >= expected.max()
 
 
@@ -91,7 +90,12 @@ def test_what_the_masks_of_other_strategies_cost():
     counts = dual.counts(4, 16)
     assert dual.cost(4, 16) == 2 * counts.visible + counts.reconstructed == 2 * 25 + 20 and dual.tokens_per_cost > 0.9
     blocks = shapes(MODEL.replace(mask_strategy="multi_block"))
-    assert blocks.cost(4, 16) == 128  # visible and decoded at most: all of them
+    frames, areas, costs = blocks.draw(5, 0, np.zeros(4000, bool))
+    assert np.array_equal(frames, shapes().draw(5, 0, np.zeros(4000, bool))[0])  # nothing else is drawn otherwise
+    tokens = blocks.tokens(frames, areas)
+    assert (costs > tokens).all() and (costs < 2 * tokens).all()  # one visible at least, and one masked
+    assert blocks.mean_cost == pytest.approx(costs.sum(axis=1).mean(), rel=0.02)
+    assert costs.sum(axis=1).max() <= blocks.most_cost and (tokens / costs).max() <= blocks.tokens_per_cost
     fixed = shapes(size="fixed", side=None, frames=None, pictures=False)
     assert fixed.cost(2, 16) == fixed.standard_cost / 2 == 12 + 32 and fixed.mean_cost == fixed.most_cost
 
@@ -119,14 +123,14 @@ def test_steps_take_the_samples_in_order_and_as_many_as_fit(size):
     for step in range(30):
         keys, costs = made[step]
         assert [key[:2] for key in keys] == [plain[position + i] for i in range(len(keys))]
-        assert costs == [sum(made.shapes.costs(*map(np.array, zip(*drawn))).tolist()) for _, _, drawn in keys]
+        assert costs == [sum(cost for _, _, cost in drawn) for _, _, drawn in keys]
         following = made[step + 1][1][0]
         if size == "tokens":
             assert sum(costs) <= 1700 < sum(costs) + following
         else:
             assert len(keys) == 7
         for _, number, drawn in keys:
-            assert not PICTURES[number] or {frames for frames, _ in drawn} == {2}
+            assert not PICTURES[number] or {frames for frames, _, _ in drawn} == {2}
         position += len(keys)
         assert made.start(step + 1) == position
     assert order(size)[25] == made[25]  # from anywhere
@@ -151,7 +155,7 @@ def test_ranks_and_micro_batches_divide_a_step_evenly(size):
             loads = [sum(cost_of[key] for key in part) for part in parts]
             assert max(loads) - min(loads) <= max(costs)
             for part in parts:
-                assert sum(frames // 2 * area for _, _, drawn in part for frames, area in drawn) <= samplers[0].capacity
+                assert sum(frames // 2 * area for _, _, drawn in part for frames, area, _ in drawn) <= samplers[0].capacity
 
 
 @pytest.mark.parametrize("size", ORDERS)
@@ -226,7 +230,7 @@ def assert_same(a, b):
 def test_a_clip_has_its_shape_and_a_mask_of_its_own(folder):
     data = dataset(folder)
     for number, aspect in enumerate((1.5, 2 / 3, 1.0, 2.0)):
-        item = data[(0, number, ((4, 20), (8, 33)))]
+        item = data[(0, number, ((4, 20, 0), (8, 33, 0)))]  # costs: of use to masks of unequal numbers alone
         for clip, keep, masked, (frames, area) in zip(item["clips"], item["keep"], item["masked"], ((4, 20), (8, 33))):
             T, H, W, C = clip.shape
             assert (2 if number == 3 else frames, 3) == (T, C)
@@ -238,7 +242,7 @@ def test_a_clip_has_its_shape_and_a_mask_of_its_own(folder):
 
 def test_native_clips_hold_the_frames_they_should(folder):
     data = dataset(folder, flip=False, side=(256, 256), stride=3)
-    item = data[(0, 0, ((4, 1024), (8, 1024)))]
+    item = data[(0, 0, ((4, 1024, 0), (8, 1024, 0)))]
     for clip, frames in zip(item["clips"], (4, 8)):
         assert clip.shape[1] * clip.shape[2] > 0.9 * 256**2
         small = torch.nn.functional.interpolate(clip.permute(0, 3, 1, 2).float(), size=(64, 96), mode="area")
@@ -324,6 +328,34 @@ def is_running(process):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("size", ["native", "fixed"])
+def test_masks_of_unequal_numbers_fill_the_budget_and_no_more(size, folder):
+    """What is counted is what there is, but that grids of few patches do not quite fill their areas."""
+    model = MODEL.replace(mask_strategy="multi_block", mask_blocks=2, mask_block_scale=(0.2, 0.4))
+    data = dataset(folder, model, **({} if size == "native" else {"size": "fixed", "side": None}))
+    full = []
+    for keys, batch in zip(sampler(data, tokens=4000, num_steps=3), ClipLoader(data, sampler(data, tokens=4000, num_steps=3), 0)):
+        counts = [2 * len(keep) + len(masked) for keep, masked in zip(batch["keep"], batch["masked"])]
+        drawn = [own for key in keys for own in key[2]]
+        used = [math.prod(clip.shape[:3]) / (frames * area * 64) for clip, (frames, area, _) in zip(batch["clips"], drawn)]
+        assert all(count <= cost * part for count, (_, _, cost), part in zip(counts, drawn, used))
+        full.append(sum(counts) / sum(cost * part for (_, _, cost), part in zip(drawn, used)))
+        assert 4000 - data.shapes.most_cost < sum(cost for _, _, cost in drawn) <= 4000
+    assert np.mean(full) > 0.95
+
+
+def test_a_clip_that_no_mask_is_small_enough_for_is_made_smaller(tmp_path):
+    """A strip, into which the blocks do not fit that hide two thirds of a square."""
+    Image.fromarray(np.full((8, 512, 3), 77, np.uint8)).save(tmp_path / "strip.png")
+    model = MODEL.replace(mask_strategy="multi_block", mask_blocks=1, mask_block_scale=(0.7, 0.7), mask_block_aspect=(1.0, 1.0))
+    data = dataset(tmp_path, model, side=(64, 64), repeats=1)
+    _, area, cost = (int(values[0, 0]) for values in data.shapes.draw(0, 0, np.ones(1, bool)))
+    item = data[(0, 0, ((2, area, cost),))]
+    T, H, W, _ = item["clips"][0].shape
+    assert area == 64 and (T, H) == (2, 8) and cost / 4 < W // 8 <= cost // 2
+    assert 2 * len(item["keep"][0]) + len(item["masked"][0]) <= cost
 
 
 def test_clips_of_one_size_and_of_several_lengths(folder):

@@ -46,9 +46,9 @@ def server():
 
 PACKED = """
 clips: {stride: 2, repeats: 2, size: native, side: [16, 32], frames: "2,4,8"}
-model: {image_size: 16, num_frames: 4, patch_size: 8, mask_ratio: 0.5, width: 16, depth: 1, num_heads: 1, decoder_width: 16,
-  decoder_depth: 1, decoder_num_heads: 1}
-optimizer: {tokens: 400, accumulate: 2, epochs: 60, warmup_epochs: 1, base_lr: 3.0e-3, base_batch: 1, clip_grad: 1.0}
+model: {image_size: 16, num_frames: 4, patch_size: 8, mask_strategy: multi_block, mask_blocks: 2, width: 16, depth: 1,
+  num_heads: 1, decoder_width: 16, decoder_depth: 1, decoder_num_heads: 1}
+optimizer: {tokens: 600, accumulate: 2, epochs: 90, warmup_epochs: 1, base_lr: 3.0e-3, base_batch: 1, clip_grad: 1.0}
 run: {save_every: 3, log_every: 1, workers: 0, device: cpu, precision: float32, tensorboard: false}
 """
 
@@ -272,8 +272,8 @@ def test_killed_at_every_position_of_writing(server, command, tmp_path, finished
 
 
 def test_a_packed_run_that_is_killed_again_and_again_ends_with_the_same_bits(server, tmp_path):
-    """Clips of unequal sizes and lengths, videos, pictures and a broken video, filled into a budget of tokens. SIGKILL comes
-    in a save and in a line of the log, and each start has another number of data workers."""
+    """Clips of unequal sizes, lengths and masks, videos, pictures and a broken video, filled into a budget. SIGKILL comes in a
+    save and in a line of the log, and each start has another number of data workers."""
     (tmp_path / "packed.yaml").write_text(PACKED)
     for name, size in (("videos/wide.mp4", (64, 96)), ("videos/high.mp4", (96, 64)), ("stills/a.png", (40, 70))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
