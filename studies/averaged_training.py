@@ -1,4 +1,4 @@
-"""The training that the studies of the mask ratio and of mixed clips share."""
+"""The training that the studies of the mask ratio, of ablations and of mixed clips share."""
 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

@@ -124,28 +124,39 @@ def curve(study, results, ratio, seed, **grid):
     """One pre-training: accuracy of the linear probe and mean loss after each of ``evaluate_at`` steps, and what a step costs."""
     keep_freed_memory()
     plan, grid = study.plan, Grid(**{**grid, "evaluate_at": tuple(grid["evaluate_at"])})
-    unlabelled, train, test = (study.part(name, seed, grid.frames, grid.size) for name in ("unlabelled", "train", "test"))
     model = autoencoder(plan, seed, mask_ratio=ratio, **grid.changes())
-    training = AveragedTraining(model, plan)
-    generator = torch.Generator().manual_seed(seed)
-    order, accuracy, mean_loss = torch.empty(0, dtype=torch.long), {}, {}
-    for step in range(1, max(grid.evaluate_at) + 1):
-        if len(order) < plan.batch:
-            order = torch.cat([order, torch.randperm(len(unlabelled.labels), generator=generator)])
-        rows, order = order[: plan.batch], order[plan.batch :]
-        training.step(unlabelled.video(rows), generator)
-        if step in grid.evaluate_at:
-            x, test_x = features(training.averaged, train), features(training.averaged, test)
-            accuracy[step] = linear(x, train.labels, test_x, test.labels, len(clips.CLASSES), seed)
-            mean_loss[step] = training.mean_loss
-            print(f"  {grid.name}, {ratio:.0%}, seed {seed}, step {step}: {100 * accuracy[step]:.1f} %", flush=True)
+    found = train_and_probe(study, model, seed, grid.evaluate_at, f"{grid.name}, {ratio:.0%}")
     return {
-        "accuracy": accuracy,
-        "loss": mean_loss,
+        **found,
         "tokens": model.config.num_tokens,
         "visible": num_keep("random", model.config.grid, ratio),
         "gflops_a_step": plan.batch * autoencoder_flops(model.config)[1] / 1e9,
     }
+
+
+def train_and_probe(study, model, seed, evaluate_at, name, repeats=1):
+    """Pre-trains on ``plan.batch`` clips a step, each clip ``repeats`` times under masks of its own. Returns the linear probe's
+    accuracy and the mean loss after each of ``evaluate_at`` steps, {step: number}. name: for the lines that it prints."""
+    plan, config = study.plan, model.config
+    unlabelled, train, test = (
+        study.part(part, seed, config.num_frames, config.image_size[0]) for part in ("unlabelled", "train", "test")
+    )
+    training, distinct = AveragedTraining(model, plan), plan.batch // repeats
+    generator = torch.Generator().manual_seed(seed)
+    order, accuracy, mean_loss = torch.empty(0, dtype=torch.long), {}, {}
+    for step in range(1, max(evaluate_at) + 1):
+        if len(order) < distinct:
+            order = torch.cat([order, torch.randperm(len(unlabelled.labels), generator=generator)])
+        rows, order = order[:distinct].repeat_interleave(repeats), order[distinct:]
+        video = unlabelled.video(rows)
+        # Where every clip has its own number of visible tokens, they are packed.
+        training.step(list(video.unbind()) if config.mask_strategy == "multi_block" else video, generator)
+        if step in evaluate_at:
+            x, test_x = features(training.averaged, train), features(training.averaged, test)
+            accuracy[step] = linear(x, train.labels, test_x, test.labels, len(clips.CLASSES), seed)
+            mean_loss[step] = training.mean_loss
+            print(f"  {name}, seed {seed}, step {step}: {100 * accuracy[step]:.1f} %", flush=True)
+    return {"accuracy": accuracy, "loss": mean_loss}
 
 
 def features(model, part):

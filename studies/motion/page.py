@@ -235,7 +235,7 @@ def text(numbers, run, missing):
         f"labels. With {t} time slices of {h} x {w} tokens, tube and frame masks come in coarse steps: see "
         "what they leave visible. At equal steps, a lower ratio costs more time. The curve above shows how early in learning "
         "these runs stop: they show how fast features form under a mask, not how good they become. Why 90 % is behind in them, "
-        "and what moves that, is [another study](mask-ratio.md).",
+        "and what moves that, is [another study](mask-ratio.md); masks on a finer grid are in [a third one](ablations.md).",
         table(
             ["mask", "tokens visible", "linear probe", "nearest neighbours"],
             [
