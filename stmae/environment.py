@@ -33,12 +33,13 @@ def show_config(file: TextIO | None = None) -> None:
         impl: attention_backends.unusable(impl, device_type=device, dtype=torch.bfloat16) or "available"
         for impl in attention_backends.IMPLEMENTATIONS[1:]
     }
+    threads = torch.get_num_threads()
     rows = {
         "stmae": f"{stmae.__version__} ({stmae.__path__[0]})",
         "extension": library._C.__file__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or torch.version.hip or 'none'})",
-        "cpu": f"{library.cpu_capability()} (best here {library.best_cpu_capability()}), {torch.get_num_threads()} threads",
+        "cpu": f"{library.cpu_capability()} (best here {library.best_cpu_capability()}), {threads} thread{'s' * (threads != 1)}",
         "gpu": ", ".join(cuda) or "none",
         "attention": chosen,
         **{f"  {impl}": state for impl, state in others.items()},

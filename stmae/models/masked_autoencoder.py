@@ -440,7 +440,7 @@ class MaskedAutoencoder(VideoModel):
         else:
             ratios = [ratio] * len(grids) if isinstance(ratio, (int, float)) else [float(x) for x in ratio]
         if len(ratios) != len(grids):
-            raise ValueError(f"MaskedAutoencoder: expected one mask_ratio for each of {len(grids)} clips, got {len(ratios)}")
+            raise ValueError(f"MaskedAutoencoder: expected one mask_ratio for each clip, {len(grids)} in all, got {len(ratios)}")
         return make_masks(
             config.mask_strategy,
             grids,

@@ -56,7 +56,7 @@ def check_ids(name: str, ids: object, count: int) -> list[torch.Tensor]:
     """
     if not isinstance(ids, (list, tuple)) or len(ids) != count:
         got = f"{len(ids)}" if isinstance(ids, (list, tuple)) else type(ids).__name__
-        raise ValueError(f"{name}: expected a list of ids for each of the {count} clips, got {got}")
+        raise ValueError(f"{name}: expected a list of ids for each clip, {count} in all, got {got}")
     rows = []
     for index, row in enumerate(ids):
         flat = row[0] if isinstance(row, torch.Tensor) and row.dim() == 2 and row.shape[0] == 1 else row

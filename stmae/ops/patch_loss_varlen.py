@@ -45,7 +45,7 @@ def patch_loss_varlen(
     C = videos[0].shape[0]
     frames = [range(video.shape[1]) for video in videos] if frames is None else frames
     if not isinstance(frames, Sequence) or len(frames) != len(videos):
-        raise ValueError(f"{op}: expected frames of each of the {len(videos)} videos, got {frames!r}")
+        raise ValueError(f"{op}: expected frames of each video, {len(videos)} in all, got {frames!r}")
     chosen = [checks.integers(op, f"frames[{s}]", own) for s, own in enumerate(frames)]
     for s, (video, own) in enumerate(zip(videos, chosen)):
         if any(not 0 <= i < video.shape[1] for i in own):

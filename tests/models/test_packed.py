@@ -106,7 +106,7 @@ def test_mask_ratios():
     ratios = [len(m) / (len(m) + len(k)) for k, m in zip(drawn.keep, drawn.masked)]
     assert all(0.49 < ratio < 0.9 for ratio in ratios) and len(set(ratios[::4])) > 1
     for bad, message in (
-        ([0.5], "one mask_ratio for each of 4 clips, got 1"),
+        ([0.5], "one mask_ratio for each clip, 4 in all, got 1"),
         ((0.9, 0.5), "a range"),
         ((0.1, 0.2, 0.3), "a range"),
     ):
@@ -208,7 +208,7 @@ def test_bad_masks():
     good = Mask(keep, masked)
     for mask, message in (
         (good, "expected mask a list of a Mask"),
-        ([good], "mask.keep: expected a list of ids for each of the 2 clips, got 1"),
+        ([good], "mask.keep: expected a list of ids for each clip, 2 in all, got 1"),
         ([good, (keep.int(), masked)], r"mask.keep\[1\]: expected ids \[K\] int64, got \[2\] torch.int32"),
         ([good, (keep, keep)], "expected no token twice"),
     ):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..config import ClipConfig, DataLocationConfig
 from ..config.checks import require_not_negative, require_positive, require_text
 from ..config.sources import absolute
+from ..config.wording import counted
 from ..data.clip_sampling import clip_indices, clip_span, spaced_clips
 from ..data.dataset import length_of, within
 from ..data.decode_cost import SLOW, DecodeCost, measured_cost
@@ -87,7 +88,7 @@ def run(config):
         else:
             good.append(entry)
             infos.append(result)
-    print(f"{len(entries)} videos: {len(good)} can be used, {len(errors)} cannot (decoder: {decoder})")
+    print(f"{counted(len(entries), 'video')}: {len(good)} can be used, {len(errors)} cannot (decoder: {decoder})")
     if infos:
         moving = [info for info in infos if not info.still]
         timed = [info for info in moving if info.rate > 0]  # a folder of images has no rate
@@ -114,7 +115,7 @@ def run(config):
         print_gain(slow, config)
     labels = Counter(entry.label for entry in entries if entry.label >= 0)
     if labels:
-        print(f"  labels:  {len(labels)} classes, {min(labels.values())} to {max(labels.values())} videos each")
+        print(f"  labels:  {counted(len(labels), 'class')}, {min(labels.values())} to {max(labels.values())} videos each")
     if any(error.reason.startswith("too short") for error in errors):
         print("  short ones can be used with a smaller stride, or with --clips.short loop or pad")
     if config.output:

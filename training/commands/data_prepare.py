@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..config import DataLocationConfig
 from ..config.checks import require, require_not_negative, require_positive, require_text
 from ..config.sources import absolute, suffix_of
+from ..config.wording import counted
 from ..data.images import IMAGE_EXTENSIONS
 from ..data.loader import LoaderError, results
 from ..data.local_copy import is_elsewhere, local_copy
@@ -83,7 +84,8 @@ def run(config):
         print(f"list: {list_of}")
     (output / LEFT_OUT).write_bytes(os.fsencode("".join(f"# {error.reason}\n{error.path}\n" for error in errors)))
     print(
-        f"{len(entries)} videos: {len(done)} in {output}, {len(errors)} left out" + (f" ({output / LEFT_OUT})" if errors else "")
+        f"{counted(len(entries), 'video')}: {len(done)} in {output}, {len(errors)} left out"
+        + (f" ({output / LEFT_OUT})" if errors else "")
     )
     if before:
         print(f"  bytes: {before:,} -> {after:,} ({after / before:.2f}x)")

@@ -11,6 +11,7 @@ from stmae import checkpoint
 
 from ..config import EncodingConfig
 from ..config.checks import require_text
+from ..config.wording import counted
 from ..data.video_list import find_videos
 from ..engine.outputs import is_features, is_list_of, require_own, write_list
 from ..evaluation.features import encode
@@ -59,7 +60,7 @@ def run(config):
     if output.suffix == ".npy":  # an array holds no names
         lines = (f"{path} {label}" for path, label in zip(paths, labels.tolist()))
         write_list(output.with_suffix(".txt"), lines, "features")
-    print(f"{output}: {len(paths)} videos x {features.shape[1]} features, {len(errors)} left out")
+    print(f"{output}: {counted(len(paths), 'video')} x {counted(features.shape[1], 'feature')}, {len(errors)} left out")
 
 
 def require_unwritten(output):

@@ -12,6 +12,7 @@ from stmae.models.field_types import show
 
 from ..config import DetectionConfig, FinetuneConfig, PretrainConfig, parse, preset_header, presets, read_settings
 from ..config.checks import check_types, require_positive, require_text
+from ..config.wording import counted
 from ..data.ava import count_key_frames
 from ..data.batch_sampler import VideoOrder
 from ..data.clip_shapes import ClipShapes
@@ -77,7 +78,7 @@ def run(config):
     if step.shapes is None and changed.optimizer.batch % config.gpus:
         lower = changed.optimizer.batch // config.gpus * config.gpus
         raise ValueError(
-            f"a batch of {changed.optimizer.batch} videos does not divide into {config.gpus} GPUs: "
+            f"a batch of {counted(changed.optimizer.batch, 'video')} does not divide into {counted(config.gpus, 'GPU')}: "
             f"try --batch {lower or config.gpus}{f' or {lower + config.gpus}' if lower else ''}"
         )
     micro_batches, memory = fit(config, model, step)
@@ -91,7 +92,7 @@ def run(config):
             "videos a step": step.videos,
             "clips a step": step.videos * step.repeats,
             "clips of each video (repeats)": step.repeats,
-            "learning rate": peak_learning_rate(step.settings, step.counted),
+            "learning rate": peak_learning_rate(step.settings, step.rate_batch),
             "effective epochs": step.settings.epochs,
             "passes over the videos": step.settings.epochs / step.repeats,
             "steps": steps,
@@ -112,8 +113,8 @@ def run(config):
     source = numbers(size, step_of(recipe, command, model), header["gpus"] or "-")
     words = command_line(config, command, changed, micro_batches, recipe)
     print(table(plan, source, f"{config.recipe}, on {dataset}"))
-    counted = "clips (repeats are counted)" if command == "finetune" else "videos (repeats are not counted)"
-    print(f"\nThe learning rate is base_lr * {counted} / base_batch. The memory is an estimate: see planning/memory.py.")
+    samples = "clips (repeats are counted)" if command == "finetune" else "videos (repeats are not counted)"
+    print(f"\nThe learning rate is base_lr * {samples} / base_batch. The memory is an estimate: see planning/memory.py.")
     if step.shapes is not None:
         print(
             "Batches are packed: videos, clips, steps and FLOPs are those expected of videos, without pictures. With a budget of "
@@ -141,8 +142,8 @@ class Step:
     """the recipe's ``optimizer``"""
     repeats: int
     videos: float
-    counted: float
-    """what the learning rate counts of it"""
+    rate_batch: float
+    """videos or clips, what the learning rate counts of it"""
     flops: float
     """of a clip, forward and backward"""
     shapes: ClipShapes | None = None
@@ -191,19 +192,19 @@ def step_of(recipe, command, model):
     settings, repeats = recipe.optimizer, getattr(recipe.clips, "repeats", 1)  # a detector takes one clip around a frame
     batch = settings.batch
     if command != "pretrain":
-        counted = batch * repeats if command == "finetune" else batch
-        return Step(settings=settings, repeats=repeats, videos=batch, counted=counted, flops=classifier_flops(model)[1])
+        rate_batch = batch * repeats if command == "finetune" else batch
+        return Step(settings=settings, repeats=repeats, videos=batch, rate_batch=rate_batch, flops=classifier_flops(model)[1])
     if not recipe.packed:
-        return Step(settings=settings, repeats=repeats, videos=batch, counted=batch, flops=autoencoder_flops(model)[1])
-    shapes, counted = ClipShapes(model, recipe.clips), batch
+        return Step(settings=settings, repeats=repeats, videos=batch, rate_batch=batch, flops=autoencoder_flops(model)[1])
+    shapes, rate_batch = ClipShapes(model, recipe.clips), batch
     if settings.tokens is not None:
-        batch, counted = settings.tokens / shapes.mean_cost, settings.tokens / shapes.standard_cost
+        batch, rate_batch = settings.tokens / shapes.mean_cost, settings.tokens / shapes.standard_cost
 
     def flops(slices, area):
         counts = shapes.counts(slices, area)
         return autoencoder_flops(model, counts.visible, counts.reconstructed)[1]
 
-    return Step(settings=settings, repeats=repeats, videos=batch, counted=counted, flops=shapes.mean(flops), shapes=shapes)
+    return Step(settings=settings, repeats=repeats, videos=batch, rate_batch=rate_batch, flops=shapes.mean(flops), shapes=shapes)
 
 
 def read_recipe(name):
@@ -251,9 +252,12 @@ def fit(config, model, step):
     divisions = step.divisions(config.gpus)
     if not len(divisions):
         most = step.shapes.most_cost
-        expected = f"expected {config.gpus * most} or more, {most} for each, what a video's {step.repeats} clips cost at most"
-        batch = f"a budget of {step.settings.tokens} tokens" if step.has_budget else f"a batch of {step.settings.batch} videos"
-        raise ValueError(f"{batch} does not divide into {config.gpus} GPUs" + (f": {expected}" if step.has_budget else ""))
+        expected = f"expected {config.gpus * most} or more, {most} for each, {step.shapes.what_costs_most}"
+        batch = counted(step.settings.tokens, "token") if step.has_budget else counted(step.settings.batch, "video")
+        raise ValueError(
+            f"a {'budget' if step.has_budget else 'batch'} of {batch} does not divide into {counted(config.gpus, 'GPU')}"
+            + (f": {expected}" if step.has_budget else "")
+        )
     for micro_batches in divisions:
         if memory.total(step.units(config.gpus, micro_batches)) <= config.memory * GB:
             return micro_batches, memory
@@ -268,9 +272,8 @@ def fit(config, model, step):
         need = estimate(model, other, step.shapes).total(least) / GB
         if other != config and (config.gpus > 1 or "parallel" not in change) and need < memory.total(least) / GB:
             advice.append(f"{words} needs {need:.1f} GB")
-    clips = "clip" if repeats == 1 else f"{repeats} clips"
     raise ValueError(
-        f"it does not fit: a single video of {clips} needs {memory.total(least) / GB:.1f} GB, of which "
+        f"it does not fit: a single video of {counted(repeats, 'clip')} needs {memory.total(least) / GB:.1f} GB, of which "
         f"{memory.state / GB:.1f} GB are weights, gradients and AdamW's moments, and a GPU has {config.memory:g} GB"
         + ("; " + ", ".join(advice) if advice else "")
     )
@@ -280,7 +283,7 @@ def command_line(config, command, changed, micro_batches, recipe):
     """What to type."""
     machines = math.ceil(config.gpus / config.gpus_per_machine)
     if config.gpus % machines:
-        raise ValueError(f"gpus: expected as many on each of {machines} machines, got {config.gpus} in all")
+        raise ValueError(f"gpus: expected as many on each of {counted(machines, 'machine')}, got {config.gpus} in all")
     start = "stmae"
     if config.gpus > 1:
         several = f"--nnodes {machines} --rdzv_backend c10d --rdzv_endpoint HOST:29400 " if machines > 1 else ""

@@ -9,6 +9,7 @@ from stmae.models import VideoClassifier, VideoClassifierConfig
 
 from ..config import EncodingConfig
 from ..config.checks import require_positive, require_seed, require_text
+from ..config.wording import counted
 from ..data.video_list import find_train_and_test
 from ..engine.device import choose_device
 from ..engine.outputs import is_results, require_own, write_results
@@ -93,7 +94,7 @@ def run(config):
     results["chance"] = (torch.bincount(test_y).max() / len(test_y)).item()
     named = {"knn": f"{config.neighbours} nearest neighbours"}
     print(
-        f"{results['videos']} videos, tested on {results['test_videos']}: "
+        f"{counted(results['videos'], 'video')}, tested on {results['test_videos']}: "
         + "".join(f"{named.get(kind, kind)} {results[kind]:.1%}, " for kind in kinds)
         + f"always the most common class {results['chance']:.1%}"
     )

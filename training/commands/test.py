@@ -13,6 +13,7 @@ from stmae.models import VideoClassifier
 
 from ..config import DataLocationConfig, ViewConfig
 from ..config.checks import require_device, require_positive, require_text
+from ..config.wording import counted
 from ..data.video_list import find_labelled_videos, is_folder
 from ..engine.device import choose_device, choose_precision
 from ..engine.outputs import is_results, require_own, write_results
@@ -68,7 +69,7 @@ def run(config):
     for error in skipped:
         print(f"left out of the test: {error}")
     if not len(labels):
-        raise ValueError(f"none of the {len(entries)} videos in {config.data} could be tested")
+        raise ValueError(f"none of the videos in {config.data} could be tested, {len(entries)} in all")
     single = torch.stack([view.argmax(-1) == labels for view in scores.unbind(1)]).float().mean().item()
     results = {
         "videos": len(labels),
@@ -79,7 +80,7 @@ def run(config):
         "top1_of_a_single_view": single,
     }
     print(
-        f"{results['videos']} videos ({results['left_out']} left out), {precision}: top-1 {results['top1']:.2%}, "
+        f"{counted(results['videos'], 'video')} ({results['left_out']} left out), {precision}: top-1 {results['top1']:.2%}, "
         f"top-5 {results['top5']:.2%} with the scores of {results['views']} views averaged; top-1 of a single view {single:.2%}"
     )
     if config.output:
@@ -98,8 +99,8 @@ def labelled_videos(config, file, num_classes):
         found = len({entry.label for entry in entries})
         if found != num_classes:
             raise ValueError(
-                f"{config.data} has {found} class folders and the classifier {num_classes} classes: name their numbers with "
-                f"--data_labels (there is no {beside})"
+                f"{config.data} has {counted(found, 'class folder')} and the classifier {counted(num_classes, 'class')}: name "
+                f"their numbers with --data_labels (there is no {beside})"
             )
     for entry in entries:
         if entry.label >= num_classes:

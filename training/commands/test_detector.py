@@ -12,6 +12,7 @@ from stmae.models import ActionDetector
 
 from ..config import BoxClipConfig, BoxDataConfig
 from ..config.checks import require_device, require_text
+from ..config.wording import counted
 from ..engine.device import choose_device, choose_precision
 from ..engine.outputs import is_results, require_own, write_results
 from ..engine.run_folder import weights_file
@@ -61,13 +62,13 @@ def run(config):
     for error in skipped:
         print(f"left out of the test: {error}")
     if not scored:
-        raise ValueError(f"none of the {len(test.frames)} frames in {config.data} could be tested")
+        raise ValueError(f"none of the frames in {config.data} could be tested, {len(test.frames)} in all")
     found, by_class = box_map(test, scored)
     boxes = "detected boxes" if config.test_boxes else "the annotations' own boxes"
     results = {"frames": len(scored), "left_out": len(skipped), "boxes": boxes, **found}
     print(
-        f"{len(scored)} frames ({len(skipped)} left out), {precision}, {boxes}: mAP at IoU 0.5 {found['mAP']:.2%} over "
-        f"{found['classes']} actions"
+        f"{counted(len(scored), 'frame')} ({len(skipped)} left out), {precision}, {boxes}: mAP at IoU 0.5 {found['mAP']:.2%} "
+        f"over {counted(found['classes'], 'action')}"
     )
     if config.output:
         by_class = {str(label + 1): value for label, value in by_class.items()}  # as the annotations number them

@@ -63,6 +63,9 @@ def parse(config_class, argv, *, prog, description):
 def _reason(error, config_class, values):
     """What the parser has against one of ``values`` {name: value}, in the words of the configuration's own checks."""
     text = " ".join(str(error).split())
+    missing = re.fullmatch(r"(the following arguments are required: )(.*)", text)
+    if missing:
+        return missing[1] + ", ".join(f"--{name}" for name in missing[2].split(", "))
     key = re.search(r'Parser key "([\w.]+)"', text)
     if key and key[1] in values:
         section, _, field = key[1].rpartition(".")

@@ -12,6 +12,8 @@ it comes once before any comes again, in another order each time.
 
 import numpy as np
 
+from ..config.wording import counted
+
 
 class VideoOrder:
     """The endless stream of samples: ``order[p]``, p >= 0, is (epoch, video number) of sample p.
@@ -85,7 +87,8 @@ class ResumableBatchSampler:
         micro_batches = accumulate * world_size
         if num_videos < 1 or batch < 1 or batch % micro_batches:
             raise ValueError(
-                f"a batch of {batch} videos does not divide into {accumulate} micro-batch(es) on {world_size} process(es)"
+                f"a batch of {counted(batch, 'video')} does not divide into {counted(accumulate, 'micro-batch')} on "
+                f"{counted(world_size, 'process')}"
             )
         lists = lists or [(num_videos, 1.0)]
         if sum(videos for videos, _ in lists) != num_videos:

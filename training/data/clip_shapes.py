@@ -143,6 +143,11 @@ class ClipShapes:
         """Of a sample, of the most."""
         return self.repeats * max(int(self._costs(slices, self.areas[1], QUANTILES - 1)) for slices in self.slices)
 
+    @property
+    def what_costs_most(self):
+        """In words."""
+        return f"what a video's {'clip costs' if self.repeats == 1 else f'{self.repeats} clips cost'} at most"
+
     def mean(self, of_clip):
         """Of a video's clips, the mean of of_clip(time slices, area) over what is drawn."""
         areas = range(self.areas[0], self.areas[1] + 1)

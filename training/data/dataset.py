@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..config.sources import absolute, is_url
+from ..config.wording import counted
 from .clip_sampling import clip_span, random_clip, spaced_clips
 from .decoders import open_entry
 from .outage import LASTING, PATIENCE, DataAwayError, PatientReader, was_read
@@ -238,7 +239,7 @@ def length_of(video, frames, clips):
     if video.still or (len(video) < needed and clips.short != "skip"):
         return needed
     if len(video) < needed:
-        reason = f"too short: {len(video)} frames, a clip of {frames} at stride {clips.stride} needs {needed}"
+        reason = f"too short: {counted(len(video), 'frame')}, a clip of {frames} at stride {clips.stride} needs {needed}"
         raise VideoError(video.path, reason)
     return len(video)
 
@@ -257,7 +258,7 @@ def short_note(path, video, frames, clips):
     if video.still or len(video) >= needed:
         return []
     done = "it begins again" if clips.short == "loop" else "its last frame is repeated"
-    return [(printable(path), f"{len(video)} frames, and a clip needs {needed}: {done}")]
+    return [(printable(path), f"{counted(len(video), 'frame')}, and a clip needs {needed}: {done}")]
 
 
 class ReadableViews(Dataset):
@@ -309,4 +310,4 @@ def require_readable(entries, frames, clips):
             errors.append(error)
     shown = "".join(f"\n  {error}" for error in errors[:10])
     more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
-    raise ValueError(f"none of the {len(entries)} videos can be used:{shown}{more}")
+    raise ValueError(f"none of the videos can be used, {len(entries)} in all:{shown}{more}")

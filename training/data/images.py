@@ -13,6 +13,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..config.wording import counted
 from .pixels import ClipWriter, crop_rgb, match_size
 from .video import (
     MAX_CLIP_PIXELS,
@@ -147,7 +148,9 @@ class FrameFolder:
             raise VideoError(self.path, f"several series of frames: {', '.join(sorted(series))}")
         found = sorted(*series.values()) if series else []
         if len(found) < count:
-            raise VideoError(self.path, f"the list says {count} frames, and the folder has {len(found)} numbered images")
+            raise VideoError(
+                self.path, f"the list says {counted(count, 'frame')}, and the folder has {counted(len(found), 'numbered image')}"
+            )
         self._files = [os.path.join(self.path, name) for _, name in found[:count]]
         self.times, self.rate = np.arange(count, dtype=np.float64), float("nan")  # unknown
         self.size = read_image(self._files[0]).shape[:2]

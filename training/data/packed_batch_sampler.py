@@ -10,6 +10,8 @@ import math
 
 import numpy as np
 
+from ..config.wording import counted
+
 
 class PackedOrder:
     """The samples of each step.
@@ -22,10 +24,7 @@ class PackedOrder:
         self.order, self.shapes, self.pictures, self.seed = order, shapes, np.asarray(pictures, bool), seed
         self.batch, self.tokens = batch, tokens
         if tokens is not None and tokens < shapes.most_cost:
-            raise ValueError(
-                f"optimizer.tokens: expected {shapes.most_cost} or more, what a video's {shapes.repeats} clips cost at most, got "
-                f"{tokens}"
-            )
+            raise ValueError(f"optimizer.tokens: expected {shapes.most_cost} or more, {shapes.what_costs_most}, got {tokens}")
         self._starts = [0]
         self._epoch = functools.lru_cache(maxsize=3)(self._draw)
 
@@ -106,13 +105,13 @@ class PackedBatchSampler:
         self.order, self.num_steps, self.first_step = order, num_steps, first_step
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
         shapes, parts = order.shapes, accumulate * world_size
-        where = f"{accumulate} micro-batch(es) on {world_size} process(es)"
+        where = f"{counted(accumulate, 'micro-batch')} on {counted(world_size, 'process')}"
         if order.tokens is None and order.batch < parts:
-            raise ValueError(f"a batch of {order.batch} videos does not divide into {where}")
+            raise ValueError(f"a batch of {counted(order.batch, 'video')} does not divide into {where}")
         if order.tokens is not None and order.tokens < parts * shapes.most_cost:
             raise ValueError(
-                f"a budget of {order.tokens} tokens does not divide into {where}: expected {parts * shapes.most_cost} or more, "
-                f"{shapes.most_cost} for each, what a video's {shapes.repeats} clips cost at most"
+                f"a budget of {counted(order.tokens, 'token')} does not divide into {where}: expected "
+                f"{parts * shapes.most_cost} or more, {shapes.most_cost} for each, {shapes.what_costs_most}"
             )
         self.capacity = capacity(shapes, order.most_cost(num_steps), parts)
         mean = order.tokens / order.mean_cost if order.tokens else order.batch

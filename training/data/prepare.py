@@ -15,6 +15,7 @@ import av.error
 import numpy as np
 
 from ..config.sources import is_url
+from ..config.wording import counted
 from .images import IMAGE_EXTENSIONS
 from .shards import split_member
 from .video import Video, VideoError, reason_of
@@ -121,7 +122,7 @@ def _compare(source, times, encoder, path):
     """Raises VideoError where the result lacks a frame, shows one at another time, or looks otherwise."""
     with Video(path) as result:
         if len(result) != len(times) or result.size != encoder.size:
-            raise VideoError(source, f"encoded anew it has {len(result)} frames, not {len(times)}")
+            raise VideoError(source, f"encoded anew it has {counted(len(result), 'frame')}, not {len(times)}")
         shift = np.abs((result.times - result.times[0]) - (times - times[0])).max()
         if shift > 1e-3:
             raise VideoError(source, f"encoded anew its frames lie {shift:.3f} s from where they were")

@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.wording import counted
+
 UCF101_FOLDERS = ("UCF-101", "UCF101", "videos")  # looked for beside the split files and one folder up
 HMDB51_FOLDERS = ("hmdb51_org", "hmdb51", "HMDB51", "videos")
 HMDB51_CLASSES = 51
@@ -54,7 +56,9 @@ def read_split(source, root, numbers, labelled):
     entries = []
     for video in videos:
         if labelled and video.class_name not in numbers:
-            raise ValueError(f"{video.place}: the class {video.class_name!r} has no number among {len(numbers)} classes")
+            raise ValueError(
+                f"{video.place}: the class {video.class_name!r} has no number among {counted(len(numbers), 'class')}"
+            )
         entries.append((os.path.join(root, video.path), numbers.get(video.class_name, -1)))
     return entries
 
@@ -185,5 +189,5 @@ def _hmdb51_videos(source, numbers):
             if found[2] == PARTS[part]:
                 videos.append(SplitVideo(f"{classes[-1]}/{found[1]}", classes[-1], 0, place))
     if not videos:
-        raise ValueError(f"{source}: {len(files)} files name no video of the part {part!r}")
+        raise ValueError(f"{source}: no video in {counted(len(files), 'file')} is of the part {part!r}")
     return videos, classes

@@ -22,6 +22,7 @@ import av
 import av.error
 import numpy as np
 
+from ..config.wording import counted
 from .frame_index import LONG, FrameIndex
 from .pixels import ClipWriter, FrameConverter, match_size
 
@@ -339,7 +340,7 @@ class Video:
         self._open()  # from the very start: without time stamps there is nothing to seek by
         last = len(self.times) - 1
         if wanted[-1] > last + 1:
-            raise VideoError(self.path, f"announces {len(self)} frames and has {len(self.times)}")
+            raise VideoError(self.path, f"announces {counted(len(self), 'frame')} and has {len(self.times)}")
         missing = set(wanted)
         for number, frame in enumerate(self._decode()):
             if number in missing:
@@ -466,7 +467,9 @@ def require_pixels(path, size, frames=1):
     if frames * height * width > MAX_CLIP_PIXELS:
         most = MAX_CLIP_PIXELS // (height * width)
         raise VideoError(
-            path, f"{frames} frames of {width}x{height} at once are over the limit of {MAX_CLIP_PIXELS:,} pixels ({most} frames)"
+            path,
+            f"{counted(frames, 'frame')} of {width}x{height} at once: over the limit of {MAX_CLIP_PIXELS:,} pixels "
+            f"({counted(most, 'frame')})",
         )
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config.sources import is_url, joined, split_mixture, suffix_of
+from ..config.wording import counted
 from . import remote, shards
 from .batch_sampler import samples_an_epoch
 from .images import IMAGE_EXTENSIONS
@@ -86,8 +87,8 @@ class Mixture(NamedTuple):
             return []
         samples = samples_an_epoch(self.weights)
         return [
-            f"  {listed.source}: {listed.videos} videos, {count / len(self.entries):.1%} of the samples, "
-            f"{count / listed.videos:.3g} passes an epoch"
+            f"  {listed.source}: {counted(listed.videos, 'video')}, {count / len(self.entries):.1%} of the samples, "
+            f"{counted(count / listed.videos, 'pass', '.3g')} an epoch"
             for listed, count in zip(self.lists, samples)
         ]
 
@@ -146,7 +147,7 @@ def find_labelled_videos(source, root=None, labels=None, numbers=None):
     for entry in entries:
         name = _class_of(entry, source)
         if name not in numbers:
-            raise ValueError(f"{known} numbers {len(numbers)} classes, and {joined(str(source), name)} is none of them")
+            raise ValueError(f"{known} numbers {counted(len(numbers), 'class')}, and {joined(str(source), name)} is none of them")
         labelled.append(entry._replace(label=numbers[name]))
     return labelled
 
@@ -365,8 +366,8 @@ def _in_folder(source):
     if again:
         first = found[os.path.realpath(again[0])]
         warnings.warn(
-            f"{source}: {len(again)} symbolic links name videos that are listed already, {again[0]} the one at {first}: each is "
-            "listed once, by that name and in that class",
+            f"{source}: {counted(len(again), 'symbolic link')} to videos that are listed already, {again[0]} the one at {first}: "
+            "each is listed once, by that name and in that class",
             stacklevel=5,
         )
     if not found:

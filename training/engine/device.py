@@ -6,6 +6,7 @@ import os
 import torch
 
 from ..config.checks import is_device
+from ..config.wording import counted
 
 # 24 cores decode 2,000 clips a second of 340x256 videos, four from each (10.6 ms each: docs/performance-cpu.md), as an
 # H100 takes of ViT-B. A worker has 260 MB of its own.
@@ -106,4 +107,4 @@ def keep_freed_memory():
 def describe(device):
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({counted(torch.get_num_threads(), 'thread')})"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..config.wording import counted
 from ..data.batch_sampler import ResumableBatchSampler, VideoOrder
 from ..data.clip_shapes import ClipShapes
 from ..data.loader import Batches, LoaderError, training_loader
@@ -108,12 +109,12 @@ def train(task, config, processes, device, folder):
         training = Training(task, config, processes, device)
         state = resume(training, folder)
         if state.done:
-            training.print(f"{folder.path}: complete, {state.step} of {training.steps} steps done")
+            training.print(f"{folder.path}: complete, {state.step} of {counted(training.steps, 'step')} done")
             rewrite_damaged_model(training, folder)
             return state
         task.dataset.left_out = folder.left_out()
         if task.dataset.left_out:
-            training.print(f"note: {folder.path / LEFT_OUT} names {len(task.dataset.left_out)} videos, which are not used")
+            training.print(f"note: not used: {counted(len(task.dataset.left_out), 'video')} that {folder.path / LEFT_OUT} names")
         loader = training.loader(state.step)
         training.describe(folder, state.step)
         logger = training.logger(folder, state.step)
@@ -165,10 +166,11 @@ def train(task, config, processes, device, folder):
 
     if broken or state.skipped_steps:
         training.print(
-            f"skipped: {len(broken)} videos that could not be used, {state.skipped_steps} steps without a finite gradient"
+            f"skipped: {counted(len(broken), 'video')} that could not be used, {counted(state.skipped_steps, 'step')} without a "
+            "finite gradient"
         )
     if training.short:
-        training.print(f"short: {len(training.short)} videos with fewer frames than a clip needs (clips.short)")
+        training.print(f"short: {counted(len(training.short), 'video')} with fewer frames than a clip needs (clips.short)")
     training.print(f"weights: {folder.model_path}")
     return state
 
@@ -374,19 +376,20 @@ class Training:
         settings, processes, device = self.config.optimizer, self.processes, self.device
         size = sum(p.numel() for p in self.task.model.parameters()) / 1e6
         where = describe(device) if processes.world_size == 1 else f"{processes.world_size} processes, {describe(device)} each"
-        self.print(f"{size:.1f} M parameters on {where}, {self.precision}, {self.workers} data workers")
+        self.print(f"{size:.1f} M parameters on {where}, {self.precision}, {counted(self.workers, 'data worker')}")
         videos = self.samples(self.steps) / self.steps  # of a step
-        size = f"{round(videos, 1):g} videos x {self.task.repeats} clips"
+        size = f"{counted(round(videos, 1), 'video', 'g')} x {counted(self.task.repeats, 'clip')}"
         if self.order is not None and settings.tokens is not None:
-            size = f"at most {settings.tokens:,} tokens, on average {size},"
+            size = f"at most {counted(settings.tokens, 'token', ',')}, on average {size},"
         self.print(
-            f"{self.steps} steps of {size} = {settings.epochs:g} effective epochs; peak learning rate {self.task.peak_lr:.3g}"
+            f"{counted(self.steps, 'step')} of {size} = {counted(settings.epochs, 'effective epoch', 'g')}; peak learning rate "
+            f"{self.task.peak_lr:.3g}"
         )
         if videos > len(self.task.dataset):
             name = "batch" if self.order is None or settings.tokens is None else "tokens"
             self.print(
-                f"note: optimizer.{name} {getattr(settings, name)} is more than the {len(self.task.dataset)} videos: a step "
-                "takes some of them more than once, in other clips"
+                f"note: with optimizer.{name} {getattr(settings, name)} a step takes more videos than there are, "
+                f"{len(self.task.dataset)}: some of them more than once, in other clips"
             )
         if first_step:
             self.print(f"continuing from step {first_step}")
@@ -418,6 +421,7 @@ class Training:
         current = {"device": where, "precision": self.precision, "backend": run.backend, "compile": run.compile}
         current |= {"threads": torch.get_num_threads(), **folder.versions()}
         previous = {**before, **(before.get("versions") or {})}
+        previous["device"] = str(before.get("device")).replace("(1 threads)", "(1 thread)")  # as it was written once
         differing = [
             f"{name} {previous[name]} -> {value}"
             for name, value in current.items()
@@ -497,12 +501,13 @@ def resume(training, folder):
         load_state_tensors(tensors, task.model, training.optimizer, training.average)
         if state.videos != videos:
             training.print(
-                f"note: {training.config.data} now lists {videos} videos, not {state.videos}: their order changes from here on"
+                f"note: {training.config.data} now lists {counted(videos, 'video')}, not {state.videos}: their order changes "
+                "from here on"
             )
             state.videos = videos
         if state.step > training.steps:
             raise TrainingError(
-                f"{folder.path} holds a run at step {state.step}, and with these settings and the {videos} videos in "
+                f"{folder.path} holds a run at step {state.step}, and with these settings and {counted(videos, 'video')} in "
                 f"{training.config.data} it ends at step {training.steps}: repeat run.extend_epochs if it had one, put back the "
                 "videos, or choose another --output"
             )

@@ -6,6 +6,7 @@ The order of the videos, crops and masks follow from the seed and the step, so n
 import dataclasses
 from dataclasses import dataclass
 
+from ..config.wording import counted
 from . import fsdp
 
 
@@ -78,7 +79,7 @@ def tensors_problem(tensors, model, average, updates):
     shapes.update({f"average.{name}": weights[name].shape for name in average})
     missing = sorted(set(shapes) - set(tensors))
     if missing:
-        return f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+        return f"it lacks {missing[0]}" + (f" and {counted(len(missing) - 1, 'more tensor')}" if len(missing) > 1 else "")
     moments = {key: set() for key in ("step", "exp_avg", "exp_avg_sq")}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from stmae import checkpoint
 
+from ..config.wording import counted
 from ..data.dataset import ReadableViews, as_video
 from ..data.outage import PATIENCE, was_read
 from ..data.packed_clips import evaluation_views
@@ -73,7 +74,7 @@ def _encode(path, entries, config, model, collect, patience):
     pixels = model.config.num_frames * math.prod(model.config.image_size)  # of a clip, of native size at most as many
     fitting = workers_in_shared_memory(workers, config.views.temporal * config.views.spatial * pixels * 3, free)
     if fitting < workers:
-        print(f"note: {fitting} data workers and not {workers}, for /dev/shm has {free / 1e6:.0f} MB free")
+        print(f"note: {counted(fitting, 'data worker')} and not {workers}, for /dev/shm has {free / 1e6:.0f} MB free")
         workers = fitting
     loader = DataLoader(ReadableViews(views), batch_size=None, num_workers=workers)
     features, labels, paths, errors = [], [], [], []

@@ -135,7 +135,7 @@ def write_reconstructions(checkpoint, video, output, *, clip=0.5, stride=None, m
         print(f"loss {out.loss.item():.3f} on {printable(entry.path)}: {png}, {gif}")
         written += [png, gif]
     if not written:
-        raise ValueError(f"no pictures: none of the {len(entries)} videos in {source} could be used")
+        raise ValueError(f"no pictures: none of the videos in {source} could be used, {len(entries)} in all")
     return written
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from stmae import checkpoint
 from stmae.models import ActionDetector, ActionDetectorConfig
 
+from ..config.wording import counted
 from ..data.ava import BoxClips, read_annotations
 from ..data.dataset import as_video
 from ..engine.launch import run_distributed
@@ -42,7 +43,8 @@ def _finetune_detector(config, processes, device, folder):
     task = detection_task(config, frames, device, hooks)
     if processes.is_main:
         start = "random weights" if config.random_weights else config.checkpoint
-        print(f"{len(frames)} frames with {sum(len(f.boxes) for f in frames)} boxes in {config.data}, from {start}")
+        boxes = counted(sum(len(f.boxes) for f in frames), "box")
+        print(f"{counted(len(frames), 'frame')} with {boxes} in {config.data}, from {start}")
     state = train(task, config, processes, device, folder)
     if state.done and hooks and processes.is_main:
         boxes = "detected boxes" if config.test_boxes else "the annotations' own boxes"

@@ -8,6 +8,7 @@ import torch
 from stmae import checkpoint, ops
 from stmae.models import VideoClassifier, VideoClassifierConfig
 
+from ..config.wording import counted
 from ..data.dataset import LabelledClips, as_video, require_readable
 from ..data.mixup import mix, smooth_targets
 from ..data.video_list import class_numbers, find_labelled_videos, find_mixture
@@ -56,7 +57,7 @@ def _finetune(config, processes, device, folder):
         if numbers is not None:
             folder.save_classes(numbers)
         start = "random weights" if config.random_weights else config.checkpoint
-        head = f"{len(entries)} videos of {classes} classes in {config.data}, from {start}"
+        head = f"{counted(len(entries), 'video')} of {counted(classes, 'class')} in {config.data}, from {start}"
         print("\n".join([head, *mixture.describe()]))
     state = train(task, config, processes, device, folder)
     if state.done and test_entries and processes.is_main:

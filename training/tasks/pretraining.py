@@ -10,6 +10,7 @@ from stmae.masking import Mask, make_mask, make_masks, multi_block
 from stmae.models import MaskedAutoencoder
 from stmae.models.config import as_pair
 
+from ..config.wording import counted
 from ..data.clip_shapes import ClipShapes, is_picture
 from ..data.dataset import PretrainClips, as_video, require_readable
 from ..data.packed_clips import PackedClips
@@ -46,7 +47,7 @@ def _pretrain(config, processes, device, folder):
         require_readable(part, config.model.num_frames, config.clips)
     held_out = find_videos(config.held_out, config.data_root, config.data_labels) if config.held_out else []
     if processes.is_main:
-        head = f"{len(entries)} videos in {config.data}" + (f", {len(held_out)} held out" if held_out else "")
+        head = f"{counted(len(entries), 'video')} in {config.data}" + (f", {len(held_out)} held out" if held_out else "")
         print("\n".join([head, *mixture.describe()]))
     task = pretraining_task(config, entries, device, evaluation_hooks(config, processes, device, entries, held_out))
     task.dataset.lists = mixture.weights

@@ -343,7 +343,7 @@ def test_broken_videos_are_named_once_and_counted(tiny, tmp_path, videos, capsys
     pretrain.run(configure(tiny, tmp_path / "run", "--data", str(folder)))
     printed = capsys.readouterr().out
     assert len(re.findall(r"skipped video .*broken.mp4: cannot be opened", printed)) == 1
-    assert "1 videos that could not be used" in printed
+    assert "1 video that could not be used" in printed
     assert [line["skipped_videos"] for line in lines(tmp_path / "run") if "loss" in line][-1] == 1
 
 
@@ -351,7 +351,7 @@ def test_broken_videos_are_named_once_and_counted(tiny, tmp_path, videos, capsys
     "arguments, message",
     [
         (["--data", "/nowhere"], "no such folder or list file: /nowhere"),
-        (["--model.num_frames", "40", "--clips.short", "skip"], "none of the 3 videos can be used"),
+        (["--model.num_frames", "40", "--clips.short", "skip"], "none of the videos can be used, 3 in all"),
         (["--run.device", "cuda:77"], "cuda:77"),
     ],
 )

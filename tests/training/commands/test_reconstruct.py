@@ -114,7 +114,7 @@ def test_a_folder_with_a_broken_video(model, video, tmp_path, capsys):
     "case, message",
     [
         ("no video", "no such folder or list file"),
-        ("broken video", "no pictures: none of the 1 videos"),
+        ("broken video", "no pictures: none of the videos in"),
         ("no checkpoint", "cannot read"),
         ("classifier", "holds a VideoClassifier, and only a masked autoencoder reconstructs"),
     ],

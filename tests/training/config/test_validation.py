@@ -11,6 +11,7 @@ from stmae.models import MaskedAutoencoderConfig, VideoClassifierConfig
 from stmae.models.field_types import field_types
 from stmae.training import commands, config
 from stmae.training.config import PretrainConfig, parse
+from stmae.training.config.wording import counted
 
 REQUIRED = {"data", "output", "checkpoint", "test_data", "input", "recipe", "memory", "video"}
 VALUES = {"memory": 80.0, "output": "out.npy"}
@@ -177,3 +178,16 @@ def test_the_same_words_from_every_source(name, value, words, tmp_path, capsys):
     with pytest.raises(ValueError) as refused:
         make(owner, **{field: loaded})
     assert str(refused.value) in (words, words.removeprefix(f"{section}."))
+
+
+def test_missing_options_are_named_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, ["--seed=1"], prog="stmae pretrain", description="")
+    assert capsys.readouterr().err.rstrip().endswith("the following arguments are required: --data, --output")
+
+
+def test_numbers_with_their_nouns():
+    assert [counted(n, "video") for n in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]
+    assert [counted(n, "class") for n in (1, 3)] == ["1 class", "3 classes"] and counted(2, "box") == "2 boxes"
+    assert counted(1.0, "pass", ".3g") == "1 pass" and counted(1.5, "batch", "g") == "1.5 batches"
+    assert counted(441344, "token", ",") == "441,344 tokens"

@@ -82,7 +82,7 @@ def test_a_video_that_is_linked_into_two_classes_is_said(tmp_path, recwarn):
     (tmp_path / "a" / "again.mp4").symlink_to("1.mp4")  # in its own class: nothing to say
     assert names_in(tmp_path) == ["a/1.mp4", "b/2.mp4"] and not recwarn
     (tmp_path / "b" / "1.mp4").symlink_to("../a/1.mp4")
-    with pytest.warns(UserWarning, match="1 symbolic links name videos that are listed already, .*b/1.mp4 the one at .*a/1.mp4"):
+    with pytest.warns(UserWarning, match="1 symbolic link to videos that are listed already, .*b/1.mp4 the one at .*a/1.mp4"):
         assert [entry.label for entry in find_labelled_videos(tmp_path)] == [0, 1]
 
 
@@ -637,7 +637,7 @@ def test_no_usable_video_is_an_error_before_training(mixed):
     broken = [entry for entry in mixed if not entry.path.endswith("good.mp4")]
     with pytest.raises(ValueError) as error:
         require_readable(broken, 4, ClipConfig(stride=4, short="skip"))
-    assert "none of the 6 videos can be used" in str(error.value)
+    assert "none of the videos can be used, 6 in all" in str(error.value)
     for name, reason in REASONS.items():
         assert any(name in line and reason in line for line in str(error.value).splitlines())
     require_readable(mixed, 4, ClipConfig(stride=4))

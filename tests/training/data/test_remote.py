@@ -348,7 +348,7 @@ def test_a_vanished_file_is_counted_and_named(server, source):
     assert item["skipped"] == [(entries[1].path, "cannot be fetched (the server answers 404)")]
     assert torch.equal(data[(3, 0)]["clips"], expected[(3, 0)]["clips"])
     server.fault = lambda method, path: 403
-    with pytest.raises(ValueError, match=r"none of the 1 videos can be used:\n.*\(the server answers 403\)"):
+    with pytest.raises(ValueError, match=r"none of the videos can be used, 1 in all:\n.*\(the server answers 403\)"):
         require_readable([on_server(source, server, "set/a/1.mp4")], 4, data.clips)
 
 

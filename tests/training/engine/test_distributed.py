@@ -76,7 +76,7 @@ def test_what_cannot_be_ends_all_processes(tmp_path):
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--data", str(tmp_path / "videos"), "--output", str(tmp_path / "run")]
     done = torchrun([*arguments, "--optimizer.batch", "3"])
     assert done.returncode != 0
-    assert "a batch of 3 videos does not divide into 2 micro-batch(es) on 2 process(es)" in done.stderr
+    assert "a batch of 3 videos does not divide into 2 micro-batches on 2 processes" in done.stderr
 
 
 ABSENT = """

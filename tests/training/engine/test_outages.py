@@ -352,7 +352,7 @@ def test_a_video_that_takes_a_worker_down_is_named_and_does_not_do_it_twice(how,
     capsys.readouterr()
     assert pretrain.run(config).done
     printed = capsys.readouterr().out
-    assert f"note: {output / 'left_out.txt'} names 1 videos, which are not used" in printed
+    assert f"note: not used: 1 video that {output / 'left_out.txt'} names" in printed
     assert f"skipped video {path}: left out, as left_out.txt in the run's folder says" in printed
 
 

@@ -205,7 +205,7 @@ def test_clips_of_one_size_under_masks_of_unequal_size(runs):
     [
         (["--optimizer.tokens", "100"], r"optimizer.tokens: expected \d+ or more, what a video's 2 clips cost at most, got 100"),
         (["--model.mask_ratio", "0.95"], "of the smallest clip that may be drawn: masking: expected a ratio that keeps some"),
-        (["--optimizer.accumulate", "9"], r"a budget of 1200 tokens does not divide into 9 micro-batch\(es\) on 1 process"),
+        (["--optimizer.accumulate", "9"], r"a budget of 1200 tokens does not divide into 9 micro-batches on 1 process: expected"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_step(arguments, message, runs, tmp_path):
