@@ -384,7 +384,7 @@ def test_more_pixels_than_an_image_may_have_are_refused_before_they_are_decoded(
     monkeypatch.setattr("stmae.training.data.video.MAX_CLIP_PIXELS", 64 * 96 * 4)
     with FrameFolder(folder, 2) as video:
         assert len(video.frames([0] * 4)) == 4
-        with pytest.raises(VideoError, match="5 frames of 96x64 at once are over the limit"):
+        with pytest.raises(VideoError, match="5 frames of 96x64 at once: over the limit"):
             video.frames([0] * 5)
 
 

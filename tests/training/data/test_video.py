@@ -386,7 +386,7 @@ def test_more_pixels_than_a_clip_may_have_are_refused_before_they_are_decoded(tm
     with Video(path) as video:
         assert len(video.frames([0, 1, 2, 3])) == 4
         monkeypatch.setattr(video, "_by_stamp", None)  # not called
-        with pytest.raises(VideoError, match=r"5 frames of 96x64 at once are over the limit of 24,576 pixels \(4 frames\)"):
+        with pytest.raises(VideoError, match=r"5 frames of 96x64 at once: over the limit of 24,576 pixels \(4 frames\)"):
             video.frames(range(5))
     monkeypatch.setattr("stmae.training.data.video.MAX_FRAME_PIXELS", 64 * 96 - 1)
     with pytest.raises(VideoError):
