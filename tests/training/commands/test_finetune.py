@@ -315,7 +315,7 @@ def test_a_test_set_that_lacks_a_class_is_numbered_as_the_training_set(finished,
     shutil.copy(finished[0] / "model.safetensors", tmp_path / "run")
     shutil.rmtree(tmp_path / "one" / "green")
     with pytest.raises(
-        ValueError, match="has 1 class folders and the classifier 2 classes: name their numbers with --data_labels"
+        ValueError, match="has 1 class folder and the classifier 2 classes: name their numbers with --data_labels"
     ):
         testing.run(testing.Config(checkpoint=str(tmp_path / "run"), data=str(tmp_path / "one")))
 

@@ -54,7 +54,7 @@ run: {save_every: 3, log_every: 1, workers: 0, device: cpu, precision: float32, 
 
 BROKEN = {
     "cut.mp4": "cannot be opened",  # its index was at its end
-    "short.mkv": "too short: 1 frames",
+    "short.mkv": "too short: 1 frame,",
     "empty.mp4": "the file is empty",
     "text.webm": "cannot be opened",
     "sound.mp4": "no video stream",
