@@ -25,11 +25,26 @@ def results(attend, q, k, v, grad_out, **options):
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
 
 
+def plain_results(exact, q, k, v, grad_out, **options):
+    """Of plain PyTorch's results in four orders of summation, each the one that errs most. In one order that error is luck,
+    half or twice as large in another, and the order is the processor's."""
+    found = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = q.shape[1], k.shape[1], q.shape[3]
+        rows, keys, columns = (torch.randperm(n, generator=generator) if seed else torch.arange(n) for n in sizes)
+        tensors = [x[:, order][..., columns] for x, order in zip((q, k, v, grad_out), (rows, keys, keys, rows))]
+        permuted = results(reference.attention, *tensors, **options)
+        orders = (rows, rows, keys, keys)
+        found.append([x[:, order.argsort()][..., columns.argsort()] for x, order in zip(permuted, orders)])
+    return [max(each, key=lambda x: largest(x.double() - e)) for each, e in zip(zip(*found), exact)]
+
+
 def assert_right(q, k, v, grad_out, *, factor=3.0, **options):
     """Output and gradients are as good as plain PyTorch's. (Not quite twice its error, because the backward takes the
     weights from the saved log-sum-exp, which is rounded to float32, where autograd has the weights themselves.)"""
     exact = results(reference.attention, *(x.double() for x in (q, k, v, grad_out)), **options)
-    plain = results(reference.attention, q, k, v, grad_out, **options)
+    plain = plain_results(exact, q, k, v, grad_out, **options)
     ours = results(ops.attention, q, k, v, grad_out, **options)
     # grad_q and grad_k come from a difference, P (grad_out v - delta), which is exactly 0 with one key. What can then be
     # resolved is the rounding of its terms, so their size belongs to what is compared.
