@@ -4,6 +4,7 @@ pybind11. Everything else is in pyproject.toml.
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -40,6 +41,9 @@ for name in ("kernels", "training"):
 # No -march: a kernel chooses its instruction set at run time. No -ffast-math: it changes the process's rounding. No debug
 # information, which Python's own flags ask for and which is ten times the code; STMAE_CXXFLAGS=-g brings it back.
 CXXFLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+if platform.machine() == "aarch64":
+    # There alone GCC schedules before it allocates registers: it would load ahead until the matrix product's sums spill.
+    CXXFLAGS += ["-fno-schedule-insns"]
 CXXFLAGS += os.environ.get("STMAE_CXXFLAGS", "").split()
 LDFLAGS = os.environ.get("STMAE_LDFLAGS", "").split()
 

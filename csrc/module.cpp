@@ -40,7 +40,7 @@ PyObject* set_cpu_capability(PyObject*, PyObject* argument) {
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS, "Instruction set that the CPU kernels use."},
     {"best_cpu_capability", best_cpu_capability, METH_NOARGS, "Best instruction set that this processor offers."},
-    {"set_cpu_capability", set_cpu_capability, METH_O, "Use 'portable', 'avx2', 'avx512' or 'avx512_bf16' from now on."},
+    {"set_cpu_capability", set_cpu_capability, METH_O, "Use 'portable', 'avx2', 'avx512', 'avx512_bf16' or 'neon' from now on."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

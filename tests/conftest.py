@@ -10,8 +10,9 @@ os.environ["STMAE_CACHE"] = "off"
 for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
     del os.environ[_name]  # a pytest that a test starts is no part of this one: pytest-benchmark would refuse to measure
 
-CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16"]
-OFFERED = CAPABILITIES[: CAPABILITIES.index(library.best_cpu_capability()) + 1]
+BEST = library.best_cpu_capability()
+CAPABILITIES = ["portable", "neon"] if BEST == "neon" else ["portable", "avx2", "avx512", "avx512_bf16"]
+OFFERED = CAPABILITIES[: CAPABILITIES.index(BEST) + 1]
 
 
 def pytest_addoption(parser):

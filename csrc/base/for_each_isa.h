@@ -1,7 +1,7 @@
 // Compiles a kernel file once per instruction set. A kernel file (cpu/<op>.cpp) has this form:
 //
 //   #ifdef STMAE_ISA              // compiled once for each instruction set, inside its target region
-//   namespace stmae::STMAE_ISA {  // STMAE_ISA is avx512_bf16, avx512, avx2 or portable; STMAE_ISA_LEVEL is 3, 2, 1 or 0
+//   namespace stmae::STMAE_ISA {  // STMAE_ISA is avx512_bf16, avx512, avx2, neon or portable; STMAE_ISA_LEVEL is 3, 2, 1, 0 or 0
 //   ...kernels, written with the types of simd/vec.h...
 //   }
 //   #else                         // compiled once: includes, checks, dispatch, registration
@@ -72,6 +72,19 @@ STMAE_TARGET_END
 #undef STMAE_ISA
 #undef STMAE_ISA_LEVEL
 #endif  // STMAE_X86
+
+#if STMAE_ARM64
+#include <arm_neon.h>
+
+#define STMAE_ISA neon
+#define STMAE_ISA_LEVEL 0
+#define STMAE_ISA_NEON 1
+#include "simd/vec.h"
+#include STMAE_KERNEL_FILE
+#undef STMAE_ISA
+#undef STMAE_ISA_LEVEL
+#undef STMAE_ISA_NEON
+#endif  // STMAE_ARM64
 
 #define STMAE_ISA portable
 #define STMAE_ISA_LEVEL 0

@@ -6,7 +6,7 @@
 
 namespace stmae {
 
-enum class Isa { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa { portable, avx2, avx512, avx512_bf16, neon };
 
 Isa isa();                              // the one in use
 Isa best_isa();                         // the most that this processor and this build offer
@@ -17,6 +17,11 @@ void set_isa(const std::string& name);  // throws std::runtime_error when unknow
 #define STMAE_X86 1
 #else
 #define STMAE_X86 0
+#endif
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define STMAE_ARM64 1
+#else
+#define STMAE_ARM64 0
 #endif
 
 // Calls FUNCTION of the instruction set in use: STMAE_DISPATCH(attention_forward, arguments...).
@@ -29,6 +34,14 @@ void set_isa(const std::string& name);  // throws std::runtime_error when unknow
       case ::stmae::Isa::avx2: avx2::FUNCTION(__VA_ARGS__); break;               \
       default: portable::FUNCTION(__VA_ARGS__);                                  \
     }                                                                            \
+  } while (0)
+#elif STMAE_ARM64
+#define STMAE_DISPATCH(FUNCTION, ...)                              \
+  do {                                                             \
+    switch (::stmae::isa()) {                                      \
+      case ::stmae::Isa::neon: neon::FUNCTION(__VA_ARGS__); break; \
+      default: portable::FUNCTION(__VA_ARGS__);                    \
+    }                                                              \
   } while (0)
 #else
 #define STMAE_DISPATCH(FUNCTION, ...) portable::FUNCTION(__VA_ARGS__)

@@ -100,7 +100,7 @@ static void linear_pack_size(bool bfloat16, int64_t* elements) {  // how many el
 // Tasks [begin, end): kTileRows rows and a group of panels each.
 template <typename E, typename Element, int kStep, typename Out>
 static void tiles(const Tiles& p, int64_t begin, int64_t end) {
-  constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;  // with kTileRows rows, what 32 or 16 registers hold
+  constexpr int kVectors = kRegisters == 32 ? 4 : 2;  // with kTileRows rows, what 32 or 16 registers hold
   const int64_t blocks = (p.rows + kTileRows - 1) / kTileRows, panels = (p.columns + kWidth - 1) / kWidth;
   alignas(64) float tile[kTileRows * kWidth];
   for (int64_t task = begin; task < end; ++task) {

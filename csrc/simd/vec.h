@@ -1,4 +1,4 @@
-// The vector type that the CPU kernels are written with: `vec`, a register of kLanes floats, and the operations on it.
+// The vector type that the CPU kernels are written with: `vec`, one of kRegisters registers of kLanes floats, and the operations on it.
 // Included once per instruction set by for_each_isa.h (no include guard): the same names, in that set's namespace.
 // Memory may hold float, bfloat16 or uint8; arithmetic is float32.
 
@@ -15,6 +15,7 @@ struct vec {
   __m512 v;
 };
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 
 STMAE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }  // n in [0, 16]
 STMAE_INLINE vec zero() { return {_mm512_setzero_ps()}; }
@@ -77,6 +78,7 @@ struct vec {
   __m256 v;
 };
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 
 STMAE_INLINE __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 STMAE_INLINE vec zero() { return {_mm256_setzero_ps()}; }
@@ -153,6 +155,78 @@ STMAE_INLINE float max(vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+#elif STMAE_ISA_NEON  // ------------------------------------------------------------------------------------ NEON
+
+struct vec {
+  float32x4_t v;
+};
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+
+STMAE_INLINE uint32x4_t first(int n) { return vcgtq_s32(vdupq_n_s32(n), int32x4_t{0, 1, 2, 3}); }
+STMAE_INLINE vec zero() { return {vdupq_n_f32(0.f)}; }
+STMAE_INLINE vec set(float x) { return {vdupq_n_f32(x)}; }
+STMAE_INLINE vec load(const float* p) { return {vld1q_f32(p)}; }
+STMAE_INLINE vec load(const bf16* p) {
+  return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16))};
+}
+STMAE_INLINE vec load(const uint8_t* p) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))))};
+}
+template <typename T>
+STMAE_INLINE vec load(const T* p, int n) {  // the first n of kLanes, zero beyond
+  if (n == kLanes) return load(p);
+  T part[kLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+STMAE_INLINE void store(float* p, vec a) { vst1q_f32(p, a.v); }
+STMAE_INLINE uint16x4_t narrow(vec a) {  // to bfloat16, nearest even, NaN stays NaN
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+  const uint32x4_t with_odd = vsraq_n_u32(bits, vshlq_n_u32(bits, 15), 31);
+  return vaddhn_u32(vbslq_u32(vceqq_f32(a.v, a.v), with_odd, vdupq_n_u32(0x7fc00000)), vdupq_n_u32(0x7fff));
+}
+STMAE_INLINE void store(bf16* p, vec a) { vst1_u16(reinterpret_cast<uint16_t*>(p), narrow(a)); }
+template <typename T>
+STMAE_INLINE void store(T* p, vec a, int n) {
+  if (n == kLanes) return store(p, a);
+  T part[kLanes];
+  store(part, a);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+STMAE_INLINE vec operator+(vec a, vec b) { return {vaddq_f32(a.v, b.v)}; }
+STMAE_INLINE vec operator-(vec a, vec b) { return {vsubq_f32(a.v, b.v)}; }
+STMAE_INLINE vec operator*(vec a, vec b) { return {vmulq_f32(a.v, b.v)}; }
+STMAE_INLINE vec operator/(vec a, vec b) { return {vdivq_f32(a.v, b.v)}; }
+STMAE_INLINE vec fma(vec a, vec b, vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+STMAE_INLINE vec max(vec a, vec b) { return {vmaxq_f32(a.v, b.v)}; }  // of a number and NaN, NaN in either order
+STMAE_INLINE vec min(vec a, vec b) { return {vminq_f32(a.v, b.v)}; }
+STMAE_INLINE float sum(vec a) { return vaddvq_f32(a.v); }
+STMAE_INLINE float max(vec a) { return vmaxvq_f32(a.v); }
+STMAE_INLINE vec round(vec a) { return {vrndnq_f32(a.v)}; }
+STMAE_INLINE float32x4_t power_of_two(int32x4_t n) {
+  return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+}
+STMAE_INLINE vec scale_by_power(vec a, vec n) {  // a * 2^n, n an integer; in two steps, so that subnormal results are right
+  const int32x4_t integer = vcvtq_s32_f32(n.v), half = vshrq_n_s32(integer, 1);
+  return {vmulq_f32(vmulq_f32(a.v, power_of_two(half)), power_of_two(vsubq_s32(integer, half)))};
+}
+STMAE_INLINE vec select_first(int n, vec yes, vec no) { return {vbslq_f32(first(n), yes.v, no.v)}; }  // n lanes of yes
+STMAE_INLINE vec select_negative(vec x, vec yes, vec no) {  // per lane: x < 0 ? yes : no
+  return {vbslq_f32(vcltzq_f32(x.v), yes.v, no.v)};
+}
+STMAE_INLINE vec times_power_of_two(vec a, vec n) {  // a * 2^n, n an integer and in [-126, 127]
+  return {vmulq_f32(a.v, power_of_two(vcvtq_s32_f32(n.v)))};
+}
+STMAE_INLINE void interleave(vec& a, vec& b) {  // a0 b0 a1 b1 ... across both: the first half in a, the second in b
+  const float32x4_t first_half = vzip1q_f32(a.v, b.v);
+  b.v = vzip2q_f32(a.v, b.v);
+  a.v = first_half;
+}
+constexpr float kLowestExponent = -126.f;
+
 #else  // ------------------------------------------------------------------- portable: the compiler's own vectors
 
 struct vec {
@@ -160,6 +234,7 @@ struct vec {
   type v;
 };
 constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
 
 STMAE_INLINE vec set(float x) { return {vec::type{x, x, x, x}}; }
 STMAE_INLINE vec zero() { return set(0.f); }

@@ -40,6 +40,19 @@ STMAE_INLINE void store_rgb(uint8_t* p, vec packed, int n) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(part), bytes);
   std::memcpy(p, part, 3 * n);
 }
+#elif STMAE_ISA_NEON
+STMAE_INLINE vec load(const uint16_t* p) { return {vcvtq_f32_u32(vmovl_u16(vld1_u16(p)))}; }
+STMAE_INLINE vec load(const uint16_t* p, int n) {
+  uint16_t part[kLanes] = {};
+  std::memcpy(part, p, 2 * n);
+  return load(part);
+}
+STMAE_INLINE void store_rgb(uint8_t* p, vec packed, int n) {
+  const uint8x16_t drop = {0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 255, 255, 255, 255};
+  uint8_t part[16];
+  vst1q_u8(part, vqtbl1q_u8(vreinterpretq_u8_u32(vcvtq_u32_f32(packed.v)), drop));
+  std::memcpy(p, part, 3 * n);
+}
 #else
 STMAE_INLINE vec load(const uint16_t* p) { return load(p, kLanes); }
 STMAE_INLINE void store_rgb(uint8_t* p, vec packed, int n) {

@@ -215,7 +215,7 @@ def test_show_config_says_what_a_bug_report_needs():
 def test_capability_can_be_forced_and_is_checked():
     code = "import stmae.ops.library as l; print(l.cpu_capability())"
     assert run(sys.executable, "-c", code, cwd=ROOT, env={"STMAE_CPU_CAPABILITY": "portable"}).strip() == "portable"
-    with pytest.raises(RuntimeError, match="expected one of portable, avx2, avx512, avx512_bf16, got 'sse9'"):
+    with pytest.raises(RuntimeError, match="expected one of portable, avx2, avx512, avx512_bf16, neon, got 'sse9'"):
         stmae.ops.library.set_cpu_capability("sse9")
     env = {**os.environ, "STMAE_CPU_CAPABILITY": "sse9"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)

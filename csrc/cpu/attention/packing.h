@@ -20,7 +20,7 @@ struct Arithmetic<bf16> {
 
 // A tile of scores is kRows queries by kKeyTile keys: all of the register file but what B's row and A's element need.
 constexpr int kRows = 6;
-constexpr int kVectors = STMAE_ISA_LEVEL >= 2 ? 4 : 2;
+constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kKeyTile = kVectors * kLanes;
 constexpr int kRowTile = 2 * kRows;           // what every kernel's rows divide
 constexpr int kKeyBlock = 384;                // forward: keys per step of the online softmax
@@ -40,13 +40,12 @@ void score_tile(const typename E::element* a, int64_t row_stride, const float* b
                 StrideC c_stride) {
   const StridedRows<typename E::element, E::kPack, int64_t> rows{a, row_stride};
   const Fixed<kKeyTile> b_stride;
-  switch ((columns + kLanes - 1) / kLanes) {
-    case 1: return gemm_tile<E, kRows, 1>(rows, b, b_stride, steps, c, c_stride, false);
-    case 2: return gemm_tile<E, kRows, 2>(rows, b, b_stride, steps, c, c_stride, false);
-#if STMAE_ISA_LEVEL >= 2
-    case 3: return gemm_tile<E, kRows, 3>(rows, b, b_stride, steps, c, c_stride, false);
-    default: return gemm_tile<E, kRows, 4>(rows, b, b_stride, steps, c, c_stride, false);
-#endif
+  const int vectors = (columns + kLanes - 1) / kLanes;
+  if (vectors == 1) return gemm_tile<E, kRows, 1>(rows, b, b_stride, steps, c, c_stride, false);
+  if (vectors == 2) return gemm_tile<E, kRows, 2>(rows, b, b_stride, steps, c, c_stride, false);
+  if constexpr (kVectors == 4) {
+    if (vectors == 3) return gemm_tile<E, kRows, 3>(rows, b, b_stride, steps, c, c_stride, false);
+    gemm_tile<E, kRows, 4>(rows, b, b_stride, steps, c, c_stride, false);
   }
 }
 
@@ -63,24 +62,24 @@ void product_rows(int rows, const typename E::element* a, const float* b, int64_
 template <typename E, int kRow, int kStep>
 void product(int rows, int vectors, const typename E::element* a, const float* b, int64_t stride, int steps, float* c,
              bool accumulate) {
-#if STMAE_ISA_LEVEL >= 2
-  switch (vectors) {
-    case 1: return product_rows<E, 12, 1, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-    case 2: return product_rows<E, 12, 2, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-    case 3: return product_rows<E, 6, 3, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-    case 4: return product_rows<E, 6, 4, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-    case 5: return product_rows<E, 4, 5, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-    case 6: return product_rows<E, 4, 6, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-    default:
-      product_rows<E, 6, 4, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
-      return product<E, kRow, kStep>(rows, vectors - 4, a, b + 4 * kLanes, stride, steps, c + 4 * kLanes, accumulate);
+  if constexpr (kRegisters == 32) {
+    switch (vectors) {
+      case 1: return product_rows<E, 12, 1, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+      case 2: return product_rows<E, 12, 2, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+      case 3: return product_rows<E, 6, 3, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+      case 4: return product_rows<E, 6, 4, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+      case 5: return product_rows<E, 4, 5, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+      case 6: return product_rows<E, 4, 6, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+      default:
+        product_rows<E, 6, 4, kRow, kStep>(rows, a, b, stride, steps, c, accumulate);
+        return product<E, kRow, kStep>(rows, vectors - 4, a, b + 4 * kLanes, stride, steps, c + 4 * kLanes, accumulate);
+    }
+  } else {
+    int v = 0;
+    for (; v + 2 <= vectors; v += 2)
+      product_rows<E, 6, 2, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, accumulate);
+    if (v < vectors) product_rows<E, 6, 1, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, accumulate);
   }
-#else
-  int v = 0;
-  for (; v + 2 <= vectors; v += 2)
-    product_rows<E, 6, 2, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, accumulate);
-  if (v < vectors) product_rows<E, 6, 1, kRow, kStep>(rows, a, b + v * kLanes, stride, steps, c + v * kLanes, accumulate);
-#endif
 }
 
 constexpr int kPrefetchRows = 16;  // rows between the one read and the one prefetched

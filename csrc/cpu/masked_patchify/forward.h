@@ -12,7 +12,7 @@ static void multiply_rows(const Element* const* rows, const float* panel, int64_
 // tile[kRows][kPanel] = rows times the first `lanes` lanes of a panel [steps][kPanel].
 template <typename E, int kStep, typename Element>
 static void multiply_tile(const Element* const* rows, const float* panel, int64_t steps, int64_t lanes, float* tile) {
-  constexpr int kTileRows = STMAE_ISA_LEVEL >= 2 ? 8 : 4;  // with three vectors, what 32 or 16 registers hold
+  constexpr int kTileRows = kRegisters == 32 ? 8 : 4;  // with three vectors, what 32 or 16 registers hold
   static_assert(kRows % kTileRows == 0 && kPanel % (3 * kLanes) == 0);
   for (int64_t lane = 0; lane < lanes; lane += 3 * kLanes) {
     for (int r = 0; r < kRows; r += kTileRows) {
