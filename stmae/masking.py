@@ -289,8 +289,8 @@ def num_keep(strategy: str, grid: tuple[int, int, int], ratio: float) -> int:
         keep = int(tokens * (1 - ratio))
     if not 0 < keep < tokens:
         raise ValueError(
-            f"masking: expected a ratio that keeps some and masks some of the {tokens} tokens of grid "
-            f"{t}x{h}x{w}, got {ratio}, with which '{strategy}' keeps {'nothing' if keep == 0 else 'everything'}"
+            f"masking: expected a ratio that keeps some and masks some of the tokens of grid "
+            f"{t}x{h}x{w}, {tokens} in all, got {ratio}, with which '{strategy}' keeps {'nothing' if keep == 0 else 'everything'}"
         )
     return keep
 

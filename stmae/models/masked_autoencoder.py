@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stmae.masking import Mask, make_mask, make_masks
+from stmae.masking import Mask, make_mask, make_masks, num_keep
 from stmae.models.blocks import Block, initialize_block, run_blocks
 from stmae.models.config import MaskedAutoencoderConfig
 from stmae.models.encoder import Encoder, VideoModel
@@ -433,12 +433,24 @@ class MaskedAutoencoder(VideoModel):
         config = self.config
         ratio = config.mask_ratio if mask_ratio is None else mask_ratio
         if isinstance(ratio, tuple):
-            if len(ratio) != 2 or not ratio[0] <= ratio[1]:
-                raise ValueError(f"MaskedAutoencoder: expected mask_ratio a range (lowest, highest), got {ratio}")
+            if len(ratio) != 2 or not all(isinstance(x, (int, float)) for x in ratio) or not 0 < ratio[0] <= ratio[1] < 1:
+                raise ValueError(
+                    f"MaskedAutoencoder: expected mask_ratio a range (lowest, highest) between 0 and 1 (exclusive), got {ratio}"
+                )
+            for grid in set(grids) if config.mask_strategy != "multi_block" else ():
+                for bound in ratio:  # of a range that some draw would not do for, none does
+                    num_keep(config.mask_strategy, grid, bound)
             draws = torch.rand(len(grids), generator=generator, device=None if generator is None else generator.device).tolist()
             ratios = [ratio[0] + x * (ratio[1] - ratio[0]) for x in draws]
+        elif isinstance(ratio, (int, float)):
+            ratios = [ratio] * len(grids)
         else:
-            ratios = [ratio] * len(grids) if isinstance(ratio, (int, float)) else [float(x) for x in ratio]
+            ratios = list(ratio) if isinstance(ratio, Sequence) else [ratio]
+            if not all(isinstance(x, (int, float)) for x in ratios):
+                raise ValueError(
+                    "MaskedAutoencoder: expected mask_ratio a number, a tuple (lowest, highest) or a list of a number for each "
+                    f"clip, got {ratio!r}"
+                )
         if len(ratios) != len(grids):
             raise ValueError(f"MaskedAutoencoder: expected one mask_ratio for each clip, {len(grids)} in all, got {len(ratios)}")
         return make_masks(

@@ -109,8 +109,15 @@ def test_mask_ratios():
         ([0.5], "one mask_ratio for each clip, 4 in all, got 1"),
         ((0.9, 0.5), "a range"),
         ((0.1, 0.2, 0.3), "a range"),
+        ((0.5, float("nan")), "a range"),
+        ((0, 0.5), "a range .lowest, highest. between 0 and 1"),
+        ((0.5, 1), "a range .lowest, highest. between 0 and 1"),
+        ((0.5, 0.99), "masks some of the tokens of grid 1x3x4, 12 in all, got 0.99|of grid"),  # whatever is drawn
+        (["0.5", 0.5, 0.5, 0.5], "a number, a tuple"),
+        ("0.5", "a number, a tuple"),
+        ([0.5, None, 0.5, 0.5], "a number, a tuple"),
     ):
-        with pytest.raises(ValueError, match=f"MaskedAutoencoder: expected .*{message}"):
+        with pytest.raises(ValueError, match=f"(MaskedAutoencoder|masking): expected .*{message}"):
             model(batch, mask_ratio=bad)
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ..config import PretrainConfig, from_preset
 from ..config.checks import check_types, require_seed, require_text
+from ..data.loader import LoaderError
 from ..engine.device import choose_device, keep_freed_memory
 from ..engine.loop import TrainingError
 from ..evaluation.pictures import write_reconstructions
 from ..tasks.pretraining import pretrain
 
-ERRORS = (TrainingError,)
+ERRORS = (TrainingError, LoaderError)  # the second: too little memory to begin with
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,13 @@
 """``stmae finetune``: a classifier from a pre-trained encoder, or from random weights for comparison."""
 
 from ..config import FinetuneConfig
+from ..data.loader import LoaderError
 from ..engine.device import choose_device, keep_freed_memory
 from ..engine.loop import TrainingError
 from ..tasks.finetuning import finetune
 
 Config = FinetuneConfig
-ERRORS = (TrainingError,)
+ERRORS = (TrainingError, LoaderError)  # the second: too little memory to begin with
 
 
 def run(config):

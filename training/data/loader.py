@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from .dataset import worker_died
+from .free_memory import free_memory
 from .outage import DataAwayError
 from .shared_ring import SharedRing
 from .video import printable
@@ -91,13 +92,21 @@ class ClipLoader:
         return self.dataset.batch_layout(self.sampler)
 
     @property
+    def batch_bytes(self):
+        """How much memory a batch takes."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout.values())
+
+    @property
     def shared_bytes(self):
         """How much memory the workers share with this process."""
-        sizes = (torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size() for shape, dtype in self.layout.values())
-        return self.slots * sum(sizes) if self.num_workers else 0
+        return self.slots * self.batch_bytes if self.num_workers else 0
 
     def __iter__(self):
-        return _FilledBySeveral(self) if self.num_workers else self._filled_here()
+        """Raises LoaderError where there is too little memory for the batches in use."""
+        if self.num_workers:
+            return _FilledBySeveral(self)
+        require_memory(self.in_use * self.batch_bytes)
+        return self._filled_here()
 
     def _filled_here(self):
         for keys in self.sampler:
@@ -107,6 +116,16 @@ class ClipLoader:
             data = self.dataset
             notes = [data.fill(key, data.at(memory, place)) for key, place in zip(keys, data.places(keys))]
             yield data.joined(memory, keys, notes)
+
+
+def require_memory(needed):
+    """Raises LoaderError where there are fewer bytes than clips need."""
+    free = free_memory()
+    if free is not None and needed > free:
+        raise LoaderError(
+            f"the clips of a step and of the next need {needed / 2**20:,.0f} MiB of memory ({free / 2**20:,.0f} MiB are free): "
+            "try fewer videos or tokens a step"
+        )
 
 
 def read_ahead(videos, workers):

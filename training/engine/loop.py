@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ..config.wording import counted
 from ..data.batch_sampler import ResumableBatchSampler, VideoOrder
 from ..data.clip_shapes import ClipShapes
-from ..data.loader import Batches, LoaderError, training_loader
+from ..data.loader import Batches, LoaderError, require_memory, training_loader
 from ..data.outage import DataAwayError
 from ..data.packed_batch_sampler import PackedBatchSampler, PackedOrder
 from ..data.video import printable
@@ -321,6 +321,9 @@ class Training:
         settings, packed = self.config.optimizer, self.task.packed
         order = VideoOrder(self.task.dataset.lists, self.config.seed)
         size = {"batch": settings.batch} if settings.tokens is None else {"tokens": settings.tokens}
+        shapes, share = packed.shapes, 2 / self.processes.world_size  # of this step and of the next
+        cost = settings.tokens or settings.batch * shapes.mean_cost
+        require_memory(share * cost * shapes.tokens_per_cost * shapes.token_bytes)  # before millions of samples are drawn
         return PackedOrder(order, packed.shapes, packed.pictures, seed=self.config.seed, **size)
 
     def steps_of(self, videos):

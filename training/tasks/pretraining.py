@@ -35,7 +35,7 @@ def pretrain(config):
     ``after``. The weights are in ``config.output``/model.safetensors; ``stmae.checkpoint.load`` reads them.
 
     Raises ValueError for data or settings that cannot be used, RunFolderError for an output folder that cannot, TrainingError
-    where training cannot go on.
+    where training cannot go on, LoaderError where there is too little memory for a batch.
     """
     return run_distributed(_pretrain, config)
 
@@ -44,7 +44,7 @@ def _pretrain(config, processes, device, folder):
     mixture = find_mixture(config.data, config.data_root, config.data_labels)
     entries = mixture.entries
     for part in mixture.parts():
-        require_readable(part, config.model.num_frames, config.clips)
+        require_readable(part, max(config.clips.frames or [config.model.num_frames]), config.clips)
     held_out = find_videos(config.held_out, config.data_root, config.data_labels) if config.held_out else []
     if processes.is_main:
         head = f"{counted(len(entries), 'video')} in {config.data}" + (f", {len(held_out)} held out" if held_out else "")

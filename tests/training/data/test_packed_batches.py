@@ -103,7 +103,7 @@ def test_what_the_masks_of_other_strategies_cost():
 @pytest.mark.parametrize(
     "model, changes, message",
     [
-        ({"mask_ratio": 0.9}, {}, r"of the smallest clip that may be drawn: .* 4 tokens .* keeps nothing"),
+        ({"mask_ratio": 0.9}, {}, r"of the smallest clip that may be drawn: .* of grid 1x1x4, 4 in all, .* keeps nothing"),
         ({"mask_strategy": "frame"}, {}, "keeps everything"),  # of a picture's single slice
         ({"mask_strategy": "multi_block"}, {"side": (8, 8)}, "expected clips of two tokens or more"),
     ],

@@ -23,6 +23,7 @@ from stmae.training.config import (
     parse,
 )
 from stmae.training.data.dataset import as_video
+from stmae.training.data.loader import LoaderError
 from stmae.training.data.packed_clips import NativeViews
 from stmae.training.data.video_list import find_mixture
 from stmae.training.engine.run_folder import RunFolder, clips_of
@@ -205,12 +206,20 @@ def test_clips_of_one_size_under_masks_of_unequal_size(runs):
     [
         (["--optimizer.tokens", "100"], r"optimizer.tokens: expected \d+ or more, what a video's 2 clips cost at most, got 100"),
         (["--model.mask_ratio", "0.95"], "of the smallest clip that may be drawn: masking: expected a ratio that keeps some"),
+        (["--clips.frames", "8,32", "--clips.short", "skip"], r"can be used, 4 in all:\n.*too short: 30 frames, a clip of 32"),
         (["--optimizer.accumulate", "9"], r"a budget of 1200 tokens does not divide into 9 micro-batches on 1 process: expected"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_step(arguments, message, runs, tmp_path):
     with pytest.raises(ValueError, match=message):
         runs.run(tmp_path / "run", *arguments)
+
+
+@pytest.mark.parametrize("size", [("--optimizer.tokens", 10**12), ("--optimizer.tokens", "null", "--optimizer.batch", 10**10)])
+def test_steps_that_memory_does_not_hold_are_refused_before_they_are_drawn(size, runs, tmp_path):
+    for workers in "01":
+        with pytest.raises(LoaderError, match=r"need [\d,]+ MiB of memory \([\d,]+ MiB are free\): try fewer videos or tokens"):
+            runs.run(tmp_path / "run", *size, "--run.workers", workers)
 
 
 @pytest.mark.parametrize(
