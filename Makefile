@@ -7,6 +7,7 @@
 # make hf-kernels  from nothing: the ops as a kernel that Hugging Face's kernels package loads, in build/hf-kernels
 # make sanitize  from nothing: tests that call ops as no one should, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make old-processor  from nothing: each op once on an emulated processor without AVX; needs qemu-x86_64 (Debian's qemu-user)
+# make aarch64  from nothing: compiled for aarch64, each op once on an emulated one; needs Debian's qemu-user and g++-aarch64-linux-gnu
 # make bench  from nothing: every op and the training step beside the reference and tuned PyTorch
 # make gpu    on a machine with a GPU: tests, kernel times, steps, profiles; a report in gpu-results (PYTHON's own torch is used)
 # make study  from nothing: what pre-training is worth, in at most 40 minutes on two idle cores (docs/results.md); needs Fashion-MNIST
@@ -27,7 +28,7 @@ STAMP = $(VENV)/.installed-$(subst =,-,$(subst >,-,$(subst <,-,$(subst $() ,,$(T
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES = setup.py pyproject.toml $(CXX_FILES)
 
-.PHONY: demo test test-quick compile-kernels lint docs wheel sdist hf-kernels sanitize old-processor bench gpu study clean
+.PHONY: demo test test-quick compile-kernels lint docs wheel sdist hf-kernels sanitize old-processor aarch64 bench gpu study clean
 
 demo: $(STAMP)
 	$(VENV)/bin/stmae demo --output $(OUTPUT)
@@ -87,6 +88,9 @@ sanitize: $(STAMP)
 
 old-processor: $(STAMP)
 	qemu-x86_64 -cpu Westmere $(VENV)/bin/python -m tests.support.each_op_once
+
+aarch64: $(STAMP)
+	PIP='$(VENV)/bin/python -m pip' tests/support/aarch64.sh
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m pytest bench --benchmark-only --results bench-results.json
