@@ -1,11 +1,14 @@
 """Batches from data workers: how many decode, and what happens when one of them dies, or reads one video for ever."""
 
+import atexit
+import functools
 import multiprocessing
 import os
 import re
 import signal
 import threading
 import time
+import weakref
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -183,7 +186,8 @@ class _FilledBySeveral:
     """An iterator of ClipLoader's batches, with data workers."""
 
     def __init__(self, loader):
-        self.loader, self.batch = loader, 0
+        self.loader, self.batch, self.process = loader, 0, os.getpid()
+        self.polled = False  # whether to raise what a DataLoader does after POLL seconds
         try:
             self.ring = SharedRing(loader.slots, loader.layout)
         except OSError as error:
@@ -206,6 +210,9 @@ class _FilledBySeveral:
             )
         )
         self._workers = self.notes._workers
+        # Before Python, when it exits, ends them by a signal that they ignore, and waits for them for ever.
+        self._at_exit = functools.partial(_shut_down, weakref.ref(self))
+        atexit.register(self._at_exit)
         self.order, self.keys, self.received = iter(loader.sampler), None, []
 
     def __iter__(self):
@@ -216,7 +223,11 @@ class _FilledBySeveral:
             self.keys = next(self.order)
             self.fill.requested.fill_(self.batch)
         while len(self.received) < len(self.keys):  # where it times out, it goes on from here
-            self.received.append(next(self.notes))
+            try:
+                self.received.append(next(self.notes))
+            except RuntimeError as error:
+                if self.polled or not timed_out(error):
+                    raise
         memory, keys, notes = self.ring[self.batch], self.keys, self.received
         self.batch, self.keys, self.received = self.batch + 1, None, []
         if self.loader.held is None:
@@ -224,15 +235,28 @@ class _FilledBySeveral:
         return self.loader.dataset.joined(memory, keys, notes)
 
     def __del__(self):
-        if hasattr(self, "fill"):
+        if hasattr(self, "_at_exit") and self.process == os.getpid():  # and not in a copy of the process
+            atexit.unregister(self._at_exit)
             self.fill.requested.fill_(-1)
 
     def _shutdown_workers(self):
+        atexit.unregister(self._at_exit)
         self.fill.requested.fill_(-1)
         self.notes._shutdown_workers()
         if self.pinned:
             self.ring.unpin()
             self.pinned = False
+
+
+def _shut_down(reference):
+    iterator = reference()
+    if iterator is not None and iterator.process == os.getpid():
+        iterator._shutdown_workers()
+
+
+def timed_out(error):
+    """Whether it says that a DataLoader gave no batch for POLL seconds."""
+    return str(error).startswith("DataLoader timed out")
 
 
 def _as_it_is(item):
@@ -280,6 +304,8 @@ class Batches:
     def __enter__(self):
         self.before, self.installed = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL, signal_handling._SIGCHLD_handler_set
         self.iterator = iter(self.loader)
+        if isinstance(self.iterator, _FilledBySeveral):
+            self.iterator.polled = True
         if self.loader.num_workers and self.main_thread:
             # torch's, which raises where a worker was killed
             self.child_ended = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
@@ -308,7 +334,7 @@ class Batches:
             try:
                 return self._next()
             except (RuntimeError, OSError, EOFError) as error:
-                if str(error).startswith("DataLoader timed out"):
+                if timed_out(error):
                     self._require_progress()
                     continue
                 raise self._explained(error) from error

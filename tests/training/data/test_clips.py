@@ -4,8 +4,11 @@ import functools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from stmae.training.data.loader import Batches, ClipLoader, LoaderError
 from stmae.training.data.shared_ring import SharedRing
 from stmae.training.data.video import Video, VideoError
 from stmae.training.data.video_list import Entry, find_labelled_videos, find_train_and_test, find_videos
+from tests.support.fork_server import TIMEOUT
 from tests.support.synthetic_video import read_number, write_audio, write_video
 
 GRID = (2, 4, 4)
@@ -443,6 +447,38 @@ def test_shared_memory_that_there_is_not_is_an_error(folder, monkeypatch):
         LoaderError, match=r"need \d+ MiB of shared memory, 3 batches \(No space left on device\): try fewer videos"
     ):
         list(ClipLoader(dataset(find_videos(folder)), order(4, 2), 1))
+
+
+def test_a_loader_without_a_loop_around_it_waits_for_slow_videos(folder, monkeypatch):
+    entries = find_videos(folder)
+    expected = list(ClipLoader(dataset(entries), order(4, 2, 2), 0))
+    data = dataset(entries)
+    fill = data.fill
+    monkeypatch.setattr("stmae.training.data.loader.POLL", 0.01)
+    monkeypatch.setattr(data, "fill", lambda *arguments: time.sleep(0.05) or fill(*arguments))
+    for batch, copy in zip(ClipLoader(data, order(4, 2, 2), 1), expected, strict=True):
+        assert torch.equal(batch["clips"], copy["clips"]) and torch.equal(batch["keep"], copy["keep"])
+
+
+LEFT = """
+import sys
+from stmae.training.data.loader import ClipLoader
+from stmae.training.data.video_list import find_videos
+from tests.training.data.test_clips import dataset, order
+
+loaders = [iter(ClipLoader(dataset(find_videos(sys.argv[1])), order(4, 2, 9), 1, held=1)) for _ in range(2)]
+next(loaders[0])
+print(sum(1 for _ in loaders[1]), flush=True)
+"""
+
+
+def test_a_program_ends_that_leaves_its_loaders_to_python(folder):
+    """One of them has a worker that waits, one has given all its batches."""
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT, folder], cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=True
+    )
+    assert done.stdout == "9\n", done.stderr
 
 
 def test_memory_that_is_not_free_is_not_taken(folder, monkeypatch):

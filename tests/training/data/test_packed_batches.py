@@ -314,6 +314,7 @@ def test_a_worker_that_waits_ends_with_its_process(folder):
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=start_and_wait, args=(folder, there))
     process.start()
+    there.close()  # or this would wait for ever where the process fails
     workers = here.recv()
     process.kill()
     process.join()
