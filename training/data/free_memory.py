@@ -15,7 +15,7 @@ def free_memory(root="/"):
     with suppress(OSError, KeyError):
         free.append(1024 * _numbers(root / "proc/meminfo")["MemAvailable:"])
     with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
             _, controllers, group = line.split(":", 2)
             if not controllers or "memory" in controllers.split(","):
                 free += _free_in_groups(root, group.strip("/"), *MEMORY_FILES[1 if controllers else 2])

@@ -504,6 +504,8 @@ def test_free_memory_is_that_of_the_machine_and_of_every_control_group(version, 
     assert free_memory(tmp_path) == 4_000_000 - 3_000_000 + 500_000
     (tmp_path / groups / "a" / limit).write_text("90000000")
     assert free_memory(tmp_path) == 5000 * 1024
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/\xff\n")  # names may have any bytes
+    assert free_memory(tmp_path) == 5000 * 1024
     assert free_memory(tmp_path / "nothing") is None and (free_memory() or 2**30) > 2**20
 
 
