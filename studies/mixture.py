@@ -283,7 +283,7 @@ def draw(found, seeds, plan, path):
                         place, sum(values) / len(values), 0.9 * wide, color=f"C{index}", alpha=0.6, label=None if x else name
                     )
                     axis.plot([place] * len(values), values, "k.", markersize=3)
-        names = [f"{shape[0]}\n{shape[1]}\u00d7{shape[2]}" + ("\n(new)" if shape in UNSEEN else "") for shape in TESTED]
+        names = [f"{shape[0]}\n{shape[1]}\u00d7{shape[2]}" for shape in TESTED]
         axis.set_xticks(range(len(TESTED)), names, fontsize=7)
         axis.axhline(100 / len(clips.CLASSES), color="grey", linewidth=0.8, linestyle=":")
         axis.set(ylim=(0, 100), ylabel="linear probe, %")

@@ -128,7 +128,7 @@ class ClipShapes:
             return None
         generator, (t, h, w) = torch.Generator().manual_seed(0), self.model.grid
         fractions = np.zeros((max(*self.slices, t) + 1, QUANTILES))
-        for slices in {*self.slices, t}:
+        for slices in sorted({*self.slices, t}):
             counts = visible_counts((slices, h, w), self.model.blocks, DRAWS, generator).numpy()
             fractions[slices] = counts[DRAWS // QUANTILES - 1 :: DRAWS // QUANTILES] / (slices * h * w)
         return fractions

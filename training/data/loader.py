@@ -206,7 +206,7 @@ class _FilledBySeveral:
                 num_workers=loader.num_workers,
                 prefetch_factor=loader.ahead,
                 timeout=POLL,
-                worker_init_fn=ignore_stop_signals,
+                worker_init_fn=start_worker,
             )
         )
         self._workers = self.notes._workers
@@ -272,16 +272,22 @@ def training_loader(dataset, sampler, *, workers, held=None, pin_memory=False):
 def watched_loader(dataset, workers, **options):
     """A DataLoader for Batches, of a ``dataset`` that says what it reads (``dataset.reading``)."""
     dataset.reading = Reading(workers)
-    return DataLoader(dataset, num_workers=workers, timeout=POLL if workers else 0, worker_init_fn=ignore_stop_signals, **options)
+    return DataLoader(dataset, num_workers=workers, timeout=POLL if workers else 0, worker_init_fn=start_worker, **options)
 
 
-def ignore_stop_signals(worker=None):
+def start_worker(worker=None):
     """For data workers: Ctrl-C and a scheduler's SIGTERM reach the process group, and the main process must finish its step.
 
-    A worker still ends with its parent, however that ends.
+    A worker still ends with its parent, however that ends: by torch's own watch only where it was forked.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class Batches:

@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -479,6 +480,45 @@ def test_a_program_ends_that_leaves_its_loaders_to_python(folder):
         [sys.executable, "-c", LEFT, folder], cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=True
     )
     assert done.stdout == "9\n", done.stderr
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from stmae.training.data.loader import ClipLoader
+from stmae.training.data.video_list import find_videos
+from tests.training.data.test_clips import dataset, order
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    batches = iter(ClipLoader(dataset(find_videos(sys.argv[1])), order(4, 2, 90), 2, held=1))
+    next(batches)
+    print(*(worker.pid for worker in batches._workers), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_a_process_that_is_killed(folder, method, tmp_path):
+    """However they are started; two of them, which wait for a place in the memory."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, tmp_path / "killed.py", folder, method]
+    killed = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    workers = [int(word) for word in killed.stdout.split()]
+    assert killed.returncode == -signal.SIGKILL and len(workers) == 2
+    end = time.monotonic() + TIMEOUT
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not any(map(is_running, workers))
+
+
+def is_running(process):
+    """Of a process that is no child of this one."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_memory_that_is_not_free_is_not_taken(folder, monkeypatch):
