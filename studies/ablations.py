@@ -8,8 +8,6 @@ experiments are kept: the same command continues, and with --finished it writes 
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import time
@@ -31,7 +29,7 @@ from .motion import clips
 from .motion.experiments import Experiment, autoencoder
 from .motion.page import differences, show, table
 from .motion.schedule import load, run
-from .processor import processor
+from .record import write_record
 
 EVALUATE_AT = (150, 300, 600)  # steps
 REPEATS = (1, 2, 4)
@@ -327,21 +325,10 @@ def draw(results, path):
 
 def write(output, plan, seeds, experiments, records):
     """ablations.json and its picture in ``output``; records: of the experiments that are finished, {name: record}."""
-    everything = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "torch": sorted({record["torch"] for record in records.values()}),
-        "precision": sorted({record["precision"] for record in records.values()}),
-        "cpu_minutes": sum(record["cpu_seconds"] for record in records.values()) / 60,
-        "finished_experiments": len(records),
-        "experiments_in_all": len(experiments),
-        "plan": plan.to_dict(),
-        "seeds": list(seeds),
-        "experiments": {name: record["found"] for name, record in records.items()},
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "ablations.json").write_text(json.dumps(everything, indent=1) + "\n")
-    results = Results(everything["experiments"], seeds)
+    found = write_record(
+        output / "ablations.json", plan, seeds, records, finished_experiments=len(records), experiments_in_all=len(experiments)
+    )
+    results = Results(found, seeds)
     draw(results, output / "ablations.png")
     print(*texts(results), sep="\n\n")
 

@@ -12,8 +12,6 @@ are kept: the same command continues.
 """
 
 import argparse
-import datetime
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -32,7 +30,7 @@ from .motion import clips
 from .motion.experiments import Experiment, autoencoder, in_batches, linear
 from .motion.page import show, table
 from .motion.schedule import run
-from .processor import processor
+from .record import write_record
 
 
 class Grid(NamedTuple):
@@ -284,19 +282,7 @@ def draw(results, path):
 
 def write(output, plan, seeds, records):
     """mask-ratio.json and its picture in ``output``; records: of the experiments that are finished, {name: record}."""
-    found = {name: record["found"] for name, record in records.items()}
-    everything = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "torch": sorted({record["torch"] for record in records.values()}),
-        "precision": sorted({record["precision"] for record in records.values()}),
-        "cpu_minutes": sum(record["cpu_seconds"] for record in records.values()) / 60,
-        "plan": plan.to_dict(),
-        "seeds": list(seeds),
-        "experiments": found,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "mask-ratio.json").write_text(json.dumps(everything, indent=1) + "\n")
+    found = write_record(output / "mask-ratio.json", plan, seeds, records)
     results = Results(found, seeds)
     draw(results, output / "mask-ratio.png")
     print(text(results))

@@ -8,8 +8,6 @@ standard shape and on others. Finished experiments are kept: the same command co
 """
 
 import argparse
-import datetime
-import json
 import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,7 +23,7 @@ from .motion import clips
 from .motion.experiments import Experiment, autocast, autoencoder, linear
 from .motion.page import agreement, differences, show, table
 from .motion.schedule import run
-from .processor import processor
+from .record import write_record
 
 PATCH = (2, 4, 4)
 STANDARD = (8, 32, 32)  # frames, height, width
@@ -307,19 +305,7 @@ def draw(found, seeds, plan, path):
 
 def write(output, plan, seeds, records):
     """mixed-clips.json and its picture in ``output``; records: of all experiments, {name: record}."""
-    found = {name: record["found"] for name, record in records.items()}
-    everything = {
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "torch": sorted({record["torch"] for record in records.values()}),
-        "precision": sorted({record["precision"] for record in records.values()}),
-        "cpu_minutes": sum(record["cpu_seconds"] for record in records.values()) / 60,
-        "plan": plan.to_dict(),
-        "seeds": list(seeds),
-        "experiments": found,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "mixed-clips.json").write_text(json.dumps(everything, indent=1) + "\n")
+    found = write_record(output / "mixed-clips.json", plan, seeds, records)
     draw(found, seeds, plan, output / "mixed-clips.png")
     for step in (plan.steps, plan.long_steps):
         for measure in MEASURES:

@@ -1,7 +1,7 @@
 // Compiles a kernel file once per instruction set. A kernel file (cpu/<op>.cpp) has this form:
 //
 //   #ifdef STMAE_ISA              // compiled once for each instruction set, inside its target region
-//   namespace stmae::STMAE_ISA {  // STMAE_ISA is avx512_bf16, avx512, avx2, neon or portable; STMAE_ISA_LEVEL is 3, 2, 1, 0 or 0
+//   namespace stmae::STMAE_ISA {  // STMAE_ISA is avx512_bf16, avx512, avx2 (STMAE_ISA_LEVEL 3, 2, 1), neon or portable (0)
 //   ...kernels, written with the types of simd/vec.h...
 //   }
 //   #else                         // compiled once: includes, checks, dispatch, registration

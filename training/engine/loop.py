@@ -424,7 +424,8 @@ class Training:
         current = {"device": where, "precision": self.precision, "backend": run.backend, "compile": run.compile}
         current |= {"threads": torch.get_num_threads(), **folder.versions()}
         previous = {**before, **(before.get("versions") or {})}
-        previous["device"] = str(before.get("device")).replace("(1 threads)", "(1 thread)")  # as it was written once
+        if "device" in before:
+            previous["device"] = before["device"].replace("(1 threads)", "(1 thread)")  # as it was written once
         differing = [
             f"{name} {previous[name]} -> {value}"
             for name, value in current.items()
